@@ -1,0 +1,50 @@
+# make train · make test · make bench · make lint: each sets up .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Build isolation resolves its own environment: the constraints must reach it too, or an unpinned torch comes in.
+# pip older than 25.3 takes PIP_CONSTRAINT there as well, newer ones want PIP_BUILD_CONSTRAINT.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export IMGOPT_REQUIRE_NATIVE := 1
+
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc cmake build_backend src -type f \
+             -not -name '*.so' -not -path '*/__pycache__/*')
+
+.PHONY: train test bench lint format clean
+train: $(VENV)/.installed
+	$(BIN)/imgopt-fast train
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.peers
+	$(BIN)/imgopt-fast bench
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+	$(BIN)/codespell
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install -q torch numpy
+	$(BIN)/python -m pip install -q '.[dev]'
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.installed
+	$(BIN)/python -m pip install -q '.[dev,peers]'
+	touch $@
+
+clean:
+	rm -rf build $(VENV)

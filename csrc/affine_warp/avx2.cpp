@@ -1,0 +1,7 @@
+#include "../kernels.h"
+
+namespace imgopt::avx2 {
+
+void affine_warp(KernelTable&) {}
+
+}  // namespace imgopt::avx2

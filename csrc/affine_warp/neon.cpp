@@ -1,0 +1,7 @@
+#include "../kernels.h"
+
+namespace imgopt::neon {
+
+void affine_warp(KernelTable&) {}
+
+}  // namespace imgopt::neon

@@ -1,0 +1,7 @@
+#include "../kernels.h"
+
+namespace imgopt::neon {
+
+void masked_matmul(KernelTable&) {}
+
+}  // namespace imgopt::neon

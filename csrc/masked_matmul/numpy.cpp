@@ -1,0 +1,7 @@
+#include "../numpy_module.h"
+
+namespace imgopt {
+
+void register_masked_matmul(py::module_&) {}
+
+}  // namespace imgopt

@@ -1,0 +1,7 @@
+#include "../kernels.h"
+
+namespace imgopt::scalar {
+
+void masked_matmul(KernelTable&) {}
+
+}  // namespace imgopt::scalar

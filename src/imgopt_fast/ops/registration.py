@@ -1,0 +1,60 @@
+"""How an operation enters torch's dispatcher.
+
+Each schema is defined once, here in Python, so that it exists without the compiled libraries; C++ only adds its
+implementations. The plain-torch reference sits under every device that has no kernel of its own.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from imgopt_fast import _native
+
+NAMESPACE = "imgopt_fast"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the process
+
+
+def register(
+    schema: str, *, reference: Callable[..., Any], fallback: str, fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """Define `schema` and register its plain-torch, Numba and fake implementations; returns the operation.
+
+    `fallback` is `folder:function` of the Numba twin, e.g. "affine_warp:affine_warp" for the function of that name
+    in ops/affine_warp/fallback.py; it is imported on first use, because importing Numba costs half a second.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    if _native.backend() == "numba":
+        LIBRARY.impl(name, _lazy(fallback), "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return op
+
+
+def register_autocast(op: torch._ops.OpOverload, adapt: Callable[..., tuple[Any, ...]]) -> None:
+    """Under autocast, call `op` with the arguments that `adapt(dtype, *args)` returns.
+
+    Registered for CPU and CUDA alike: an operation that knows only one of the two silently runs in float32 on the
+    other.
+    """
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def kernel(*args: Any, _device: str = device, _keyset: Any = keyset) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(_keyset):
+                return op(*adapt(torch.get_autocast_dtype(_device), *args))
+
+        LIBRARY.impl(op._schema.name.partition("::")[2], kernel, key)
+
+
+def _lazy(fallback: str) -> Callable[..., Any]:
+    folder, _, function = fallback.partition(":")
+
+    def call(*args: Any) -> Any:
+        module = importlib.import_module(f"imgopt_fast.ops.{folder}.fallback")
+        return getattr(module, function)(*args)
+
+    return call
