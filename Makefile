@@ -12,7 +12,7 @@ export IMGOPT_REQUIRE_NATIVE := 1
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc cmake build_backend src -type f \
              -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: train test bench lint format clean
+.PHONY: train test bench lint format stub clean
 train: $(VENV)/.installed
 	$(BIN)/imgopt-fast train
 
@@ -33,6 +33,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+
+# The committed types of the compiled module; a test compares them with a fresh set.
+stub: $(VENV)/.installed
+	$(BIN)/python -m pybind11_stubgen imgopt_fast._core -o src
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
