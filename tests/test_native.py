@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import BACKEND
+
 from imgopt_fast import _native
 
 needs_native = pytest.mark.skipif(BACKEND != "native", reason=f"the {BACKEND} backend is forced")

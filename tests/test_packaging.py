@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import BACKEND, require
+
 from imgopt_fast import _native
 
 ROOT = Path(__file__).parent.parent
