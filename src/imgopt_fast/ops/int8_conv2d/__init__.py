@@ -1,0 +1,469 @@
+"""int8 quantized 2-d convolution: exact int32 sums, one pinned rounding, the same bits everywhere.
+
+The weights are symmetric per output channel, the activations asymmetric per tensor. Everything that depends on the
+weights alone is done once by `pack_int8_weight`; an unpacked weight is packed again in every call. Inference only:
+the operation has no autograd registration, because that alone costs microseconds per call.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from imgopt_fast import _native
+from imgopt_fast.ops import registration
+from imgopt_fast.ops.int8_conv2d import reference
+
+Padding = int | Sequence[int] | Sequence[Sequence[int]]
+
+# The values of a quantized tensor, and the zero points that it may have.
+INTEGER_RANGE = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
+# Scales outside of this range are refused: inside of it no multiplier input_scale·weight_scale/output_scale is
+# subnormal (2^-120 ≥ 2^-126), and no product with an int32 sum overflows float32 (2^(24+24+48+31) < 2^128).
+SCALE_MIN, SCALE_MAX = 2.0**-48, 2.0**24
+# requantize="shift": how far the sum (below 2^31) and the residual (below 2^9) may move left to meet each other's scale;
+# together they then stay below 2^61, and adding the rounding half stays within int64.
+SUM_LEFT_MAX, RESIDUAL_LEFT_MAX = 29, 51
+INT32_MAX = 2**31 - 1
+
+
+class PackedInt8Weight(NamedTuple):
+    """What `int8_conv2d` needs to know about a layer, prepared once by `pack_int8_weight`."""
+
+    weight: Tensor  # int8 (O, C/groups, kH, kW): the canonical weight
+    bias: Tensor  # int32 (O,), at scale input_scale * weight_scale[o]
+    weight_scale: Tensor  # float32 (O,)
+    packed: Tensor  # uint8: the weight in one kernel's order, behind a header that says which; may be empty
+    input_scale: float
+    input_zero_point: int
+    groups: int
+
+
+def pack_int8_weight(
+    weight: Tensor,
+    weight_scale: float | Tensor,
+    bias: Tensor | None = None,
+    *,
+    input_scale: float,
+    input_zero_point: int = 0,
+    groups: int = 1,
+) -> PackedInt8Weight:
+    """Check a layer's weights and bring them into the order of the active kernel.
+
+    Args:
+        weight: int8 (O, C/groups, kH, kW), symmetric: real weight = weight * weight_scale[o].
+        weight_scale: positive, one number or (O,) floats; kept as float32.
+        bias: (O,) floats in real units, or None. Rounded half to even, once, to int32 at scale
+            `input_scale * weight_scale[o]`, as in ONNX QLinearConv and TFLite.
+        input_scale: positive scale of the activations that the layer will see.
+        input_zero_point: their zero point, 0..255 for uint8 input and -128..127 for int8 input.
+        groups: as in `torch.nn.functional.conv2d`.
+
+    Raises:
+        TypeError: `weight` is not int8, or `bias` not floating.
+        ValueError: a shape, scale or zero point is out of range, or the sum of a channel could leave int32; the
+            message names the argument and the channel. The bound is exact for the given weights: with
+            d = input - input_zero_point, every sum lies between `bias - ΣW⁺·(-min d) - ΣW⁻·max d` and
+            `bias + ΣW⁺·max d + ΣW⁻·(-min d)`, W⁺ and W⁻ the magnitudes of the positive and negative weights.
+
+    The packed bytes belong to one instruction set. Elsewhere they are ignored, and every call packs anew.
+    """
+    _check_weight(weight, groups)
+    scale = _scale_tensor(weight_scale, weight)
+    _check_scale("input_scale", input_scale)
+    _check_zero_point("input_zero_point", input_zero_point, -128, 255)
+    _check_scale_values(scale)
+    _check_bias(bias, weight)
+    bias_int32 = _quantize_bias(bias, scale, input_scale)
+    _check_sums(weight, bias, scale, bias_int32, input_scale, input_zero_point)
+    canonical = weight.detach().contiguous()
+    return PackedInt8Weight(
+        canonical, bias_int32, scale, pack_bytes(canonical, groups), float(input_scale), int(input_zero_point), groups
+    )
+
+
+def int8_conv2d(
+    input: Tensor,
+    weight: Tensor | PackedInt8Weight,
+    bias: Tensor | None = None,
+    *,
+    input_scale: float | None = None,
+    input_zero_point: int = 0,
+    weight_scale: float | Tensor | None = None,
+    output_scale: float | None = None,
+    output_zero_point: int = 0,
+    output_dtype: torch.dtype | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: Padding = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    output_min: float | None = None,
+    output_max: float | None = None,
+    residual: Tensor | None = None,
+    residual_scale: float | None = None,
+    residual_zero_point: int = 0,
+    requantize: Literal["float", "shift"] = "float",
+) -> Tensor:
+    """Quantized convolution (N, C, H, W) -> (N, O, OH, OW), the output in channels_last memory.
+
+    Args:
+        input: uint8 or int8, channels_last preferred; real value = (input - input_zero_point) * input_scale.
+        weight: int8 (O, C/groups, kH, kW), or what `pack_int8_weight` returned; then `bias`, `input_scale`,
+            `input_zero_point`, `weight_scale` and `groups` come from it and are left out here.
+        bias, input_scale, input_zero_point, weight_scale, groups: as for `pack_int8_weight`.
+        output_scale: scale of the output; None gives float32 real values.
+        output_zero_point: zero point of the output.
+        output_dtype: uint8 or int8 (default: the input's) with `output_scale`, float32 without.
+        stride, dilation: int or (h, w).
+        padding: int, (h, w) or ((top, bottom), (left, right)); a padded tap is real zero.
+        output_min, output_max: clamp in real units, after the residual; ReLU is `output_min=0`.
+        residual: uint8 or int8 of the output's shape, added before the clamp.
+        residual_scale, residual_zero_point: its quantization.
+        requantize: "float" or "shift".
+
+    The arithmetic, in float32 without contraction, S the exact int32 sum with bias::
+
+        m[o] = f32(f64(input_scale) * f64(weight_scale[o]) / f64(output_scale))
+        y    = f32(S) * m[o]
+        y    = y + f32(residual - residual_zero_point) * f32(f64(residual_scale) / f64(output_scale))
+        out  = round_half_even(clamp(y, lo, hi)) + output_zero_point
+
+    with lo, hi the range of `output_dtype` minus the zero point, narrowed by f32(output_min / output_scale) and
+    f32(output_max / output_scale). Without `output_scale` read 1 for it; nothing is rounded then.
+    `requantize="shift"` is what an FPGA does: every scale is a power of two, scale = 2^-p; the sum and the residual
+    are shifted left to the finer of their two scales, added, and `out = (t + (1 << (s-1))) >> s` with
+    s = p_finer - p_output (s <= 0 shifts left), saturated, clamped to round_half_even(lo) and (hi).
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: anything else that is out of range; the message names the argument.
+    """
+    if isinstance(weight, PackedInt8Weight):
+        if bias is not None or input_scale is not None or weight_scale is not None or groups != 1 or input_zero_point:
+            raise ValueError(
+                "weight: is packed, so bias, input_scale, input_zero_point, weight_scale and groups come from it; "
+                "leave them out"
+            )
+        layer = weight
+    else:
+        layer = _layer_of(weight, bias, weight_scale, input_scale, input_zero_point, groups)
+    _check_input(input, layer)
+    strides, dilations = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    paddings = _padding(padding)
+    dtype = _output_dtype(output_dtype, output_scale, input.dtype)
+    if output_scale is not None:
+        _check_scale("output_scale", output_scale)
+        _check_zero_point("output_zero_point", output_zero_point, *INTEGER_RANGE[dtype])
+    elif output_zero_point:
+        raise ValueError(f"output_zero_point: expected 0 without output_scale, got {output_zero_point}")
+    _check_clamp(output_min, output_max)
+    size = output_size(input.shape, layer.weight.shape, strides, paddings, dilations)
+    _check_residual(residual, residual_scale, residual_zero_point, size, input)
+    if requantize not in ("float", "shift"):
+        raise ValueError(f"requantize: expected 'float' or 'shift', got {requantize!r}")
+    if requantize == "shift":
+        _check_powers_of_two(layer, output_scale, residual_scale)
+    output: Tensor = _op(
+        input,
+        layer.weight,
+        layer.bias,
+        layer.weight_scale,
+        layer.packed,
+        residual,
+        layer.input_scale,
+        layer.input_zero_point,
+        output_scale,
+        output_zero_point,
+        dtype,
+        strides,
+        paddings,
+        dilations,
+        layer.groups,
+        output_min,
+        output_max,
+        1.0 if residual_scale is None else residual_scale,
+        residual_zero_point,
+        requantize == "shift",
+    )
+    return output
+
+
+def output_size(
+    input: Sequence[int], weight: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Shape of the output; ValueError where the window does not fit into the padded input."""
+    size = [input[0], weight[0]]
+    for axis in (0, 1):
+        padded = input[2 + axis] + padding[2 * axis] + padding[2 * axis + 1]
+        window = dilation[axis] * (weight[2 + axis] - 1) + 1
+        if padded < window:
+            raise ValueError(
+                f"input: expected at least {window} {('rows', 'columns')[axis]} with padding for the dilated kernel, "
+                f"got {padded}"
+            )
+        size.append((padded - window) // stride[axis] + 1)
+    return size
+
+
+def pack_bytes(weight: Tensor, groups: int) -> Tensor:
+    """`weight` in the order of the active kernel, behind its header; empty where no compiled kernel will read it."""
+    core = _native.core()
+    if core is None or _native.backend() != "native" or weight.device.type != "cpu":
+        return torch.empty(0, dtype=torch.uint8, device=weight.device)
+    packed = torch.empty(core.int8_conv2d_packed_bytes(tuple(weight.shape), groups), dtype=torch.uint8)
+    core.int8_conv2d_pack(weight.numpy(), groups, packed.numpy())
+    return packed
+
+
+def _layer_of(
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_scale: float | Tensor | None,
+    input_scale: float | None,
+    input_zero_point: int,
+    groups: int,
+) -> PackedInt8Weight:
+    """An unpacked weight as a layer with no packed bytes. Compiled graphs skip the checks that look at values."""
+    if input_scale is None:
+        raise ValueError("input_scale: expected a positive number beside an unpacked weight, got None")
+    if weight_scale is None:
+        raise ValueError("weight_scale: expected a positive number or a tensor beside an unpacked weight, got None")
+    _check_weight(weight, groups)
+    _check_scale("input_scale", input_scale)
+    _check_zero_point("input_zero_point", input_zero_point, -128, 255)
+    _check_bias(bias, weight)
+    scale = _scale_tensor(weight_scale, weight)
+    bias_int32 = _quantize_bias(bias, scale, input_scale)
+    if not torch.compiler.is_compiling():
+        _check_scale_values(scale)
+        _check_sums(weight, bias, scale, bias_int32, input_scale, input_zero_point)
+    packed = torch.empty(0, dtype=torch.uint8, device=weight.device)
+    return PackedInt8Weight(weight, bias_int32, scale, packed, input_scale, input_zero_point, groups)
+
+
+def _scale_tensor(weight_scale: float | Tensor, weight: Tensor) -> Tensor:
+    channels = weight.shape[0]
+    if isinstance(weight_scale, Tensor):
+        if not weight_scale.is_floating_point():
+            raise TypeError(f"weight_scale: expected floats, got {weight_scale.dtype}")
+        if weight_scale.dim() > 1 or (weight_scale.dim() == 1 and weight_scale.shape[0] not in (1, channels)):
+            raise ValueError(f"weight_scale: expected 1 or {channels} numbers, got shape {tuple(weight_scale.shape)}")
+        if weight_scale.device != weight.device:
+            raise ValueError(f"weight_scale: expected on the weight's {weight.device}, got {weight_scale.device}")
+        return weight_scale.detach().to(torch.float32).expand(channels).contiguous()
+    _check_scale("weight_scale", weight_scale)
+    return torch.full((channels,), weight_scale, dtype=torch.float32, device=weight.device)
+
+
+def _quantize_bias(bias: Tensor | None, scale: Tensor, input_scale: float) -> Tensor:
+    if bias is None:
+        return torch.zeros(scale.shape[0], dtype=torch.int32, device=scale.device)
+    # Channels that leave int32 or are not finite are reported by _check_sums.
+    steps = bias.detach().double() / (float(input_scale) * scale.double())
+    return torch.round(steps).nan_to_num(0.0).clamp(-(2.0**31), INT32_MAX).to(torch.int32)
+
+
+def _check_weight(weight: Tensor, groups: int) -> None:
+    if not isinstance(weight, Tensor) or weight.dtype != torch.int8:
+        raise TypeError(f"weight: expected an int8 tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
+    if weight.dim() != 4 or 0 in weight.shape:
+        raise ValueError(f"weight: expected (O, C/groups, kH, kW) with no empty axis, got {tuple(weight.shape)}")
+    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}")
+
+
+def _check_scale(name: str, scale: float) -> None:
+    if not SCALE_MIN <= scale <= SCALE_MAX:
+        raise ValueError(f"{name}: expected a positive finite number in [2^-48, 2^24], got {scale}")
+
+
+def _check_zero_point(name: str, zero_point: int, low: int, high: int) -> None:
+    if zero_point != int(zero_point) or not low <= zero_point <= high:
+        raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {zero_point}")
+
+
+def _check_scale_values(scale: Tensor) -> None:
+    good = (scale >= SCALE_MIN) & (scale <= SCALE_MAX)
+    if not bool(good.all()):
+        channel = int(good.logical_not().nonzero()[0])
+        raise ValueError(
+            f"weight_scale: expected positive finite numbers in [2^-48, 2^24], got {float(scale[channel])} for output "
+            f"channel {channel}"
+        )
+
+
+def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
+    if bias is None:
+        return
+    if not bias.is_floating_point():
+        raise TypeError(f"bias: expected floats in real units, got {bias.dtype}")
+    if tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias: expected ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if bias.device != weight.device:
+        raise ValueError(f"bias: expected on the weight's {weight.device}, got {bias.device}")
+
+
+def _check_sums(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, bias_int32: Tensor, input_scale: float, zero_point: int
+) -> None:
+    """No input of either dtype that can have this zero point may carry a channel's sum out of int32."""
+    if bias is not None:
+        steps = bias.detach().double() / (float(input_scale) * scale.double())
+        bad = ~(steps.abs() <= INT32_MAX)
+        if bool(bad.any()):
+            channel = int(bad.nonzero()[0])
+            raise ValueError(
+                f"bias: {float(bias[channel])} of output channel {channel} is {float(steps[channel]):.3g} steps of "
+                f"input_scale*weight_scale, which int32 cannot hold; expected at most {INT32_MAX}: use a larger "
+                f"weight_scale for this channel"
+            )
+    w = weight.flatten(1).long()
+    positive, negative = w.clamp(min=0).sum(1), -w.clamp(max=0).sum(1)
+    above = 127 - zero_point if zero_point < 0 else 255 - zero_point  # a negative zero point means int8 input
+    below = zero_point if zero_point > 127 else zero_point + 128  # one above 127 means uint8 input
+    highest = bias_int32.long() + positive * above + negative * below
+    lowest = bias_int32.long() - positive * below - negative * above
+    bad = (highest > INT32_MAX) | (lowest < -INT32_MAX - 1)
+    if bool(bad.any()):
+        channel = int(bad.nonzero()[0])
+        raise ValueError(
+            f"weight: the sum of output channel {channel} could reach {int(highest[channel])} or "
+            f"{int(lowest[channel])}, outside of int32; expected fewer than {w.shape[1]} weights, smaller ones, or a "
+            f"smaller bias"
+        )
+
+
+def _check_input(input: Tensor, layer: PackedInt8Weight) -> None:
+    if input.dtype not in INTEGER_RANGE:
+        raise TypeError(f"input: expected uint8 or int8, got {input.dtype}")
+    channels = layer.weight.shape[1] * layer.groups
+    if input.dim() != 4 or input.shape[1] != channels:
+        raise ValueError(f"input: expected (N, {channels}, H, W), got {tuple(input.shape)}")
+    if input.device != layer.weight.device:
+        raise ValueError(f"input: expected on the weight's {layer.weight.device}, got {input.device}")
+    _check_zero_point("input_zero_point", layer.input_zero_point, *INTEGER_RANGE[input.dtype])
+
+
+def _check_clamp(output_min: float | None, output_max: float | None) -> None:
+    for name, value in (("output_min", output_min), ("output_max", output_max)):
+        if value is not None and math.isnan(value):
+            raise ValueError(f"{name}: expected a number, got nan")
+    if output_min is not None and output_max is not None and output_min > output_max:
+        raise ValueError(f"output_min: expected at most output_max={output_max}, got {output_min}")
+
+
+def _check_residual(
+    residual: Tensor | None, scale: float | None, zero_point: int, size: Sequence[int], input: Tensor
+) -> None:
+    if residual is None:
+        if scale is not None or zero_point:
+            raise ValueError("residual: expected a tensor beside residual_scale or residual_zero_point, got None")
+        return
+    if scale is None:
+        raise ValueError("residual_scale: expected a positive number beside residual, got None")
+    if residual.dtype not in INTEGER_RANGE:
+        raise TypeError(f"residual: expected uint8 or int8, got {residual.dtype}")
+    if list(residual.shape) != list(size):
+        raise ValueError(f"residual: expected the output's shape {tuple(size)}, got {tuple(residual.shape)}")
+    if residual.device != input.device:
+        raise ValueError(f"residual: expected on the input's {input.device}, got {residual.device}")
+    _check_scale("residual_scale", scale)
+    _check_zero_point("residual_zero_point", zero_point, *INTEGER_RANGE[residual.dtype])
+
+
+def _check_powers_of_two(layer: PackedInt8Weight, output_scale: float | None, residual_scale: float | None) -> None:
+    scales = (("input_scale", layer.input_scale), ("output_scale", output_scale), ("residual_scale", residual_scale))
+    for name, scale in scales:
+        if scale is not None and math.frexp(scale)[0] != 0.5:
+            raise ValueError(f"{name}: expected a power of two with requantize='shift', got {scale}")
+    if torch.compiler.is_compiling():
+        return
+    mantissa, exponent = torch.frexp(layer.weight_scale)
+    bad = mantissa != 0.5
+    if bool(bad.any()):
+        channel = int(bad.nonzero()[0])
+        raise ValueError(
+            f"weight_scale: expected powers of two with requantize='shift', got {float(layer.weight_scale[channel])} "
+            f"for output channel {channel}"
+        )
+    if residual_scale is None:
+        return
+    finer = exponent + (math.frexp(layer.input_scale)[1] - 1 - math.frexp(residual_scale)[1])  # log2 of the ratio
+    if int(finer.max()) > SUM_LEFT_MAX or int(finer.min()) < -RESIDUAL_LEFT_MAX:
+        raise ValueError(
+            f"residual_scale: expected between 2^-{SUM_LEFT_MAX} and 2^{RESIDUAL_LEFT_MAX} times "
+            f"input_scale*weight_scale with requantize='shift', got 2^{-int(finer.max())} to 2^{-int(finer.min())} times"
+        )
+
+
+def _output_dtype(dtype: torch.dtype | None, output_scale: float | None, input: torch.dtype) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if output_scale is None else input
+    allowed = (torch.float32,) if output_scale is None else tuple(INTEGER_RANGE)
+    if dtype not in allowed:
+        names = " or ".join(str(d) for d in allowed)
+        raise ValueError(
+            f"output_dtype: expected {names} {'without' if output_scale is None else 'with'} output_scale, got {dtype}"
+        )
+    return dtype
+
+
+def _pair(name: str, value: int | Sequence[int], low: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= low for v in pair):
+        raise ValueError(f"{name}: expected an integer of at least {low} or a pair of them, got {value}")
+    return pair
+
+
+def _padding(padding: Padding) -> list[int]:
+    """[top, bottom, left, right]."""
+    if isinstance(padding, int):
+        sides = [padding] * 4
+    else:
+        axes = [(axis, axis) if isinstance(axis, int) else tuple(axis) for axis in padding]
+        sides = [side for axis in axes for side in axis]
+        if len(axes) != 2:
+            sides = []
+    if len(sides) != 4 or not all(isinstance(side, int) and side >= 0 for side in sides):
+        raise ValueError(
+            f"padding: expected an integer, (h, w) or ((top, bottom), (left, right)), none negative, got {padding}"
+        )
+    return sides
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    weight_scale: Tensor,
+    packed: Tensor,
+    residual: Tensor | None,
+    input_scale: float,
+    input_zero_point: int,
+    output_scale: float | None,
+    output_zero_point: int,
+    output_dtype: torch.dtype,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    output_min: float | None,
+    output_max: float | None,
+    residual_scale: float,
+    residual_zero_point: int,
+    shift: bool,
+) -> Tensor:
+    size = output_size(input.shape, weight.shape, stride, padding, dilation)
+    return torch.empty(size, dtype=output_dtype, device=input.device, memory_format=torch.channels_last)
+
+
+_op = registration.register(
+    "int8_conv2d(Tensor input, Tensor weight, Tensor bias, Tensor weight_scale, Tensor packed, Tensor? residual, "
+    "float input_scale, int input_zero_point, float? output_scale, int output_zero_point, ScalarType output_dtype, "
+    "int[] stride, int[] padding, int[] dilation, int groups, float? output_min, float? output_max, "
+    "float residual_scale, int residual_zero_point, bool shift) -> Tensor",
+    reference=reference.int8_conv2d,
+    fallback="int8_conv2d:int8_conv2d",
+    fake=_fake,
+)
