@@ -24,6 +24,7 @@ void fill_scalar(KernelTable& t) {
     scalar::affine_warp(t);
     scalar::int8_conv2d(t);
     scalar::masked_matmul(t);
+    scalar::probe(t);
 }
 
 #if defined(IMGOPT_HAVE_AVX2)
@@ -36,12 +37,16 @@ void fill_avx2(KernelTable& t) {
     avx2::affine_warp(t);
     avx2::int8_conv2d(t);
     avx2::masked_matmul(t);
+    avx2::probe(t);
 }
 #endif
 
 #if defined(IMGOPT_HAVE_AVXVNNI)
 bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
-void fill_avxvnni(KernelTable& t) { avxvnni::int8_conv2d(t); }
+void fill_avxvnni(KernelTable& t) {
+    avxvnni::int8_conv2d(t);
+    avxvnni::probe(t);
+}
 #endif
 
 #if defined(IMGOPT_HAVE_AVX512)
@@ -55,6 +60,7 @@ void fill_avx512(KernelTable& t) {
     avx512::affine_warp(t);
     avx512::int8_conv2d(t);
     avx512::masked_matmul(t);
+    avx512::probe(t);
 }
 #endif
 
@@ -63,6 +69,7 @@ void fill_neon(KernelTable& t) {
     neon::affine_warp(t);
     neon::int8_conv2d(t);
     neon::masked_matmul(t);
+    neon::probe(t);
 }
 #endif
 

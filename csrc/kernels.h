@@ -24,7 +24,33 @@ namespace imgopt {
 
 enum class DType : int32_t { u8, i8, i32, f16, bf16, f32, f64 };
 
-struct KernelTable {};
+// --- probe: what one core can do, the denominators of every "% of the floor" -----------------------------------------
+// The arithmetic loops return how many multiply-adds they did, as counted by their own accumulators: every product
+// is 1. All operands come from memory, so that no compiler knows them.
+struct Probe {
+    struct Operands {
+        alignas(64) float zeros_f32[256] = {};
+        alignas(64) float ones_f32[16];
+        alignas(64) int16_t ones_s16[256];
+        alignas(64) uint8_t ones_u8[64];
+        alignas(64) int8_t ones_s8[64];
+
+        Operands() {
+            for (float& x : ones_f32) x = 1;
+            for (int16_t& x : ones_s16) x = 1;
+            for (uint8_t& x : ones_u8) x = 1;
+            for (int8_t& x : ones_s8) x = 1;
+        }
+    };
+    int64_t (*fma)(int64_t rounds, const Operands& operands);       // rounds <= 2^24: float32 counts exactly
+    int64_t (*int8_dot)(int64_t rounds, const Operands& operands);  // exact sums in int32, the best instruction
+    uint64_t (*read)(const void* source, int64_t bytes);            // sum of its 64-bit words; bytes % 512 == 0
+    void (*copy)(const void* source, void* target, int64_t bytes);  // bytes % 512 == 0
+};
+
+struct KernelTable {
+    Probe probe;
+};
 
 // The table of the active instruction set. Throws std::invalid_argument when IMGOPT_ISA names one that does not
 // exist or that this processor lacks.
@@ -45,24 +71,29 @@ namespace scalar {
 void affine_warp(KernelTable& table);
 void int8_conv2d(KernelTable& table);
 void masked_matmul(KernelTable& table);
+void probe(KernelTable& table);
 }  // namespace scalar
 namespace avx2 {
 void affine_warp(KernelTable& table);
 void int8_conv2d(KernelTable& table);
 void masked_matmul(KernelTable& table);
+void probe(KernelTable& table);
 }  // namespace avx2
 namespace avxvnni {
 void int8_conv2d(KernelTable& table);
+void probe(KernelTable& table);
 }  // namespace avxvnni
 namespace avx512 {
 void affine_warp(KernelTable& table);
 void int8_conv2d(KernelTable& table);
 void masked_matmul(KernelTable& table);
+void probe(KernelTable& table);
 }  // namespace avx512
 namespace neon {
 void affine_warp(KernelTable& table);
 void int8_conv2d(KernelTable& table);
 void masked_matmul(KernelTable& table);
+void probe(KernelTable& table);
 }  // namespace neon
 
 }  // namespace imgopt
