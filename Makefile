@@ -1,4 +1,4 @@
-# make train · make test · make bench · make lint: each sets up .venv by itself.
+# make train · make test · make bench · make lint · make docs: each sets up .venv by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ export IMGOPT_REQUIRE_NATIVE := 1
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc cmake build_backend src -type f \
              -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: train test bench lint format stub clean
+.PHONY: train test bench lint format docs stub clean
 train: $(VENV)/.installed
 	$(BIN)/imgopt-fast train
 
@@ -33,6 +33,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q '.[docs]'
+	$(BIN)/python -m sphinx -q -W -b html docs docs/_build
 
 # The committed types of the compiled module; a test compares them with a fresh set.
 stub: $(VENV)/.installed
