@@ -19,12 +19,12 @@ from imgopt_fast.ops.int8_conv2d import reference
 Padding = int | Sequence[int] | Sequence[Sequence[int]]
 
 # The values of a quantized tensor, and the zero points that it may have.
-INTEGER_RANGE = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
+INTEGER_RANGE = reference.INTEGER_RANGE
 # Scales outside of this range are refused: inside of it no multiplier input_scale·weight_scale/output_scale is
 # subnormal (2^-120 ≥ 2^-126), and no product with an int32 sum overflows float32 (2^(24+24+48+31) < 2^128).
 SCALE_MIN, SCALE_MAX = 2.0**-48, 2.0**24
-# requantize="shift": how far the sum (below 2^31) and the residual (below 2^9) may move left to meet each other's scale;
-# together they then stay below 2^61, and adding the rounding half stays within int64.
+# requantize="shift": how far the sum (below 2^31) and the residual (below 2^9) may move left to meet each other's
+# scale; together they then stay below 2^61, and adding the rounding half stays within int64.
 SUM_LEFT_MAX, RESIDUAL_LEFT_MAX = 29, 51
 INT32_MAX = 2**31 - 1
 
@@ -72,8 +72,8 @@ def pack_int8_weight(
     """
     _check_weight(weight, groups)
     scale = _scale_tensor(weight_scale, weight)
-    _check_scale("input_scale", input_scale)
-    _check_zero_point("input_zero_point", input_zero_point, -128, 255)
+    check_scale("input_scale", input_scale)
+    check_zero_point("input_zero_point", input_zero_point, -128, 255)
     _check_scale_values(scale)
     _check_bias(bias, weight)
     bias_int32 = _quantize_bias(bias, scale, input_scale)
@@ -149,21 +149,21 @@ def int8_conv2d(
     else:
         layer = _layer_of(weight, bias, weight_scale, input_scale, input_zero_point, groups)
     _check_input(input, layer)
-    strides, dilations = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    paddings = _padding(padding)
+    strides, dilations = as_pair("stride", stride, 1), as_pair("dilation", dilation, 1)
+    paddings = as_sides(padding)
     dtype = _output_dtype(output_dtype, output_scale, input.dtype)
     if output_scale is not None:
-        _check_scale("output_scale", output_scale)
-        _check_zero_point("output_zero_point", output_zero_point, *INTEGER_RANGE[dtype])
+        check_scale("output_scale", output_scale)
+        check_zero_point("output_zero_point", output_zero_point, *INTEGER_RANGE[dtype])
     elif output_zero_point:
         raise ValueError(f"output_zero_point: expected 0 without output_scale, got {output_zero_point}")
-    _check_clamp(output_min, output_max)
+    check_clamp(output_min, output_max)
     size = output_size(input.shape, layer.weight.shape, strides, paddings, dilations)
     _check_residual(residual, residual_scale, residual_zero_point, size, input)
     if requantize not in ("float", "shift"):
         raise ValueError(f"requantize: expected 'float' or 'shift', got {requantize!r}")
     if requantize == "shift":
-        _check_powers_of_two(layer, output_scale, residual_scale)
+        check_powers_of_two(layer, output_scale, residual_scale)
     output: Tensor = _op(
         input,
         layer.weight,
@@ -230,8 +230,8 @@ def _layer_of(
     if weight_scale is None:
         raise ValueError("weight_scale: expected a positive number or a tensor beside an unpacked weight, got None")
     _check_weight(weight, groups)
-    _check_scale("input_scale", input_scale)
-    _check_zero_point("input_zero_point", input_zero_point, -128, 255)
+    check_scale("input_scale", input_scale)
+    check_zero_point("input_zero_point", input_zero_point, -128, 255)
     _check_bias(bias, weight)
     scale = _scale_tensor(weight_scale, weight)
     bias_int32 = _quantize_bias(bias, scale, input_scale)
@@ -252,7 +252,7 @@ def _scale_tensor(weight_scale: float | Tensor, weight: Tensor) -> Tensor:
         if weight_scale.device != weight.device:
             raise ValueError(f"weight_scale: expected on the weight's {weight.device}, got {weight_scale.device}")
         return weight_scale.detach().to(torch.float32).expand(channels).contiguous()
-    _check_scale("weight_scale", weight_scale)
+    check_scale("weight_scale", weight_scale)
     return torch.full((channels,), weight_scale, dtype=torch.float32, device=weight.device)
 
 
@@ -273,12 +273,12 @@ def _check_weight(weight: Tensor, groups: int) -> None:
         raise ValueError(f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}")
 
 
-def _check_scale(name: str, scale: float) -> None:
+def check_scale(name: str, scale: float) -> None:
     if not SCALE_MIN <= scale <= SCALE_MAX:
         raise ValueError(f"{name}: expected a positive finite number in [2^-48, 2^24], got {scale}")
 
 
-def _check_zero_point(name: str, zero_point: int, low: int, high: int) -> None:
+def check_zero_point(name: str, zero_point: int, low: int, high: int) -> None:
     if zero_point != int(zero_point) or not low <= zero_point <= high:
         raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {zero_point}")
 
@@ -342,10 +342,10 @@ def _check_input(input: Tensor, layer: PackedInt8Weight) -> None:
         raise ValueError(f"input: expected (N, {channels}, H, W), got {tuple(input.shape)}")
     if input.device != layer.weight.device:
         raise ValueError(f"input: expected on the weight's {layer.weight.device}, got {input.device}")
-    _check_zero_point("input_zero_point", layer.input_zero_point, *INTEGER_RANGE[input.dtype])
+    check_zero_point("input_zero_point", layer.input_zero_point, *INTEGER_RANGE[input.dtype])
 
 
-def _check_clamp(output_min: float | None, output_max: float | None) -> None:
+def check_clamp(output_min: float | None, output_max: float | None) -> None:
     for name, value in (("output_min", output_min), ("output_max", output_max)):
         if value is not None and math.isnan(value):
             raise ValueError(f"{name}: expected a number, got nan")
@@ -368,11 +368,11 @@ def _check_residual(
         raise ValueError(f"residual: expected the output's shape {tuple(size)}, got {tuple(residual.shape)}")
     if residual.device != input.device:
         raise ValueError(f"residual: expected on the input's {input.device}, got {residual.device}")
-    _check_scale("residual_scale", scale)
-    _check_zero_point("residual_zero_point", zero_point, *INTEGER_RANGE[residual.dtype])
+    check_scale("residual_scale", scale)
+    check_zero_point("residual_zero_point", zero_point, *INTEGER_RANGE[residual.dtype])
 
 
-def _check_powers_of_two(layer: PackedInt8Weight, output_scale: float | None, residual_scale: float | None) -> None:
+def check_powers_of_two(layer: PackedInt8Weight, output_scale: float | None, residual_scale: float | None) -> None:
     scales = (("input_scale", layer.input_scale), ("output_scale", output_scale), ("residual_scale", residual_scale))
     for name, scale in scales:
         if scale is not None and math.frexp(scale)[0] != 0.5:
@@ -393,7 +393,8 @@ def _check_powers_of_two(layer: PackedInt8Weight, output_scale: float | None, re
     if int(finer.max()) > SUM_LEFT_MAX or int(finer.min()) < -RESIDUAL_LEFT_MAX:
         raise ValueError(
             f"residual_scale: expected between 2^-{SUM_LEFT_MAX} and 2^{RESIDUAL_LEFT_MAX} times "
-            f"input_scale*weight_scale with requantize='shift', got 2^{-int(finer.max())} to 2^{-int(finer.min())} times"
+            f"input_scale*weight_scale with requantize='shift', got 2^{-int(finer.max())} to "
+            f"2^{-int(finer.min())} times"
         )
 
 
@@ -409,14 +410,14 @@ def _output_dtype(dtype: torch.dtype | None, output_scale: float | None, input: 
     return dtype
 
 
-def _pair(name: str, value: int | Sequence[int], low: int) -> list[int]:
+def as_pair(name: str, value: int | Sequence[int], low: int) -> list[int]:
     pair = [value, value] if isinstance(value, int) else list(value)
     if len(pair) != 2 or not all(isinstance(v, int) and v >= low for v in pair):
         raise ValueError(f"{name}: expected an integer of at least {low} or a pair of them, got {value}")
     return pair
 
 
-def _padding(padding: Padding) -> list[int]:
+def as_sides(padding: Padding) -> list[int]:
     """[top, bottom, left, right]."""
     if isinstance(padding, int):
         sides = [padding] * 4

@@ -104,7 +104,7 @@ def add_scaled(y: Tensor, difference: Tensor | None, scale: float) -> Tensor:
 def shift_requantize(
     sums: Tensor, scale: Tensor, difference: Tensor | None, residual_scale: float, output_scale: float
 ) -> Tensor:
-    """int64 sums at power-of-two `scale` to steps of `output_scale`, rounding half up, not yet saturated."""
+    """int64 sums at power-of-two `scale` to steps of `output_scale`, not yet saturated."""
     fine = _exponent(scale)
     if difference is not None:
         residual_fine = _exponent(torch.tensor(residual_scale, dtype=torch.float64, device=sums.device))
@@ -112,8 +112,14 @@ def shift_requantize(
         # The bounds are checked by the public function; a compiled graph that skipped the check must not overflow.
         sums = (sums << (finest - fine).clamp(max=29)) + (difference.long() << (finest - residual_fine).clamp(max=51))
         fine = finest
-    right = fine - _exponent(torch.tensor(output_scale, dtype=torch.float64, device=sums.device))
-    # Beyond 62 the result is 0 as it is at 62; a left shift past 31 saturates as it does at 31.
+    return shift_right(sums, fine - _exponent(torch.tensor(output_scale, dtype=torch.float64, device=sums.device)))
+
+
+def shift_right(sums: Tensor, right: Tensor) -> Tensor:
+    """sums * 2^-right, rounding half up; a negative `right` shifts left.
+
+    Beyond 62 the result is 0, as it is at 62, for every |sum| < 2^61; a left shift past 31 saturates as at 31.
+    """
     down = right.clamp(1, 62)
     shifted_down = (sums + (torch.ones_like(down) << (down - 1))) >> down
     shifted_up = sums.clamp(-(2**31), 2**31) << (-right).clamp(0, 31)
