@@ -1,0 +1,177 @@
+"""Linear and convolution layers whose pruned weights cost nothing, forward or backward.
+
+The Parameter `weight` stays dense and the bool buffer `weight_mask` says which of it exists; both are what a
+state_dict holds. The structure that the kernels walk is derived: made on first use, again when the mask changes, and
+left out of state_dict, pickle and deepcopy.
+"""
+
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from imgopt_fast.ops.masked_matmul import MaskLayout, mask_layout, masked_conv2d, masked_matmul
+
+
+class _Masked(nn.Module):
+    """What both layers share: the mask, and the layout that follows it."""
+
+    weight: nn.Parameter
+    weight_mask: Tensor
+    groups: int = 1
+
+    def _init_mask(self) -> None:
+        self.register_buffer("weight_mask", torch.ones_like(self.weight, dtype=torch.bool))
+        self._layout: MaskLayout | None = None
+        self._layout_of: tuple[int, int] | None = None
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Keep the weights where `mask`, bool of the weight's shape, is set; the others become exactly zero."""
+        if mask.dtype != torch.bool or mask.shape != self.weight.shape:
+            raise ValueError(
+                f"mask: expected bool of shape {tuple(self.weight.shape)}, got {mask.dtype} of {tuple(mask.shape)}"
+            )
+        with torch.no_grad():
+            self.weight_mask.copy_(mask)
+            self.weight.masked_fill_(~self.weight_mask, 0)
+
+    def mask_or_layout(self) -> Tensor | MaskLayout:
+        """What the operation takes for a mask: the layout, brought up to date.
+
+        A graph being traced takes the layout of the last eager call (or of `layout()`); where there was none it
+        takes the mask itself, which costs dense arithmetic.
+        """
+        if torch.compiler.is_compiling():
+            return self.weight_mask if self._layout is None else self._layout
+        return self.layout()
+
+    def layout(self) -> MaskLayout:
+        """The layout of the present mask, analysed again if the mask has changed."""
+        mask = self.weight_mask
+        current = (id(mask), mask._version)
+        if self._layout is None or self._layout_of != current:
+            self._layout, self._layout_of = mask_layout(mask, groups=self.groups), current
+        return self._layout
+
+    def density(self) -> float:
+        """Share of the weights that exist."""
+        return float(self.weight_mask.float().mean()) if self.weight_mask.numel() else 1.0
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._layout = self._layout_of = None  # the device may change
+        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layout": None, "_layout_of": None}
+
+
+class MaskedLinear(_Masked):
+    """`torch.nn.Linear` with a mask: input (..., in_features), output (..., out_features).
+
+    `weight` (out_features, in_features), `weight_mask` bool of its shape, all set at first, `bias` (out_features,) or
+    None; initialised as torch does.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self._adopt(nn.Linear(in_features, out_features, bias, device, dtype))
+
+    @classmethod
+    def from_dense(cls, module: nn.Linear) -> Self:
+        """The masked layer in the place of `module`, sharing its Parameters."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(module)
+        return layer.train(module.training)
+
+    def _adopt(self, module: nn.Linear) -> None:
+        self.in_features, self.out_features = module.in_features, module.out_features
+        self.weight = cast(nn.Parameter, module.weight)
+        self.bias = cast(nn.Parameter | None, module.bias)
+        self._init_mask()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return masked_matmul(input, self.weight, self.mask_or_layout(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, density={self.density():.3f}"
+
+
+class MaskedConv2d(_Masked):
+    """`torch.nn.Conv2d` with a mask and zero padding: input (N, C, H, W), channels_last preferred.
+
+    `weight` (out_channels, in_channels / groups, kH, kW), `weight_mask` bool of its shape, all set at first, `bias`
+    (out_channels,) or None; initialised as torch does.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self._adopt(
+            nn.Conv2d(
+                in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+                device=device, dtype=dtype,
+            )
+        )  # fmt: skip
+
+    @classmethod
+    def from_dense(cls, module: nn.Conv2d) -> Self:
+        """The masked layer in the place of `module`, sharing its Parameters; ValueError if its padding is not zeros."""
+        if module.padding_mode != "zeros":
+            raise ValueError(f"module: expected padding_mode 'zeros', got {module.padding_mode!r}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(module)
+        return layer.train(module.training)
+
+    def _adopt(self, module: nn.Conv2d) -> None:
+        self.in_channels, self.out_channels = module.in_channels, module.out_channels
+        self.kernel_size = cast(tuple[int, int], module.kernel_size)
+        self.stride = cast(tuple[int, int], module.stride)
+        self.dilation = cast(tuple[int, int], module.dilation)
+        self.groups = module.groups
+        self.padding = _explicit_padding(module)
+        self.weight = cast(nn.Parameter, module.weight)
+        self.bias = cast(nn.Parameter | None, module.bias)
+        self._init_mask()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return masked_conv2d(
+            input, self.weight, self.mask_or_layout(), self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
+            f"density={self.density():.3f}"
+        )
+
+
+def _explicit_padding(module: nn.Conv2d) -> tuple[int, int]:
+    if module.padding == "valid":
+        return (0, 0)
+    if module.padding == "same":
+        whole = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        if any(p % 2 for p in whole):
+            raise ValueError(f"module: expected padding that is the same on both sides, got 'same' for {module}")
+        return (whole[0] // 2, whole[1] // 2)
+    return cast(tuple[int, int], module.padding)

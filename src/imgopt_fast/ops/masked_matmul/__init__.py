@@ -1,0 +1,281 @@
+"""Sparse masked matmul and convolution: `input @ where(mask, weight, 0).T + bias` at the cost of the kept weights.
+
+    masked_matmul, masked_conv2d   with a bool mask (dense arithmetic), a MaskLayout (training: forward and both
+                                   gradients are sparse) or a PackedMaskedWeight (inference)
+
+One operation serves the linear and the convolution: a convolution's rows are the windows that its output positions
+see, gathered by the kernel itself, and its input gradient is a convolution of the same kind with the transposed
+structure. Double backward is defined through the same two operations, which are each other's derivatives.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from imgopt_fast.ops import registration
+from imgopt_fast.ops.masked_matmul import reference
+from imgopt_fast.ops.masked_matmul.layout import MaskLayout, PackedMaskedWeight, mask_layout, pack_masked_weight
+
+__all__ = [
+    "MaskLayout",
+    "PackedMaskedWeight",
+    "mask_layout",
+    "masked_conv2d",
+    "masked_matmul",
+    "pack_masked_weight",
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def masked_matmul(
+    input: Tensor,
+    weight: Tensor | PackedMaskedWeight,
+    mask: Tensor | MaskLayout | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`input @ where(mask, weight, 0).T + bias`, computed for the kept weights only.
+
+    `input` (..., K) and `weight` (O, K) share a dtype of float32, bfloat16, float16 (both summed in float32) or
+    float64; `bias` (O,). `mask` is a `MaskLayout` of `mask_layout` (training), or bool (O, K), which costs a dense
+    matmul; it is left out with a `PackedMaskedWeight` (inference: no gradient). Returns (..., O) in the input's dtype.
+
+    Masked means absent: off the mask, weights have no effect whatever they hold, and their gradient is zero. The
+    result for non-finite `input` is unspecified. Raises TypeError and ValueError for anything else.
+    """
+    weight_shape = _check(input, weight, mask, bias, groups=1, dims=2)
+    if input.dim() == 0 or input.shape[-1] != weight_shape[1]:
+        raise ValueError(
+            f"input: expected (..., {weight_shape[1]}) for weight {weight_shape}, got {tuple(input.shape)}"
+        )
+    if isinstance(mask, Tensor):
+        assert isinstance(weight, Tensor)
+        return torch.nn.functional.linear(input, torch.where(mask, weight, 0), bias)
+    return _apply(input, weight, mask, bias, weight_shape[1], [])
+
+
+def masked_conv2d(
+    input: Tensor,
+    weight: Tensor | PackedMaskedWeight,
+    mask: Tensor | MaskLayout | None = None,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv2d` with `where(mask, weight, 0)`, computed for the kept weights only.
+
+    `input` (N, C, H, W), channels_last preferred; `weight` (O, C / groups, kH, kW); `mask` as in `masked_matmul`, and
+    a MaskLayout or PackedMaskedWeight made with the same `groups`. Zero padding. Returns (N, O, outH, outW) in
+    channels_last memory. dtypes, gradients and errors as in `masked_matmul`.
+    """
+    weight_shape = _check(input, weight, mask, bias, groups=groups, dims=4)
+    step, offset, per_tap = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    channels = weight_shape[1] * groups
+    if input.dim() != 4 or input.shape[1] != channels:
+        raise ValueError(f"input: expected (N, {channels}, H, W) for weight {weight_shape}, got {tuple(input.shape)}")
+    size = [
+        (input.shape[2 + i] + 2 * offset[i] - per_tap[i] * (weight_shape[2 + i] - 1) - 1) // step[i] + 1
+        for i in range(2)
+    ]
+    if size[0] < 1 or size[1] < 1:
+        raise ValueError(f"input: the kernel does not fit into the padded image, got {tuple(input.shape)}")
+    if isinstance(mask, Tensor):
+        assert isinstance(weight, Tensor)
+        kept = torch.where(mask, weight, 0)
+        return torch.nn.functional.conv2d(input, kept, bias, step, offset, per_tap, groups)
+    window = [*size, *weight_shape[2:], *step, -offset[0], -offset[1], *per_tap, 1, 1]
+    return _apply(input, weight, mask, bias, channels, window)
+
+
+def _apply(
+    input: Tensor,
+    weight: Tensor | PackedMaskedWeight,
+    layout: MaskLayout | None,
+    bias: Tensor | None,
+    in_features: int,
+    window: list[int],
+) -> Tensor:
+    if isinstance(weight, PackedMaskedWeight):
+        shape = [weight.shape[0], in_features, weight.block]
+        result = MATMUL_PACKED(input, weight.values, bias, weight.quads, weight.columns, shape, window)
+        return cast(Tensor, result)
+    assert layout is not None
+    shape = [weight.shape[0], in_features, layout.block, layout.transposed_block]
+    result = MATMUL(input, weight, bias, *layout[1:7], shape, window)
+    return cast(Tensor, result)
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor | PackedMaskedWeight,
+    mask: Tensor | MaskLayout | None,
+    bias: Tensor | None,
+    groups: int,
+    dims: int,
+) -> tuple[int, ...]:
+    """Check what both functions have in common; returns the shape of the weight."""
+    if not isinstance(input, Tensor) or input.dtype not in DTYPES:
+        raise TypeError(f"input: expected a tensor of float32, bfloat16, float16 or float64, got {_kind(input)}")
+    if isinstance(weight, PackedMaskedWeight):
+        if mask is not None:
+            raise ValueError("mask: expected None with a PackedMaskedWeight, which holds its own")
+        held, made_for, shape = weight.values, weight.groups, weight.shape
+    else:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight: expected a tensor or a PackedMaskedWeight, got {_kind(weight)}")
+        held, made_for, shape = weight, groups, tuple(weight.shape)
+        if isinstance(mask, MaskLayout):
+            made_for, masked_shape, masked_device = mask.groups, tuple(mask.mask.shape), mask.mask.device
+        elif isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            masked_shape, masked_device = tuple(mask.shape), mask.device
+        else:
+            raise TypeError(f"mask: expected a bool tensor or a MaskLayout, got {_kind(mask)}")
+        if masked_shape != shape:
+            raise ValueError(f"mask: expected the weight's shape {shape}, got {masked_shape}")
+        if masked_device != weight.device:
+            raise ValueError(f"mask: expected the weight's device {weight.device}, got {masked_device}")
+    if len(shape) != dims:
+        expected = "(O, K)" if dims == 2 else "(O, C / groups, kH, kW)"
+        raise ValueError(f"weight: expected {expected}, got shape {shape}")
+    if made_for != groups:
+        raise ValueError(f"groups: expected {made_for}, which the mask was analysed with, got {groups}")
+    if groups < 1 or shape[0] % groups:
+        raise ValueError(f"groups: expected a divisor of the {shape[0]} outputs, got {groups}")
+    if not torch.is_autocast_enabled(input.device.type) and held.dtype != input.dtype:
+        raise TypeError(f"weight: expected the input's dtype {input.dtype}, got {held.dtype}")
+    if held.device != input.device:
+        raise ValueError(f"weight: expected the input's device {input.device}, got {held.device}")
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype != held.dtype:
+            raise TypeError(f"bias: expected a tensor of the weight's dtype {held.dtype}, got {_kind(bias)}")
+        if tuple(bias.shape) != shape[:1]:
+            raise ValueError(f"bias: expected shape ({shape[0]},), got {tuple(bias.shape)}")
+        if bias.device != input.device:
+            raise ValueError(f"bias: expected the input's device {input.device}, got {bias.device}")
+    return shape
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{name}: expected one or two integers of at least {least}, got {value}")
+    return pair
+
+
+# --- the operations -------------------------------------------------------------------------------------------------
+# shape: (outputs, input features or channels, block, block of the transposed structure); window: see
+# reference.windows, empty for a linear.
+
+
+def _matmul_fake(input: Tensor, weight: Tensor, bias: Tensor | None, *structure: Any) -> Tensor:
+    shape, window = structure[-2:]
+    if not window:
+        return input.new_empty((*input.shape[:-1], shape[0]))
+    size = (input.shape[0], shape[0], window[0], window[1])
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+
+
+def _weight_grad_fake(input: Tensor, grad: Tensor, *structure: Any) -> Tensor:
+    return input.new_empty(structure[-1])
+
+
+_STRUCTURE = (
+    "Tensor quads, Tensor columns, Tensor source, "
+    "Tensor transposed_quads, Tensor transposed_columns, Tensor transposed_source, int[] shape, SymInt[] window"
+)
+MATMUL = registration.register(
+    f"masked_matmul(Tensor input, Tensor weight, Tensor? bias, {_STRUCTURE}) -> Tensor",
+    reference=reference.masked_matmul,
+    fallback="masked_matmul:masked_matmul",
+    fake=_matmul_fake,
+)
+MATMUL_PACKED = registration.register(
+    "masked_matmul_packed(Tensor input, Tensor values, Tensor? bias, Tensor quads, Tensor columns, int[] shape, "
+    "SymInt[] window) -> Tensor",
+    reference=reference.masked_matmul_packed,
+    fallback="masked_matmul:masked_matmul_packed",
+    fake=_matmul_fake,
+)
+WEIGHT_GRAD = registration.register(
+    f"masked_matmul_weight_grad(Tensor input, Tensor grad, {_STRUCTURE}, int[] weight_shape) -> Tensor",
+    reference=reference.masked_matmul_weight_grad,
+    fallback="masked_matmul:masked_matmul_weight_grad",
+    fake=_weight_grad_fake,
+)
+
+
+def _transpose(
+    input: Tensor, structure: tuple[Tensor, ...], shape: list[int], window: list[Any]
+) -> tuple[tuple[Tensor, ...], list[int], list[Any]]:
+    """Structure, shape and window of the input gradient, whose output is of the size of `input`."""
+    out, features, block, transposed_block = shape
+    if window:
+        taps, (step_y, step_x, offset_y, offset_x, tap_y, tap_x, divide_y, divide_x) = window[2:4], window[4:]
+        window = [
+            *input.shape[2:], *taps, divide_y, divide_x, -offset_y, -offset_x, -tap_y, -tap_x, step_y, step_x
+        ]  # fmt: skip
+    return (*structure[3:], *structure[:3]), [features, out, transposed_block, block], window
+
+
+def _sum_rows(grad: Tensor, window: list[Any]) -> Tensor:
+    return grad.sum((0, 2, 3) if window else tuple(range(grad.dim() - 1)))
+
+
+def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, *structure, shape, window = inputs
+    ctx.save_for_backward(input, weight, *structure)
+    ctx.shape, ctx.window, ctx.has_bias = shape, window, bias is not None
+
+
+def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, *structure = ctx.saved_tensors
+    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_input = grad_weight = grad_bias = None
+    if needs_input:
+        transposed, shape, window = _transpose(input, tuple(structure), ctx.shape, ctx.window)
+        grad_input = MATMUL(grad, weight, None, *transposed, shape, window)
+    if needs_weight:
+        grad_weight = WEIGHT_GRAD(input, grad, *structure, ctx.shape, ctx.window, list(weight.shape))
+    if needs_bias and ctx.has_bias:
+        grad_bias = _sum_rows(grad, ctx.window)
+    return (grad_input, grad_weight, grad_bias) + (None,) * 8
+
+
+def _weight_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, grad, *structure, shape, window, _ = inputs
+    ctx.save_for_backward(input, grad, *structure)
+    ctx.shape, ctx.window = shape, window
+
+
+def _weight_grad_backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
+    input, grad, *structure = ctx.saved_tensors
+    grad_input = grad_grad = None
+    if ctx.needs_input_grad[0]:
+        transposed, shape, window = _transpose(input, tuple(structure), ctx.shape, ctx.window)
+        grad_input = MATMUL(grad, grad_weight, None, *transposed, shape, window)
+    if ctx.needs_input_grad[1]:
+        grad_grad = MATMUL(input, grad_weight, None, *structure, ctx.shape, ctx.window)
+    return (grad_input, grad_grad) + (None,) * 9
+
+
+torch.library.register_autograd(MATMUL, _matmul_backward, setup_context=_matmul_setup, lib=registration.LIBRARY)
+torch.library.register_autograd(
+    WEIGHT_GRAD, _weight_grad_backward, setup_context=_weight_grad_setup, lib=registration.LIBRARY
+)
+
+
+def _cast(dtype: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    if input.dtype == torch.float64:  # autocast leaves float64 alone, as it does in torch's own operations
+        return (input, weight, bias, *rest)
+    return (input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *rest)
+
+
+registration.register_autocast(MATMUL, _cast)
+registration.register_autocast(MATMUL_PACKED, _cast)

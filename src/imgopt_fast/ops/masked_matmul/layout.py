@@ -1,0 +1,154 @@
+"""From a mask to the structure that the kernels walk: MaskLayout (training) and PackedMaskedWeight (inference).
+
+Every backend and every instruction set reads the same structure, "row quads". The columns are cut into blocks of
+`block`, so that a block of transposed activations stays in the first-level cache; within a block and a window of 64
+rows, the rows are sorted by their number of entries, and four neighbours form a quad. A quad is a list of steps, and
+each step multiplies four values, one per row, with
+    one activation column   (all four rows have it: blocks of 4×1, dense weights),
+    two                     (rows 0 and 1 share one, rows 2 and 3 the other), or
+    four                    (none shared),
+in this order. The number of steps is the largest entry count of its rows; shorter rows are padded with zeros, which
+the sorting makes rare. So one inner loop with sixteen independent sums and no branch serves everything from a dense
+matrix to 99 % sparsity.
+
+    quads    int32 (blocks, ceil(rows / 4), 9): four rows, first step, first column, steps of each of the three kinds;
+             rows from `rows` on are padding of the last quad
+    columns  uint8, or int32 where a block has more than 256 columns: within the block, 1, 2 or 4 per step
+    source   int32, 4 per step: flat position in the weight, -1 for padding
+    values   4 per step: the weight at `source`, 0 for padding
+
+A weight of a convolution (O, C / groups, kH, kW) has a column per tap and input channel, tap * C + c: what
+channels_last activations have in memory. Groups are a block-diagonal mask.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from imgopt_fast import _native
+from imgopt_fast.ops.masked_matmul import reference
+from imgopt_fast.ops.masked_matmul.table import block_columns
+
+MAX_COUNT = 2**31 - 1  # positions in the weight are int32
+
+
+class MaskLayout(NamedTuple):
+    """Where a mask is set, analysed for the kernels: the structure, and that of the transposed weight.
+
+    Made by `mask_layout`; immutable, valid for one mask on one device.
+    """
+
+    mask: Tensor
+    quads: Tensor
+    columns: Tensor
+    source: Tensor
+    transposed_quads: Tensor
+    transposed_columns: Tensor
+    transposed_source: Tensor
+    block: int
+    transposed_block: int
+    kept: int
+    groups: int
+
+
+class PackedMaskedWeight(NamedTuple):
+    """The values of a masked weight in the order in which the kernel visits them. Made by `pack_masked_weight`."""
+
+    values: Tensor
+    quads: Tensor
+    columns: Tensor
+    shape: tuple[int, ...]
+    block: int
+    kept: int
+    groups: int
+
+
+def mask_layout(mask: Tensor, *, groups: int = 1) -> MaskLayout:
+    """Analyse `mask` once, for use wherever a mask is accepted until it changes. Eager only.
+
+    `mask` is bool, (O, K) of a linear or (O, C / groups, kH, kW) of a convolution with `groups` groups. Raises
+    TypeError and ValueError for anything else.
+    """
+    mask = _checked_mask(mask, groups).detach().clone()
+    count = int(mask.sum())
+    index = _gather_index(mask, groups)
+    rows, columns = index.flatten(1).shape
+    block = block_columns(rows, columns, count)
+    transposed = index.permute(2, 1, 0)
+    transposed_rows, transposed_columns = transposed.flatten(1).shape
+    transposed_block = block_columns(transposed_rows, transposed_columns, count)
+    return MaskLayout(
+        mask,
+        *_structure(mask, index, block),
+        *_structure(mask, transposed, transposed_block),
+        block=block,
+        transposed_block=transposed_block,
+        kept=count,
+        groups=groups,
+    )
+
+
+def pack_masked_weight(weight: Tensor, mask: Tensor, *, groups: int = 1) -> PackedMaskedWeight:
+    """Values and structure of `torch.where(mask, weight, 0)` for inference, instead of `weight` and `mask`. Eager only.
+
+    `weight` is floating, (O, K) or (O, C / groups, kH, kW); `mask` bool of its shape. At 90 % sparsity the result
+    takes about 15 % of the bytes of the float32 weight. Raises TypeError and ValueError for anything else.
+    """
+    _checked_mask(mask, groups)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TypeError(f"weight: expected a floating tensor, got {_describe(weight)}")
+    if weight.shape != mask.shape:
+        raise ValueError(f"mask: expected the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
+    if weight.device != mask.device:
+        raise ValueError(f"mask: expected the weight's device {weight.device}, got {mask.device}")
+    count = int(mask.sum())
+    index = _gather_index(mask, groups)
+    rows, columns = index.flatten(1).shape
+    block = block_columns(rows, columns, count)
+    quads, local_columns, source = _structure(mask, index, block)
+    values = reference.gather(weight.detach(), source)
+    return PackedMaskedWeight(values, quads, local_columns, tuple(weight.shape), block, count, groups)
+
+
+def _checked_mask(mask: Tensor, groups: int) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected a bool tensor, got {_describe(mask)}")
+    if mask.dim() not in (2, 4):
+        raise ValueError(f"mask: expected (O, K) or (O, C / groups, kH, kW), got shape {tuple(mask.shape)}")
+    if mask.numel() > MAX_COUNT:
+        raise ValueError(f"mask: expected at most {MAX_COUNT} positions, got {mask.numel()}")
+    if groups < 1 or mask.shape[0] % groups or (mask.dim() == 2 and groups != 1):
+        raise ValueError(f"groups: expected a divisor of the {mask.shape[0]} outputs, 1 for (O, K), got {groups}")
+    return mask
+
+
+def _describe(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _gather_index(mask: Tensor, groups: int) -> Tensor:
+    """(O, taps, C): flat position in the weight of what output, tap and input channel multiply; -1 across groups."""
+    out, per_group = mask.shape[:2]
+    index = torch.arange(mask.numel(), dtype=torch.int32).view(out, per_group, -1).transpose(1, 2)
+    if groups == 1:
+        return index
+    taps = index.shape[1]
+    full = torch.full((groups, out // groups, taps, groups, per_group), -1, dtype=torch.int32)
+    for g in range(groups):
+        full[g, :, :, g] = index.view(groups, out // groups, taps, per_group)[g]
+    return full.view(out, taps, groups * per_group)
+
+
+def _structure(mask: Tensor, index: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(quads, columns, source) of the rows of `index`, of which those count that `mask` sets."""
+    index = index.flatten(1).contiguous()
+    flat = mask.cpu().flatten()
+    kept = (flat[index.clamp(min=0)] & (index >= 0)) if flat.numel() else torch.zeros(index.shape, dtype=torch.bool)
+    core = _native.core() if _native.backend() == "native" else None
+    build = getattr(core, "mask_structure", reference.structure)
+    quads, columns, position = map(torch.from_numpy, build(kept.numpy(), block))
+    source = torch.full_like(position, -1)
+    real = position >= 0
+    source[real] = index.flatten()[position[real]]
+    return quads.to(mask.device), columns.to(mask.device), source.to(mask.device)

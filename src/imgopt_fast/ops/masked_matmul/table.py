@@ -1,0 +1,23 @@
+"""Which block of columns a structure is cut into: a committed table, so that results never depend on timing.
+
+The table is measured by `benchmarks/tune_masked_matmul.py`, which prints it.
+"""
+
+from imgopt_fast import _native
+
+# Density of the mask up to which a block size is the fastest, per instruction set; 0 stands for one block.
+BLOCKS: dict[str, tuple[tuple[float, int], ...]] = {
+    "scalar": ((0.04, 0), (1.0, 256)),
+    "avx2": ((0.04, 0), (1.0, 256)),
+    "avx512": ((0.04, 0), (0.7, 128), (1.0, 256)),
+    "neon": ((0.04, 0), (1.0, 256)),
+}
+
+
+def block_columns(rows: int, columns: int, count: int) -> int:
+    """Columns per block of a structure with `count` entries in `rows` × `columns`, on the active instruction set."""
+    density = count / max(1, rows * columns)
+    isa = _native.active_isa() or "scalar"
+    isa = {"avxvnni": "avx2"}.get(isa, isa)
+    block = next(size for limit, size in BLOCKS[isa] if density <= limit)
+    return min(block or columns, max(1, columns))
