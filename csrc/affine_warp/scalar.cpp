@@ -1,7 +1,8 @@
-#include "../kernels.h"
+// affine_warp, portable: the specification that the vector units are tested against, bit by bit.
+#include "rows.h"
 
 namespace imgopt::scalar {
 
-void affine_warp(KernelTable&) {}
+void affine_warp(KernelTable& table) { table.affine_warp = warp_rows; }
 
 }  // namespace imgopt::scalar

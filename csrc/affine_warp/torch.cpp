@@ -1,3 +1,141 @@
+// affine_warp on torch's CPU tensors. The Python side has validated the arguments and named them in its errors; here
+// only what memory safety rests on is checked again.
 #include "../torch_stable.h"
+#include "binding.h"
 
-STABLE_TORCH_LIBRARY_IMPL(imgopt_fast, CPU, m) { (void)m; }
+namespace imgopt {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+
+template <class T>
+void read_doubles(const Tensor& t, int64_t n, int64_t rows, int64_t columns, double* to, int64_t step) {
+    const T* data = t.const_data_ptr<T>();
+    const auto strides = t.strides();
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = 0; c < columns; ++c)
+                to[i * step + r * columns + c] = data[i * strides[0] + r * strides[1] + c * strides[2]];
+}
+
+void check_leading(const Tensor& t, int64_t batch, const char* name) {
+    STD_TORCH_CHECK(t.dim() == 3 && (t.size(0) == batch || t.size(0) == 1), name,
+                    ": expected 3 dimensions, N or 1 first");
+}
+
+// The matrices of (N or 1, R, C) as float64, `step` numbers each.
+std::vector<double> doubles(const Tensor& t, int64_t batch, int64_t columns, int64_t step, const char* name) {
+    check_leading(t, batch, name);
+    STD_TORCH_CHECK(t.size(2) == columns && t.size(1) * columns <= step, name, ": wrong shape");
+    std::vector<double> values(t.size(0) * step);
+    if (t.scalar_type() == ScalarType::Double)
+        read_doubles<double>(t, t.size(0), t.size(1), columns, values.data(), step);
+    else {
+        STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": expected float32 or float64");
+        read_doubles<float>(t, t.size(0), t.size(1), columns, values.data(), step);
+    }
+    return values;
+}
+
+std::vector<double> homographies(const Tensor& matrix, int64_t batch) {
+    std::vector<double> values = doubles(matrix, batch, 3, 9, "matrix");
+    STD_TORCH_CHECK(matrix.size(1) >= 2, "matrix: wrong shape");
+    if (matrix.size(1) == 2)
+        for (size_t i = 8; i < values.size(); i += 9) values[i] = 1;
+    return values;
+}
+
+void set_strides(const Tensor& t, int64_t* to) {
+    const auto strides = t.strides();
+    for (int i = 0; i < 4; ++i) to[i] = strides[i];
+}
+
+DType pixel_dtype(const Tensor& t, const char* name) {
+    const DType dtype = dtype_of(t, name);
+    STD_TORCH_CHECK(dtype != DType::i8 && dtype != DType::i32, name, ": expected uint8 or floating");
+    return dtype;
+}
+
+// What forward and backward share; the vectors must outlive the struct.
+AffineWarp describe(const Tensor& images, const std::vector<double>& matrix, const std::string& interpolation,
+                    const std::string& padding_mode, const std::vector<double>& fill, bool antialias,
+                    const std::vector<double>& colors, const ChannelFactors& factors) {
+    AffineWarp p{};
+    p.batch = images.size(0);
+    p.channels = images.size(1);
+    p.height = images.size(2);
+    p.width = images.size(3);
+    STD_TORCH_CHECK(p.height > 0 && p.width > 0 && p.height < (1 << 30) && p.width < (1 << 30),
+                    "images: expected sides between 1 and 2^30 - 1");
+    STD_TORCH_CHECK(static_cast<int64_t>(fill.size()) == p.channels, "fill: expected one value per channel");
+    STD_TORCH_CHECK(colors.empty() || p.channels == 3, "color_matrix: expected three channels");
+    p.images = images.const_data_ptr();
+    p.images_dtype = pixel_dtype(images, "images");
+    set_strides(images, p.images_stride);
+    p.matrix = matrix.data();
+    p.matrix_stride = matrix.size() > 9 ? 9 : 0;
+    p.fill = fill.data();
+    p.color_matrix = colors.empty() ? nullptr : colors.data();
+    p.color_stride = colors.size() > 12 ? 12 : 0;
+    p.scale = factors.scale.data();
+    p.offset = factors.offset.data();
+    const auto found = interpolation_named(interpolation);
+    const auto padding = padding_named(padding_mode);
+    STD_TORCH_CHECK(found && padding, "interpolation, padding_mode: unknown name");
+    p.interpolation = *found;
+    p.padding = *padding;
+    p.antialias = antialias;
+    return p;
+}
+
+void check_factors(const std::vector<double>& mean, const std::vector<double>& std, int64_t channels) {
+    const auto fits = [&](const std::vector<double>& v) {
+        return v.empty() || static_cast<int64_t>(v.size()) == channels;
+    };
+    STD_TORCH_CHECK(fits(mean) && fits(std), "mean, std: expected one value per channel");
+}
+
+Tensor affine_warp(Tensor images, Tensor matrix, std::vector<int64_t> size, std::string interpolation,
+                   std::string padding_mode, std::vector<double> fill, bool antialias, std::optional<Tensor> table,
+                   std::optional<Tensor> color_matrix, std::vector<double> mean, std::vector<double> std,
+                   std::optional<ScalarType> dtype, MemoryFormat memory_format) {
+    STD_TORCH_CHECK(images.dim() == 4 && size.size() == 2 && size[0] >= 0 && size[1] >= 0 && size[0] < (1 << 30) &&
+                        size[1] < (1 << 30),
+                    "images, size: expected (N, C, H, W) and (height, width)");
+    const int64_t batch = images.size(0), channels = images.size(1);
+    check_factors(mean, std, channels);
+    const ChannelFactors factors(mean, std, channels);
+    const std::vector<double> matrices = homographies(matrix, batch);
+    const std::vector<double> colors =
+        color_matrix ? doubles(*color_matrix, batch, 4, 12, "color_matrix") : std::vector<double>();
+    STD_TORCH_CHECK(!color_matrix || color_matrix->size(1) == 3, "color_matrix: expected shape (N, 3, 4)");
+    AffineWarp p = describe(images, matrices, interpolation, padding_mode, fill, antialias, colors, factors);
+    Tensor levels;
+    if (table) {
+        check_leading(*table, batch, "table");
+        STD_TORCH_CHECK(p.images_dtype == DType::u8 && table->scalar_type() == ScalarType::Byte &&
+                            table->size(1) == channels && table->size(2) == 256,
+                        "table: expected uint8 images and (N, C, 256) uint8");
+        levels = torch::stable::contiguous(*table);
+        p.table = levels.const_data_ptr<uint8_t>();
+        p.table_stride = table->size(0) > 1 ? channels * 256 : 0;
+    }
+    p.output_height = size[0];
+    p.output_width = size[1];
+    Tensor output = torch::stable::empty({batch, channels, size[0], size[1]}, dtype.value_or(images.scalar_type()),
+                                         std::nullopt, images.device(), std::nullopt, memory_format);
+    p.output = output.mutable_data_ptr();
+    p.output_dtype = pixel_dtype(output, "dtype");
+    set_strides(output, p.output_stride);
+    if (output.numel() > 0) {
+        const KernelTable& table_of_isa = kernels();
+        parallel_units(batch * size[0], row_grain(p),
+                       [&](int64_t begin, int64_t end) { table_of_isa.affine_warp(p, begin, end); });
+    }
+    return output;
+}
+
+}  // namespace
+}  // namespace imgopt
+
+STABLE_TORCH_LIBRARY_IMPL(imgopt_fast, CPU, m) { m.impl("affine_warp", TORCH_BOX(&imgopt::affine_warp)); }

@@ -90,7 +90,7 @@ def minification(matrix: torch.Tensor, size: Sequence[int]) -> tuple[int, int]:
         if w == 0:
             return 1, 1
         m = [[(row[j] - t / w * m[2][j]) / w for j in range(2)] for row, t in ((m[0], u), (m[1], v))]
-    lengths = [math.hypot(m[i][0], m[i][1]) for i in (1, 0)]
+    lengths = [math.hypot(m[i][0], m[i][1]) + 1e-6 for i in (1, 0)]
     ky, kx = (max(1, math.floor(min(length, 2.0**30))) if math.isfinite(length) else 1 for length in lengths)
     return ky, kx
 

@@ -1,0 +1,296 @@
+// affine_warp row by row for every dtype, mode and layout, on top of arithmetic.h. The scalar unit is this file; a
+// vector unit calls warp_rows() for the cases that it does not accelerate.
+#pragma once
+
+#include "arithmetic.h"
+
+namespace imgopt {
+namespace {
+
+// One image as it is sampled; strides count elements.
+template <class T>
+struct Source {
+    const T* data;
+    int64_t row, column, channel;
+    int32_t height, width;
+};
+
+// --- box filter and table ------------------------------------------------------------------------------------------
+
+inline uint8_t box_mean(const uint8_t*, uint64_t sum, int64_t count) {
+    return static_cast<uint8_t>((2 * sum + count) / (2 * count));
+}
+template <class T>
+T box_mean(const T*, double sum, int64_t count) {
+    T mean;
+    narrow(sum / count, &mean);
+    return mean;
+}
+inline uint64_t box_term(uint8_t v) { return v; }
+template <class T>
+double box_term(T v) {
+    return widened(v);
+}
+
+inline uint8_t looked_up(const uint8_t* table, uint8_t v) { return table ? table[v] : v; }
+template <class T>
+T looked_up(const uint8_t*, T v) {
+    return v;
+}
+
+inline int64_t boxes(int64_t side, int64_t box) { return (side + box - 1) / box; }
+
+// Bytes of scratch that prepared() needs, 0 where it reads the image itself.
+template <class T>
+int64_t prepared_bytes(const AffineWarp& p, const Map& map) {
+    if (!p.table && map.box_x == 1 && map.box_y == 1) return 0;
+    return boxes(p.height, map.box_y) * boxes(p.width, map.box_x) * p.channels * int64_t{sizeof(T)};
+}
+
+// The image behind table and box filter, written to scratch as H, W, C where it has either.
+template <class T>
+Source<T> prepared(const AffineWarp& p, const Map& map, int64_t image, void* scratch) {
+    const T* data = static_cast<const T*>(p.images) + image * p.images_stride[0];
+    const int64_t sc = p.images_stride[1], sy = p.images_stride[2], sx = p.images_stride[3];
+    if (!p.table && map.box_x == 1 && map.box_y == 1)
+        return {data, sy, sx, sc, static_cast<int32_t>(p.height), static_cast<int32_t>(p.width)};
+    const int64_t height = boxes(p.height, map.box_y), width = boxes(p.width, map.box_x);
+    T* to = static_cast<T*>(scratch);
+    for (int64_t y = 0; y < height; ++y)
+        for (int64_t x = 0; x < width; ++x) {
+            const int64_t y0 = y * map.box_y, x0 = x * map.box_x;
+            const int64_t y1 = y0 + map.box_y < p.height ? y0 + map.box_y : p.height;
+            const int64_t x1 = x0 + map.box_x < p.width ? x0 + map.box_x : p.width;
+            for (int64_t c = 0; c < p.channels; ++c) {
+                const uint8_t* table = p.table ? p.table + image * p.table_stride + c * 256 : nullptr;
+                decltype(box_term(T{})) sum = 0;
+                for (int64_t v = y0; v < y1; ++v)
+                    for (int64_t u = x0; u < x1; ++u) sum += box_term(looked_up(table, data[c * sc + v * sy + u * sx]));
+                *to++ = box_mean(data, sum, (y1 - y0) * (x1 - x0));
+            }
+        }
+    return {static_cast<T*>(scratch),     width * p.channels,         p.channels, 1,
+            static_cast<int32_t>(height), static_cast<int32_t>(width)};
+}
+
+// --- sampling ------------------------------------------------------------------------------------------------------
+
+template <class R>
+Point<R> point_at(const AffineWarp& p, const Map& map, const Base<R>& base, int64_t x0, int lane, int64_t y) {
+    Point<R> point = map.affine ? affine_point(base, lane) : perspective_point<R>(map.m, x0 + lane, y);
+    if (p.interpolation == Interpolation::nearest) {
+        point.x += point.fx >= static_cast<R>(0.5);
+        point.y += point.fy >= static_cast<R>(0.5);
+        point.fx = point.fy = 0;
+    }
+    return point;
+}
+
+// Taps of one pixel along both axes, as offsets into the source; -1 is fill. `first` is the tap of index 0.
+template <int taps>
+struct Taps {
+    int64_t x[taps], y[taps];
+
+    template <class T>
+    Taps(const Source<T>& source, int32_t ix, int32_t iy, Padding padding) {
+        constexpr int first = taps == 4 ? -1 : 0;
+        for (int i = 0; i < taps; ++i) {
+            const int32_t tx = tap_index(ix + first + i, source.width, padding);
+            const int32_t ty = tap_index(iy + first + i, source.height, padding);
+            x[i] = tx < 0 ? -1 : tx * source.column;
+            y[i] = ty < 0 ? -1 : ty * source.row;
+        }
+    }
+};
+
+template <class T, class R>
+R tap(const T* data, int64_t y, int64_t x, double fill) {
+    return y < 0 || x < 0 ? static_cast<R>(fill) : static_cast<R>(widened(data[y + x]));
+}
+
+// A sample before the epilogue: levels times unit<T>() for uint8, the value itself for floating images.
+template <class T>
+double unit(Interpolation) {
+    return 1;
+}
+template <>
+double unit<uint8_t>(Interpolation interpolation) {
+    return interpolation == Interpolation::nearest ? 1 : kWeightSum;
+}
+
+template <class R>
+R bilinear(const uint8_t* data, const Taps<2>& t, R fx, R fy, double fill) {
+    const BilinearWeights w = bilinear_weights(fx, fy);
+    const int32_t outside = static_cast<int32_t>(fill);
+    const auto at = [&](int i, int j) { return t.y[i] < 0 || t.x[j] < 0 ? outside : int32_t{data[t.y[i] + t.x[j]]}; };
+    return static_cast<R>(at(0, 0) * w.w00 + at(0, 1) * w.w01 + at(1, 0) * w.w10 + at(1, 1) * w.w11);
+}
+template <class T, class R>
+R bilinear(const T* data, const Taps<2>& t, R fx, R fy, double fill) {
+    R row[2];
+    for (int i = 0; i < 2; ++i) {
+        const R left = tap<T, R>(data, t.y[i], t.x[0], fill);
+        row[i] = fused(fx, tap<T, R>(data, t.y[i], t.x[1], fill) - left, left);
+    }
+    return fused(fy, row[1] - row[0], row[0]);
+}
+
+template <class R>
+R bicubic(const uint8_t* data, const Taps<4>& t, R fx, R fy, double fill) {
+    int32_t wx[4];
+    R wy[4], sum = 0;
+    bicubic_integer_weights(fx, wx);
+    bicubic_weights(fy, wy);
+    for (int i = 0; i < 4; ++i) {
+        int32_t row = 0;
+        for (int j = 0; j < 4; ++j)
+            row += static_cast<int32_t>(tap<uint8_t, float>(data, t.y[i], t.x[j], fill)) * wx[j];
+        sum = i ? fused(wy[i], static_cast<R>(row), sum) : wy[i] * static_cast<R>(row);
+    }
+    return sum;
+}
+template <class T, class R>
+R bicubic(const T* data, const Taps<4>& t, R fx, R fy, double fill) {
+    R wx[4], wy[4], sum = 0;
+    bicubic_weights(fx, wx);
+    bicubic_weights(fy, wy);
+    for (int i = 0; i < 4; ++i) {
+        R row = 0;
+        for (int j = 0; j < 4; ++j) {
+            const R v = tap<T, R>(data, t.y[i], t.x[j], fill);
+            row = j ? fused(wx[j], v, row) : wx[j] * v;
+        }
+        sum = i ? fused(wy[i], row, sum) : wy[i] * row;
+    }
+    return sum;
+}
+
+// `count` samples of channels [c0, c0 + channels), each channel at its own kBlock values of `to`.
+template <class T, class R>
+void sample_block(const AffineWarp& p, const Source<T>& source, Point<R>* points, int count, int64_t c0, int channels,
+                  R* to) {
+    const R whole = static_cast<R>(unit<T>(p.interpolation));
+    for (int i = 0; i < count; ++i) {
+        const Point<R>& point = points[i];
+        const auto store = [&](auto&& sampler) {
+            for (int c = 0; c < channels; ++c)
+                to[c * kBlock + i] = sampler(source.data + (c0 + c) * source.channel, p.fill[c0 + c]);
+        };
+        if (!point.finite) {
+            store([&](const T*, double fill) { return static_cast<R>(fill) * whole; });
+        } else if (p.interpolation == Interpolation::nearest) {
+            const Taps<1> t(source, point.x, point.y, p.padding);
+            store([&](const T* data, double fill) { return tap<T, R>(data, t.y[0], t.x[0], fill); });
+        } else if (p.interpolation == Interpolation::bilinear) {
+            const Taps<2> t(source, point.x, point.y, p.padding);
+            store([&](const T* data, double fill) { return bilinear(data, t, point.fx, point.fy, fill); });
+        } else {
+            const Taps<4> t(source, point.x, point.y, p.padding);
+            store([&](const T* data, double fill) { return bicubic(data, t, point.fx, point.fy, fill); });
+        }
+    }
+}
+
+// --- epilogue ------------------------------------------------------------------------------------------------------
+
+// rgb of one pixel, in units of [0, 1], through the colour matrix; not yet clamped.
+template <class R>
+inline void colored(const double* m, const R rgb[3], R to[3]) {
+    for (int i = 0; i < 3; ++i, m += 4) {
+        const R red = fused(static_cast<R>(m[0]), rgb[0], static_cast<R>(m[3]));
+        to[i] = fused(static_cast<R>(m[2]), rgb[2], fused(static_cast<R>(m[1]), rgb[1], red));
+    }
+}
+
+// Factor that takes a sample to units of [0, 1].
+inline double to_unit(const AffineWarp& p, double whole) { return p.images_dtype == DType::u8 ? 1 / (255 * whole) : 1; }
+
+template <class R>
+void color_block(const AffineWarp& p, const double* m, double whole, int count, R* values) {
+    const R factor = static_cast<R>(to_unit(p, whole));
+    for (int i = 0; i < count; ++i) {
+        R rgb[3] = {values[i] * factor, values[kBlock + i] * factor, values[2 * kBlock + i] * factor}, to[3];
+        colored(m, rgb, to);
+        for (int c = 0; c < 3; ++c) values[c * kBlock + i] = clamped<R>(to[c], 0, 1);
+    }
+}
+
+template <class R>
+void store_block(const AffineWarp& p, double whole, int64_t offset, int count, int64_t c, const R* values) {
+    const bool units = p.color_matrix || p.images_dtype != DType::u8;  // not levels times `whole`
+    const int64_t step = p.output_stride[3];
+    const auto store = [&](auto* to) {
+        const R factor = static_cast<R>(p.scale[c] * (p.color_matrix ? 1 : to_unit(p, whole)));
+        const R add = static_cast<R>(p.offset[c]);
+        for (int i = 0; i < count; ++i) narrow(fused(values[i], factor, add), to + offset + i * step);
+    };
+    switch (p.output_dtype) {
+        case DType::u8: {
+            const R factor = static_cast<R>(units ? 255 : 1 / whole);
+            uint8_t* to = static_cast<uint8_t*>(p.output) + offset;
+            for (int i = 0; i < count; ++i) to[i * step] = level(values[i] * factor);
+            break;
+        }
+        case DType::f16: store(static_cast<Half*>(p.output)); break;
+        case DType::bf16: store(static_cast<BFloat16*>(p.output)); break;
+        case DType::f32: store(static_cast<float*>(p.output)); break;
+        default: store(static_cast<double*>(p.output)); break;
+    }
+}
+
+// --- forward -------------------------------------------------------------------------------------------------------
+
+template <class T, class R>
+void warp_rows_of(const AffineWarp& p, int64_t begin, int64_t end) {
+    const double whole = unit<T>(p.interpolation);
+    const int group = p.color_matrix ? 3 : 1;  // channels that the epilogue needs together
+    Point<R> points[kBlock];
+    R values[3 * kBlock];
+    while (begin < end) {
+        const int64_t image = begin / p.output_height;
+        const int64_t last = (image + 1) * p.output_height < end ? (image + 1) * p.output_height : end;
+        const Map map = map_of(p, image);
+        const int64_t bytes = prepared_bytes<T>(p, map);
+        const Source<T> source = prepared<T>(p, map, image, bytes ? thread_scratch(bytes) : nullptr);
+        const double* color = p.color_matrix ? p.color_matrix + image * p.color_stride : nullptr;
+        for (; begin < last; ++begin) {
+            const int64_t y = begin - image * p.output_height;
+            for (int64_t x0 = 0; x0 < p.output_width; x0 += kBlock) {
+                const int count = static_cast<int>(p.output_width - x0 < kBlock ? p.output_width - x0 : kBlock);
+                Base<R> base{};
+                if (map.affine) base = affine_base<R>(map.m, x0, y);
+                for (int i = 0; i < count; ++i) {
+                    points[i] = point_at(p, map, base, x0, i, y);
+                    fold(points[i].x, points[i].fx, source.width, p.padding);
+                    fold(points[i].y, points[i].fy, source.height, p.padding);
+                }
+                const int64_t offset = image * p.output_stride[0] + y * p.output_stride[2] + x0 * p.output_stride[3];
+                for (int64_t c0 = 0; c0 < p.channels; c0 += group) {
+                    sample_block(p, source, points, count, c0, group, values);
+                    if (color) color_block(p, color, whole, count, values);
+                    for (int c = 0; c < group; ++c)
+                        store_block(p, whole, offset + (c0 + c) * p.output_stride[1], count, c0 + c,
+                                    values + c * kBlock);
+                }
+            }
+        }
+    }
+}
+
+inline void warp_rows(const AffineWarp& p, int64_t begin, int64_t end) {
+    const bool wide = p.output_dtype == DType::f64;
+    switch (p.images_dtype) {
+        case DType::u8:
+            return wide ? warp_rows_of<uint8_t, double>(p, begin, end) : warp_rows_of<uint8_t, float>(p, begin, end);
+        case DType::f16:
+            return wide ? warp_rows_of<Half, double>(p, begin, end) : warp_rows_of<Half, float>(p, begin, end);
+        case DType::bf16:
+            return wide ? warp_rows_of<BFloat16, double>(p, begin, end) : warp_rows_of<BFloat16, float>(p, begin, end);
+        case DType::f32:
+            return wide ? warp_rows_of<float, double>(p, begin, end) : warp_rows_of<float, float>(p, begin, end);
+        default: return warp_rows_of<double, double>(p, begin, end);
+    }
+}
+
+}  // namespace
+}  // namespace imgopt
