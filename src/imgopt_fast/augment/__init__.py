@@ -1,0 +1,51 @@
+"""Batched augmentation: torchvision's transforms with a draw per sample, folded into one pass over memory.
+
+aug = Compose([RandomCrop(32, padding=4), RandomHorizontalFlip(), Normalize(mean, std)])
+batch = aug(images, key=(seed, epoch, index))       # uint8 in, normalised floats out, one call of affine_warp
+"""
+
+from imgopt_fast.augment import geometry
+from imgopt_fast.augment.color import (
+    ColorJitter,
+    Normalize,
+    RandomGrayscale,
+    adjust_hue,
+    hsv_to_rgb,
+    rgb_to_hsv,
+    scale_color,
+)
+from imgopt_fast.augment.spatial import (
+    CenterCrop,
+    RandomAffine,
+    RandomCrop,
+    RandomHorizontalFlip,
+    RandomPerspective,
+    RandomResizedCrop,
+    RandomRotation,
+    RandomVerticalFlip,
+    Resize,
+)
+from imgopt_fast.augment.transform import Compose, Params, Transform
+
+__all__ = [
+    "CenterCrop",
+    "ColorJitter",
+    "Compose",
+    "Normalize",
+    "Params",
+    "RandomAffine",
+    "RandomCrop",
+    "RandomGrayscale",
+    "RandomHorizontalFlip",
+    "RandomPerspective",
+    "RandomResizedCrop",
+    "RandomRotation",
+    "RandomVerticalFlip",
+    "Resize",
+    "Transform",
+    "adjust_hue",
+    "geometry",
+    "hsv_to_rgb",
+    "rgb_to_hsv",
+    "scale_color",
+]

@@ -1,0 +1,221 @@
+"""Colour: jitter, grayscale and normalisation, and the exact HSV functions behind the hue.
+
+Brightness, contrast and saturation are linear maps, so they join the pass that warps; without clipping in between
+they commute, and their order shows only around the hue, which bends and takes a pass of its own. Grey is ITU-R BT.601
+(0.299, 0.587, 0.114), unrounded. Images with other than three channels are jittered too: their grey is the mean of the
+channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from imgopt_fast.augment.fold import Fold
+from imgopt_fast.augment.geometry import Size
+from imgopt_fast.augment.spatial import Uniforms, between, interval, probability
+from imgopt_fast.augment.transform import Draw, Transform
+
+# ---------------------------------------------------------------------------------------------------- transforms
+
+
+class ColorJitter(Transform):
+    """Changes brightness, contrast, saturation and hue at random, in random order.
+
+    Args:
+        brightness, contrast, saturation: a number v for factors uniform in [max(0, 1 - v), 1 + v], or (low, high).
+            Contrast scales about the mean grey of the source.
+        hue: a number h ≤ 0.5 for shifts in [-h, h] turns of the colour circle, or (low, high); RGB only.
+    """
+
+    def __init__(
+        self,
+        brightness: float | Sequence[float] = 0.0,
+        contrast: float | Sequence[float] = 0.0,
+        saturation: float | Sequence[float] = 0.0,
+        hue: float | Sequence[float] = 0.0,
+    ) -> None:
+        super().__init__()
+        self.brightness = _factors("brightness", brightness)
+        self.contrast = _factors("contrast", contrast)
+        self.saturation = _factors("saturation", saturation)
+        self.hue = _shifts(hue)
+        self.words = 8 if self.hue else 3  # with a hue: its shift, and a place in the order for each of the four
+
+    def draw(self, u: Uniforms, size: Size) -> Draw:
+        ranges = {"brightness": self.brightness, "contrast": self.contrast, "saturation": self.saturation}
+        draw: Draw = {name: between(u[i], r) for i, (name, r) in enumerate(ranges.items()) if r is not None}
+        if self.hue is not None:
+            draw["hue"] = between(u[3], self.hue)
+            draw["after_hue"] = (u[4:7] > u[7]).T  # whether brightness, contrast, saturation follow the hue
+        return draw
+
+    def record(self, fold: Fold, draw: Draw) -> None:
+        factors = [draw.get(name) for name in ("brightness", "contrast", "saturation")]
+        if "hue" not in draw or fold.channels != 3:
+            if any(f is not None for f in factors):
+                fold.color(*factors)
+            return
+        later = draw["after_hue"].T
+        before = [None if f is None else np.where(late, 1.0, f) for f, late in zip(factors, later, strict=True)]
+        after = [None if f is None else np.where(late, f, 1.0) for f, late in zip(factors, later, strict=True)]
+        if any(f is not None for f in factors):
+            fold.color(*before)
+        fold.replace(adjust_hue(fold.images(), draw["hue"]))
+        if any(f is not None for f in factors):
+            fold.color(*after)
+
+    def extra_repr(self) -> str:
+        return f"brightness={self.brightness}, contrast={self.contrast}, saturation={self.saturation}, hue={self.hue}"
+
+
+class RandomGrayscale(Transform):
+    """Replaces the colours by their grey, in all channels, with probability `p`."""
+
+    words = 1
+
+    def __init__(self, p: float = 0.1) -> None:
+        super().__init__()
+        self.p = probability(p)
+
+    def draw(self, u: Uniforms, size: Size) -> Draw:
+        return {"gray": u[0] < self.p}
+
+    def record(self, fold: Fold, draw: Draw) -> None:
+        if fold.channels > 1:
+            fold.color(saturation=np.where(draw["gray"], 0.0, 1.0), rows=draw["gray"])
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class Normalize(Transform):
+    """`(value - mean) / std` in units of [0, 1], floating output; uint8 images are divided by 255 on the way.
+
+    Args:
+        mean, std: one number per channel.
+        inplace: accepted for torchvision's sake; the result is always new memory.
+        dtype: of the result; by default float32 for uint8 images, and that of floating images.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], inplace: bool = False, *, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.mean, self.std = tuple(float(m) for m in mean), tuple(float(s) for s in std)
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean, std: expected the same number of channels, got {mean} and {std}")
+        if 0.0 in self.std:
+            raise ValueError(f"std: expected no zero, got {std}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+        self.dtype = dtype
+
+    def record(self, fold: Fold, draw: Draw) -> None:
+        dtype = self.dtype or (torch.float32 if fold.dtype == torch.uint8 else fold.dtype)
+        fold.normalize(self.mean, self.std, dtype)
+
+    def extra_repr(self) -> str:
+        return f"mean={self.mean}, std={self.std}, dtype={self.dtype}"
+
+
+# ---------------------------------------------------------------------------------------------------- functions
+
+
+def rgb_to_hsv(images: torch.Tensor) -> torch.Tensor:
+    """Hue, saturation and value of RGB images (..., 3, H, W), floating in [0, 1].
+
+    Hue is in turns, [0, 1), red at 0; saturation is (max - min) / max. Grey has hue 0, black saturation 0 too.
+    Hexcone model: A. R. Smith, "Color gamut transform pairs", SIGGRAPH 1978.
+    """
+    _check_rgb(images)
+    r, g, b = images.unbind(-3)
+    value, low = images.amax(-3), images.amin(-3)
+    chroma = value - low
+    divisor = torch.where(chroma > 0, chroma, 1.0)
+    sixth = torch.where(
+        value == r, (g - b) / divisor, torch.where(value == g, 2.0 + (b - r) / divisor, 4.0 + (r - g) / divisor)
+    )
+    hue = torch.where(chroma > 0, sixth / 6.0, 0.0)
+    hue = torch.where(hue < 0, hue + 1.0, hue)
+    hue = torch.where(hue >= 1.0, 0.0, hue)  # a tiny negative plus one rounds to one
+    saturation = chroma / torch.where(value > 0, value, 1.0)
+    return torch.stack([hue, saturation, value], dim=-3)
+
+
+def hsv_to_rgb(images: torch.Tensor) -> torch.Tensor:
+    """The inverse of `rgb_to_hsv`; any real hue is taken modulo one turn."""
+    _check_rgb(images)
+    hue, saturation, value = images.unbind(-3)
+    chroma = value * saturation
+    # A channel falls from `value` by `chroma` where the hue is far from it: at 5, 3 and 1 sixths from its own edge.
+    channels = []
+    for offset in (5.0, 3.0, 1.0):
+        k = torch.remainder(hue * 6.0 + offset, 6.0)
+        channels.append(value - chroma * torch.minimum(k, 4.0 - k).clamp(0.0, 1.0))
+    return torch.stack(channels, dim=-3)
+
+
+def adjust_hue(images: torch.Tensor, shift: float | torch.Tensor | NDArray[np.float64]) -> torch.Tensor:
+    """Turn the hue of RGB images (N, 3, H, W), uint8 or floating in [0, 1], by `shift` turns: a number or (N,)."""
+    _check_rgb(images)
+    unit = _to_unit(images)
+    turn = torch.as_tensor(shift, dtype=unit.dtype, device=unit.device)
+    h, s, v = rgb_to_hsv(unit).unbind(-3)
+    h = torch.remainder(h + turn.reshape(-1, 1, 1), 1.0)
+    return _from_unit(hsv_to_rgb(torch.stack([h, s, v], dim=-3)), images)
+
+
+def scale_color(images: torch.Tensor, factor: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
+    """`images · factor`, clipped to the range of the dtype: (N, C, H, W), uint8 or floating in [0, 1].
+
+    `factor` is a number, one per channel (C,), or one per sample and channel (N, C).
+    """
+    n, channels = images.shape[:2]
+    factors = np.asarray(factor.cpu() if isinstance(factor, torch.Tensor) else factor, dtype=np.float64)
+    if factors.shape not in ((), (channels,), (n, channels), (1, channels), (n, 1)):
+        raise ValueError(f"factor: expected a number, ({channels},) or ({n}, {channels}), got {factors.shape}")
+    fold = Fold(images)
+    fold.color(brightness=np.broadcast_to(factors, (n, channels)))
+    return fold.images()
+
+
+def _check_rgb(images: torch.Tensor) -> None:
+    if images.dim() < 3 or images.shape[-3] != 3:
+        raise ValueError(f"images: expected (..., 3, H, W), got {tuple(images.shape)}")
+
+
+def _to_unit(images: torch.Tensor) -> torch.Tensor:
+    """In [0, 1] and at least float32."""
+    if images.dtype == torch.uint8:
+        return images.float() / 255.0
+    return images if images.dtype == torch.float64 else images.float()
+
+
+def _from_unit(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if like.dtype == torch.uint8:
+        values = (values * 255.0).round().clamp(0.0, 255.0)
+    return values.to(like.dtype)
+
+
+def _factors(name: str, value: float | Sequence[float]) -> tuple[float, float] | None:
+    """The interval of a factor; None where it is always one."""
+    if isinstance(value, (int, float)):
+        if value < 0:
+            raise ValueError(f"{name}: a single number must not be negative, got {value}")
+        low, high = max(0.0, 1.0 - value), 1.0 + value
+    else:
+        low, high = interval(name, value)
+        if low < 0:
+            raise ValueError(f"{name}: expected factors that are not negative, got {value}")
+    return None if low == high == 1.0 else (low, high)
+
+
+def _shifts(hue: float | Sequence[float]) -> tuple[float, float] | None:
+    low, high = (-float(hue), float(hue)) if isinstance(hue, (int, float)) else interval("hue", hue)
+    if not -0.5 <= low <= high <= 0.5:
+        raise ValueError(f"hue: expected shifts in [-0.5, 0.5], got {hue}")
+    return None if low == high == 0.0 else (low, high)

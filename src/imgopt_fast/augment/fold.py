@@ -1,0 +1,335 @@
+"""Folds what the transforms of a pipeline ask for into as few passes over memory as its meaning allows.
+
+One call of `affine_warp` does, in this order: look source pixels up in a table, sample at mapped coordinates, apply a
+linear colour map, clamp, normalise, cast. Transforms are recorded, not run; as long as they come in that order they
+join the pending call. Its meaning is one sampling, without intermediate clipping or rounding: a rotation after a crop
+sees the pixels that the crop cut off, and two resamplings blur once.
+
+What commutes is not held to the order: a linear colour map may precede any geometry that invents no pixels, because
+the weights of a sample sum to one (with a constant border the fill colour would be coloured too, so that starts a new
+call).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from imgopt_fast.augment import geometry
+from imgopt_fast.augment.geometry import Matrix, Size
+from imgopt_fast.ops.affine_warp import INTERPOLATIONS, affine_warp
+
+Floats = NDArray[np.float64]
+Rows = NDArray[np.bool_]
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601; they sum to one, so grey stays grey
+
+
+class Sampling(NamedTuple):
+    """How a geometric transform reads its source; None where it does not matter."""
+
+    interpolation: str | None = None  # None: every output pixel falls on an input pixel
+    padding_mode: str | None = None  # None: never looks outside by more than half a pixel
+    fill: float | tuple[float, ...] = 0.0
+    antialias: bool = False
+
+    def join(self, other: Sampling) -> Sampling | None:
+        """The sampling that serves both in one call: the finer interpolation; None where the borders disagree."""
+        if self.padding_mode is None or other.padding_mode is None:
+            border = other if self.padding_mode is None else self
+        elif self.padding_mode == other.padding_mode and (self.padding_mode != "constant" or self.fill == other.fill):
+            border = self
+        else:
+            return None
+        names = [s.interpolation for s in (self, other) if s.interpolation is not None]
+        finest = max(names, key=INTERPOLATIONS.index) if names else None
+        return Sampling(finest, border.padding_mode, border.fill, self.antialias or other.antialias)
+
+
+class Color(NamedTuple):
+    """A linear colour map per sample, `linear @ x + means @ mu + offset`, where mu is the source's mean colour."""
+
+    linear: Floats  # (N, C, C)
+    means: Floats | None  # (N, C, C): None until a contrast needs the mean
+    offset: Floats | None  # (N, C)
+
+
+class Fold:
+    """The images of a batch, and the work on them that is still pending."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self._images = images
+        self.channels = images.shape[1]
+        self.size: Size = (images.shape[2], images.shape[3])  # after the pending geometry
+        self.owned = False  # whether the current images are this object's own, free to be written to
+        self._start()
+
+    def _start(self) -> None:
+        self._table: torch.Tensor | None = None
+        self._matrix: Matrix | None = None
+        self._sampling = Sampling()
+        self._color: Color | None = None
+        self._warped: Rows | None = None  # which samples the pending geometry or colour touches
+        self._colored: Rows | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._images.dtype
+
+    def __len__(self) -> int:
+        return self._images.shape[0]
+
+    # ------------------------------------------------------------------------------------------ recording
+
+    def warp(self, matrix: Matrix, size: Size, sampling: Sampling, rows: Rows | None = None) -> None:
+        """Resample by `matrix` (N or 1, 2 or 3, 3) to `size`; `rows` says which samples it changes (all by default)."""
+        if self._color is not None and sampling.padding_mode == "constant":
+            self._settle(self._colored, rows)
+        joined = self._sampling.join(sampling)
+        if joined is None:
+            self.images()
+            joined = sampling
+        self._sampling = joined
+        self._matrix = matrix if self._matrix is None else _composed(self._matrix, matrix)
+        self._warped = _union(self._warped, self._all(rows))
+        self.size = size
+
+    def color(
+        self,
+        brightness: Floats | None = None,
+        contrast: Floats | None = None,
+        saturation: Floats | None = None,
+        rows: Rows | None = None,
+    ) -> None:
+        """Scale about black, about the mean grey of the source, and about each pixel's own grey: factors, (N,) each.
+
+        `brightness` may be (N, C), a factor per channel.
+        """
+        step = _jitter(len(self), self.channels, brightness, contrast, saturation)
+        self._color = step if self._color is None else _after(self._color, step)
+        self._colored = _union(self._colored, self._all(rows))
+
+    def table(self, table: torch.Tensor, rows: Rows | None = None) -> None:
+        """Replace pixels by table (N or 1, C, 256) uint8."""
+        if self.dtype != torch.uint8:
+            raise TypeError(f"images: expected uint8 before a lookup table, got {self.dtype}; normalise afterwards")
+        self._settle(_union(self._warped, self._colored), rows)
+        count = max(len(table), 1 if self._table is None else len(self._table))
+        if self._table is not None:
+            table = table.expand(count, -1, -1).gather(2, self._table.expand(count, -1, -1).long())
+        self._table = table
+
+    def normalize(self, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> None:
+        """Do the pending work with normalisation and cast; later work starts from there."""
+        self._images, self.owned = self._run(mean=mean, std=std, dtype=dtype), True
+        self._start()
+
+    def images(self) -> torch.Tensor:
+        """Do the pending work and return its result."""
+        if not (self._table is None and self._matrix is None and self._color is None):
+            self._images, self.owned = self._run(), True
+            self._start()
+        return self._images
+
+    def replace(self, images: torch.Tensor) -> None:
+        """Go on from `images`, which were made from the result of `images()`."""
+        self._images, self.owned = images, True
+
+    def settled(self, rows: Rows) -> torch.Tensor:
+        """The images with the pending work of at least `rows` done; what is pending leaves `rows` alone."""
+        touched = rows if self._table is not None else _union(self._warped, self._colored)
+        self._settle(touched, rows)
+        return self._images
+
+    # ------------------------------------------------------------------------------------------ running
+
+    def _all(self, rows: Rows | None) -> Rows:
+        return np.ones(len(self), np.bool_) if rows is None else rows
+
+    def _settle(self, touched: Rows | None, rows: Rows | None) -> None:
+        """Do the pending work of the samples that are in both, so that an earlier stage may follow it."""
+        if touched is None:
+            return
+        conflict = touched if rows is None else touched & rows
+        if not conflict.any():
+            return
+        if conflict.all() or self.size != tuple(self._images.shape[2:]):
+            self.images()
+            return
+        chosen = np.flatnonzero(conflict)
+        index = torch.from_numpy(chosen).to(self._images.device)
+        done = self._run(chosen, index)
+        images = self._images if self.owned else self._images.clone()
+        self._images, self.owned = images.index_copy(0, index, done), True
+        self._forget(chosen, index)
+
+    def _forget(self, chosen: NDArray[np.intp], index: torch.Tensor) -> None:
+        """Make the pending work of the samples `chosen` the identity."""
+        n = len(self)
+        if self._matrix is not None:
+            self._matrix = np.broadcast_to(self._matrix, (n, *self._matrix.shape[1:])).copy()
+            self._matrix[chosen] = np.eye(3)[: self._matrix.shape[1]]
+        if self._color is not None:
+            self._color = Color(*(None if part is None else part.copy() for part in self._color))  # type: ignore[arg-type]
+            self._color.linear[chosen] = np.eye(self.channels)
+            for part in self._color[1:]:
+                if part is not None:
+                    part[chosen] = 0.0
+        if self._table is not None:
+            same = torch.arange(256, dtype=torch.uint8, device=index.device).expand(len(index), self.channels, 256)
+            self._table = self._table.expand(n, -1, -1).index_copy(0, index, same)
+        for mask in (self._warped, self._colored):
+            if mask is not None:
+                mask[chosen] = False
+
+    def _run(
+        self,
+        chosen: NDArray[np.intp] | None = None,
+        index: torch.Tensor | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """The pending work on all samples, or on those `chosen` (`index` is the same on the device), in one call."""
+        images, table, matrix, color = self._images, self._table, self._matrix, self._color
+        if chosen is not None and index is not None:
+            images = images[index]
+            table = table if table is None or len(table) == 1 else table[index]
+            matrix = matrix if matrix is None or len(matrix) == 1 else matrix[chosen]
+            color = None if color is None else Color(*(None if p is None else p[chosen] for p in color))  # type: ignore[arg-type]
+        device = images.device
+        if matrix is None:
+            matrix = _IDENTITY
+        color_matrix = None if color is None else _color_tensor(color, images, table)
+        fused = color_matrix is None or self.channels == 3
+        warped = affine_warp(
+            images,
+            torch.from_numpy(matrix).to(device),
+            size=self.size,
+            interpolation=self._sampling.interpolation or "nearest",
+            padding_mode=self._sampling.padding_mode or "edge",
+            fill=self._sampling.fill,
+            antialias=self._sampling.antialias,
+            table=table,
+            color_matrix=color_matrix if fused else None,
+            mean=mean if fused else None,
+            std=std if fused else None,
+            dtype=dtype if fused else _wide(images.dtype),
+        )
+        if fused or color_matrix is None:
+            return warped
+        return _colored(warped, color_matrix, mean, std, dtype or images.dtype)
+
+
+_IDENTITY = np.eye(3)[None, :2]
+
+# ------------------------------------------------------------------------------------------------ geometry
+
+
+def _composed(first: Matrix, then: Matrix) -> Matrix:
+    """As geometry.compose, with half its overhead where both are affine."""
+    if first.shape[-2] == 3 or then.shape[-2] == 3:
+        return geometry.compose(first, then)
+    result: Matrix = first[..., :2] @ then
+    result[..., 2] += first[..., 2]
+    return result
+
+
+def _union(a: Rows | None, b: Rows | None) -> Rows | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a | b
+
+
+# ------------------------------------------------------------------------------------------------ colour
+
+
+def _jitter(
+    n: int, channels: int, brightness: Floats | None, contrast: Floats | None, saturation: Floats | None
+) -> Color:
+    """x ↦ b·(c·(s·x + (1-s)·grey(x)) + (1-c)·mean grey): with nothing clipped in between, the factors commute."""
+    luma = luma_weights(channels)
+    grey = np.broadcast_to(luma, (channels, channels))  # x ↦ its grey in every channel
+    b = np.ones((n, 1)) if brightness is None else brightness.reshape(n, -1)
+    c = np.ones(n) if contrast is None else contrast
+    s = np.ones(n) if saturation is None else saturation
+    linear = (c * s)[:, None, None] * np.eye(channels) + (c * (1 - s))[:, None, None] * grey
+    linear *= b[:, :, None]
+    means = None if contrast is None else (1 - c)[:, None, None] * grey * b[:, :, None]
+    return Color(linear, means, None)
+
+
+def _after(first: Color, step: Color) -> Color:
+    """`step` applied to the result of `first`; the mean colour that `step` sees is `first` of the mean colour."""
+    linear = step.linear @ first.linear
+    means = None if first.means is None else step.linear @ first.means
+    offset = None if first.offset is None else (step.linear @ first.offset[..., None])[..., 0]
+    if step.means is not None:
+        seen = first.linear if first.means is None else first.linear + first.means
+        means = step.means @ seen if means is None else means + step.means @ seen
+        if first.offset is not None and offset is not None:
+            offset = offset + (step.means @ first.offset[..., None])[..., 0]
+    return Color(linear, means, offset)
+
+
+def _color_tensor(color: Color, images: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+    """(N, C, C + 1) float64 on the images' device; the mean colour is measured there, without a synchronisation."""
+    n, channels = color.linear.shape[:2]
+    offset = np.zeros((n, channels)) if color.offset is None else color.offset
+    packed = np.concatenate([color.linear, offset[:, :, None]], axis=2)
+    result = torch.from_numpy(packed).to(images.device)
+    if color.means is not None:
+        weights = torch.from_numpy(color.means).to(images.device)
+        result[:, :, channels] += (weights @ mean_color(images, table)[:, :, None])[:, :, 0]
+    return result
+
+
+def _colored(
+    values: torch.Tensor,
+    color_matrix: torch.Tensor,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The colour stage of `affine_warp` for other than three channels: `values` in [0, 1], floating."""
+    channels = values.shape[1]
+    matrix = color_matrix.to(values.dtype)
+    flat = values.flatten(2)
+    result = torch.baddbmm(matrix[:, :, channels:], matrix[:, :, :channels], flat).clamp_(0, 1).view(values.shape)
+    if mean is not None and std is not None:
+        m, s = (torch.tensor(t, dtype=values.dtype, device=values.device).view(1, -1, 1, 1) for t in (mean, std))
+        result = (result - m) / s
+    if dtype == torch.uint8:
+        result = result.mul_(255).round_()
+    layout = torch.contiguous_format if values.is_contiguous() else torch.channels_last
+    return result.to(dtype, memory_format=layout)
+
+
+def luma_weights(channels: int) -> Floats:
+    """How much each channel weighs in the grey: BT.601 for three, equal for any other number."""
+    return np.array(LUMA) if channels == 3 else np.full(channels, 1.0 / channels)
+
+
+def mean_color(images: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+    """(N, C) float64: the mean of each channel, in units of [0, 1], after the table where there is one."""
+    if table is not None:
+        counts = histogram(images).to(torch.float64)
+        return (counts * table).sum(2) / (255 * images[0, 0].numel())
+    if images.dtype == torch.uint8:
+        sums = images.sum(dim=(2, 3), dtype=torch.int64).to(torch.float64)
+        return sums / (255 * images[0, 0].numel())
+    return images.mean(dim=(2, 3), dtype=torch.float64)
+
+
+def histogram(images: torch.Tensor) -> torch.Tensor:
+    """(N, C, 256) int32: how often each level occurs in each channel of uint8 images."""
+    levels = images.flatten(2).long()
+    counts = torch.zeros((*images.shape[:2], 256), dtype=torch.int32, device=images.device)
+    return counts.scatter_add_(2, levels, torch.ones_like(levels, dtype=torch.int32))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
