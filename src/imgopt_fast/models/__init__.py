@@ -1,0 +1,39 @@
+"""The networks that the recipes name, and any other by `package.module:function`."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+from torch import nn
+
+from imgopt_fast.models.mobilenet import mobilenetv2
+from imgopt_fast.models.resnet import resnet8, resnet18, resnet20, resnet50
+
+__all__ = ["MODELS", "create_model", "mobilenetv2", "resnet8", "resnet18", "resnet20", "resnet50"]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": resnet8,
+    "resnet20": resnet20,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "mobilenetv2": mobilenetv2,
+}
+
+
+def create_model(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
+    """The network `name`: one of MODELS, or `package.module:function`, called with `num_classes` and `in_channels`.
+
+    Raises ValueError when there is no such network.
+    """
+    if name in MODELS:
+        return MODELS[name](num_classes=num_classes, in_channels=in_channels)
+    module, _, function = name.partition(":")
+    if not function:
+        raise ValueError(f"model: expected one of {', '.join(MODELS)} or package.module:function, got {name!r}")
+    try:
+        create = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model: cannot import {name!r}: {error}") from error
+    model = create(num_classes=num_classes, in_channels=in_channels)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: {name!r} returned {type(model).__name__}, expected a torch.nn.Module")
+    return model

@@ -1,0 +1,198 @@
+"""The embedded set, class folders with every defect that a user's folder has, splits, and the order of the batches."""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imgopt_fast.data import DataError, Split, load_dataset, stable_fraction
+from imgopt_fast.data.embedded.make_subset import draw
+from imgopt_fast.data.idx import read_idx
+
+
+def make_folder(root: Path, *, images: int = 20, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> Path:
+    """A class folder of noise, brighter in each class than in the one before."""
+    rng = np.random.default_rng(0)
+    for c in range(2):
+        folder = root / f"class{c}"
+        folder.mkdir(parents=True)
+        for i in range(images):
+            pixels = rng.integers(40 * c, 40 * c + 40, (size[1], size[0], len(mode)), np.uint8)
+            Image.fromarray(pixels.squeeze() if mode == "L" else pixels).save(folder / f"{i}.png")
+    return root
+
+
+def test_embedded_is_balanced_and_its_splits_do_not_overlap() -> None:
+    data = load_dataset()
+    assert len(data.train) + len(data.validation) == 10_000
+    assert len(data.test) == 2_000
+    assert (data.train.labels.bincount() + data.validation.labels.bincount()).tolist() == [1000] * 10
+    assert data.test.labels.bincount().tolist() == [200] * 10
+    assert data.train.images.shape[1:] == (1, 28, 28)
+    assert data.train.images.dtype == torch.uint8
+    assert 900 < len(data.validation) < 1100
+    seen = {image.numpy().tobytes() for image in data.train.images}
+    again = sum(image.numpy().tobytes() in seen for image in data.test.images)
+    assert again <= 2  # the published files themselves share a few images
+
+
+def test_embedded_validation_split_does_not_depend_on_anything_else() -> None:
+    small, large = load_dataset(validation=0.1), load_dataset(validation=0.2)
+    larger = {image.numpy().tobytes() for image in large.validation.images}
+    assert all(image.numpy().tobytes() in larger for image in small.validation.images)
+
+
+def test_statistics_are_the_moments_of_the_training_images() -> None:
+    data = load_dataset()
+    pixels = data.train.images.double() / 255
+    mean, std = data.statistics()
+    assert mean[0] == pytest.approx(pixels.mean().item(), rel=1e-9)
+    assert std[0] == pytest.approx(pixels.std(correction=0).item(), rel=1e-9)
+
+
+def test_subset_is_drawn_without_replacement_per_class() -> None:
+    labels = np.arange(10).repeat(30).astype(np.uint8)
+    np.random.default_rng(1).shuffle(labels)
+    chosen = draw(labels, 7, np.random.default_rng(2))
+    assert len(set(chosen.tolist())) == 70
+    assert np.bincount(labels[chosen]).tolist() == [7] * 10
+    assert (np.diff(chosen) > 0).all()
+
+
+def test_idx_reads_what_was_published_and_refuses_the_rest(tmp_path: Path) -> None:
+    body = bytes((0, 0, 8, 2)) + (2).to_bytes(4, "big") + (3).to_bytes(4, "big") + bytes(range(6))
+    (tmp_path / "plain").write_bytes(body)
+    (tmp_path / "packed.gz").write_bytes(gzip.compress(body))
+    for name in ("plain", "packed.gz"):
+        assert read_idx(tmp_path / name).tolist() == [[0, 1, 2], [3, 4, 5]]
+    (tmp_path / "short").write_bytes(body[:-1])
+    with pytest.raises(ValueError, match=r"short: expected 6 bytes of data for shape \(2, 3\), got 5"):
+        read_idx(tmp_path / "short")
+    (tmp_path / "other").write_bytes(b"\x89PNG....")
+    with pytest.raises(ValueError, match="expected an IDX file"):
+        read_idx(tmp_path / "other")
+
+
+def test_folder_without_splits_is_split_by_path(tmp_path: Path) -> None:
+    data = load_dataset(make_folder(tmp_path / "set", images=60))
+    assert data.class_names == ("class0", "class1")
+    assert len(data.train) + len(data.validation) + len(data.test) == 120
+    # Each image is where its own path says: 10 % validation, then 10 % test.
+    paths = [f"class{c}/{i}.png" for c in range(2) for i in range(60)]
+    assert len(data.validation) == sum(stable_fraction(p) < 0.1 for p in paths)
+    assert len(data.test) == sum(0.1 <= stable_fraction(p) < 0.2 for p in paths)
+    for split in (data.train, data.validation, data.test):
+        brightness = split.images.float().mean(dim=(1, 2, 3))
+        assert ((brightness > 40).long() == split.labels).all()
+
+
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("train", "validation"), ("train", "test")])
+def test_folder_with_splits_uses_them(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        make_folder(tmp_path / name, images=40 if name == "train" else 3)
+    data = load_dataset(tmp_path)
+    assert len(data.test) == 6 if "test" in names else 0 < len(data.test) < 20
+    assert len(data.validation) == 6 if names[1].startswith("val") else 0 < len(data.validation) < 20
+
+
+def test_folder_images_keep_a_shared_size_or_are_fitted(tmp_path: Path) -> None:
+    same = load_dataset(make_folder(tmp_path / "same", images=40, size=(12, 12)))
+    assert same.train.images.shape[1:] == (3, 12, 12)
+    wide = make_folder(tmp_path / "wide", images=40, size=(40, 20))
+    assert load_dataset(wide, image_size=16).train.images.shape[1:] == (3, 16, 16)
+    Image.new("RGB", (90, 70)).save(wide / "class0" / "large.jpg")
+    assert load_dataset(wide).train.images.shape[1:] == (3, 64, 64)
+
+
+def test_folder_of_grey_images_has_one_channel(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "grey", images=40, mode="L")
+    assert load_dataset(root).channels == 1
+    Image.new("RGB", (12, 12)).save(root / "class0" / "colour.png")
+    assert load_dataset(root).channels == 3
+
+
+@pytest.mark.parametrize("mode", ["P", "CMYK", "RGBA", "LA", "I;16", "1"])
+def test_every_mode_becomes_pixels(tmp_path: Path, mode: str) -> None:
+    root = make_folder(tmp_path / "set", images=40)
+    Image.new(mode, (12, 12)).save(root / "class0" / ("odd.tif" if mode in ("CMYK", "I;16") else "odd.png"))
+    assert load_dataset(root).channels == 3
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "set", images=40, size=(16, 16))
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # the camera was held upside down
+    names = [f"turned{i}" for i in range(50)]
+    name = next(n for n in names if 0.1 <= stable_fraction(f"class0/{n}.png") < 0.2)
+    Image.fromarray(upright[::-1]).save(root / "class0" / f"{name}.png", exif=exif)
+    test = load_dataset(root).test
+    assert any(np.array_equal(image.permute(1, 2, 0).numpy(), upright) for image in test.images)
+
+
+def damage_text(root: Path) -> None:
+    (root / "class1" / "damaged.jpg").write_text("no image")
+
+
+def damage_truncated(root: Path) -> None:
+    Image.effect_noise((64, 64), 50).save(root / "class1" / "damaged.jpg")
+    whole = (root / "class1" / "damaged.jpg").read_bytes()
+    (root / "class1" / "damaged.jpg").write_bytes(whole[: len(whole) // 2])
+
+
+def damage_empty(root: Path) -> None:
+    (root / "class1" / "damaged.jpg").touch()
+
+
+@pytest.mark.parametrize("damage", [damage_text, damage_truncated, damage_empty])
+def test_an_unreadable_image_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    root = make_folder(tmp_path / "set")
+    damage(root)
+    with pytest.raises(DataError, match=r"class1/damaged\.jpg: cannot read this image: .+"):
+        load_dataset(root)
+
+
+def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing: no such folder"):
+        load_dataset(tmp_path / "missing")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file: not a folder"):
+        load_dataset(tmp_path / "file")
+    with pytest.raises(DataError, match="a folder of images per class, two at least; found 0"):
+        load_dataset(tmp_path)
+    with pytest.raises(DataError, match="too few images, none for the validation split"):
+        load_dataset(make_folder(tmp_path / "few", images=1))
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"validation: expected a share between 0 and 0\.5, got 0\.7"):
+        load_dataset(validation=0.7)
+    with pytest.raises(ValueError, match="image_size: the embedded images are 28x28, got 32"):
+        load_dataset(image_size=32)
+
+
+def test_order_of_the_batches() -> None:
+    split = Split(torch.arange(23, dtype=torch.uint8).view(23, 1, 1, 1), torch.arange(23))
+
+    def order(batch_size: int = 5, seed: int = 0, epoch: int = 0, first: int = 0) -> list[list[int]]:
+        batches = list(split.shuffled(batch_size, seed=seed, epoch=epoch, first=first))
+        for index, batch in batches:
+            assert batch.labels.equal(index)
+            assert batch.images.flatten().long().equal(index)
+        return [index.tolist() for index, _ in batches]
+
+    whole = order()
+    assert [len(batch) for batch in whole] == [5, 5, 5, 5]  # the short one is dropped
+    assert len({i for batch in whole for i in batch}) == 20
+    assert order() == whole
+    assert order(first=2) == whole[2:]
+    assert order(epoch=1) != whole
+    assert order(seed=1) != whole
+    assert order(batch_size=10) == [whole[0] + whole[1], whole[2] + whole[3]]
+    assert [len(batch) for batch in order(batch_size=64)] == [23]
+    assert [len(batch) for batch in split.in_order(10)] == [10, 10, 3]

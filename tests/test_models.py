@@ -1,0 +1,64 @@
+"""The networks: shapes, sizes as published, and the ways to name one."""
+
+import pytest
+import torch
+from torch import nn
+
+from imgopt_fast.models import MODELS, create_model
+
+# Parameters for 1,000 classes and RGB as published for the first three; counted by hand for the CIFAR networks (10).
+PARAMETERS = {
+    ("resnet18", 1000): 11_689_512,
+    ("resnet50", 1000): 25_557_032,
+    ("mobilenetv2", 1000): 3_504_872,
+    ("resnet20", 10): 272_474,
+    ("resnet8", 10): 308_650,
+}
+
+
+@pytest.mark.parametrize(("name", "classes"), PARAMETERS)
+def test_parameter_count(name: str, classes: int) -> None:
+    model = create_model(name, num_classes=classes, in_channels=3)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name, classes]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("channels", "side"), [(1, 28), (3, 33)])
+def test_forward_and_backward(name: str, channels: int, side: int) -> None:
+    model = create_model(name, num_classes=7, in_channels=channels)
+    logits = model(torch.rand(2, channels, side, side))
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_every_network_can_be_traced() -> None:
+    for name in MODELS:
+        torch.fx.symbolic_trace(create_model(name, num_classes=3, in_channels=3))
+
+
+def linear(num_classes: int, in_channels: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
+
+def nothing(num_classes: int, in_channels: int) -> None:
+    return None
+
+
+def test_a_network_from_elsewhere() -> None:
+    model = create_model(f"{__name__}:linear", num_classes=4, in_channels=1)
+    assert model(torch.rand(2, 1, 5, 5)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet", "model: expected one of resnet8, .* or package.module:function, got 'resnet'"),
+        ("no.such.module:f", "model: cannot import 'no.such.module:f'"),
+        (f"{__name__}:missing", "model: cannot import"),
+        (f"{__name__}:nothing", "returned NoneType, expected a torch.nn.Module"),
+    ],
+)
+def test_a_network_that_does_not_exist(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_model(name, num_classes=4, in_channels=1)
