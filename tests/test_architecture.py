@@ -14,6 +14,7 @@ FLOORS = [
     {"nn", "numpy"},
     {"data", "models", "augment", "compress"},
     {"training", "targets", "jax"},
+    {"benchmarks"},
     {"cli", "__main__"},
 ]
 FLOOR_OF = {name: level for level, names in enumerate(FLOORS) for name in names}
