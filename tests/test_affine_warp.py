@@ -1,6 +1,8 @@
 """affine_warp: kernels, Numba twin and reference against a float64 oracle, and against torch, scipy and OpenCV."""
 
 import itertools
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from conftest import BACKEND
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import imgopt_fast.numpy
 from imgopt_fast import _native, affine_warp
 from imgopt_fast.ops.affine_warp import INTERPOLATIONS, PADDING_MODES, reference
 
@@ -630,3 +633,75 @@ U8, EYE = torch.zeros(2, 3, 4, 5, dtype=torch.uint8), torch.eye(3)[None]
 def test_bad_input(error: type[Exception], name: str, call: Any) -> None:
     with pytest.raises(error, match=rf"^{name}: "):
         call()
+
+
+# --- the NumPy face ------------------------------------------------------------------------------------------------
+
+
+def test_numpy_equals_torch() -> None:
+    images, matrix = random_images((2, 3, 20, 31)), rotation(2, 20, 31)
+    last = images.permute(0, 2, 3, 1).numpy()
+    options: dict[str, Any] = {"size": (25, 19), "padding_mode": "reflect", "interpolation": "bicubic"}
+    assert np.array_equal(
+        imgopt_fast.numpy.affine_warp(last, matrix.numpy(), **options),
+        affine_warp(images, matrix, **options).permute(0, 2, 3, 1).numpy(),
+    )
+    table = torch.randint(0, 256, (2, 3, 256), dtype=torch.uint8)
+    colors = torch.rand(1, 3, 4)
+    options |= {"fill": [1, 2, 3], "mean": 0.4, "std": [0.1, 0.2, 0.3], "antialias": True}
+    expected = affine_warp(
+        images, matrix[:1], table=table, color_matrix=colors, dtype=torch.float16, **options
+    ).numpy()  # fmt: skip
+    arrays = {"table": table.numpy(), "color_matrix": colors.numpy(), "dtype": np.float16}
+    assert np.array_equal(
+        imgopt_fast.numpy.affine_warp(last, matrix[0].numpy(), channels_first=True, **options, **arrays), expected
+    )
+    one = imgopt_fast.numpy.affine_warp(last[1], matrix[0].numpy(), **options, **(arrays | {"table": table[1].numpy()}))
+    assert np.array_equal(one, expected[1].transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
+def test_numpy_strides(dtype: Any) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (2, 12, 15, 3)).astype(dtype)
+    eye = np.eye(3)
+    for view in (images[::-1, :, ::-1], images[:, 2:9, 1:12:3, ::2], images.transpose(0, 2, 1, 3)):
+        assert np.array_equal(imgopt_fast.numpy.affine_warp(view, eye), view)
+    raw = np.zeros(images.nbytes + 1, np.uint8)[1:].view(dtype).reshape(images.shape)  # not aligned
+    raw[:] = images
+    assert np.array_equal(imgopt_fast.numpy.affine_warp(raw, eye), images)
+
+
+IMAGE = np.zeros((4, 5, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "call"),
+    [
+        (TypeError, "images", lambda f: f([1], np.eye(3))),
+        (ValueError, "images", lambda f: f(IMAGE[0], np.eye(3))),
+        (TypeError, "images", lambda f: f(IMAGE.astype(int), np.eye(3))),
+        (ValueError, "images", lambda f: f(IMAGE[:0], np.eye(3))),
+        (ValueError, "matrix", lambda f: f(IMAGE, np.eye(4))),
+        (ValueError, "matrix", lambda f: f(IMAGE, np.full((2, 3), np.nan))),
+        (TypeError, "matrix", lambda f: f(IMAGE, np.eye(3, dtype=int))),
+        (ValueError, "size", lambda f: f(IMAGE, np.eye(3), size=(1, -2))),
+        (ValueError, "fill", lambda f: f(IMAGE, np.eye(3), fill=-1)),
+        (ValueError, "mean, std", lambda f: f(IMAGE, np.eye(3), std=2)),
+        (TypeError, "dtype", lambda f: f(IMAGE, np.eye(3), dtype=np.int32)),
+        (ValueError, "table", lambda f: f(IMAGE, np.eye(3), table=np.zeros((2, 256), np.uint8))),
+        (ValueError, "color_matrix", lambda f: f(IMAGE, np.eye(3), color_matrix=np.eye(3))),
+    ],
+)
+def test_numpy_bad_input(error: type[Exception], name: str, call: Any) -> None:
+    with pytest.raises(error, match=rf"^{name}: "):
+        call(imgopt_fast.numpy.affine_warp)
+
+
+def test_numpy_needs_no_torch() -> None:
+    if BACKEND != "native":
+        pytest.skip(f"the {BACKEND} backend runs through torch")
+    code = (
+        "import sys, numpy as np, imgopt_fast.numpy as f; x = np.ones((4, 5, 3), np.uint8); "
+        "assert (f.affine_warp(x, np.eye(3)) == x).all(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
