@@ -119,6 +119,142 @@ struct KernelTable {
     void (*affine_warp)(const AffineWarp&, int64_t begin, int64_t end);
     // Units: images.
     void (*affine_warp_backward)(const AffineWarpBackward&, int64_t begin, int64_t end);
+// --- int8_conv2d and int8_graph ------------------------------------------------------------------------------------
+//
+// Activations are bytes in (n, h, w, c) order; a pixel may be a slice of a wider one (the strides count bytes between
+// pixels). int8 bytes are read and written with their top bit flipped (flip = 0x80, otherwise 0), which turns them into
+// uint8 with a zero point 128 higher: one kernel serves both. Every zero point below is that of the flipped byte. With
+// u = byte ^ flip, and u = zero_point at padded taps,
+//
+//   offset[o] = bias[o] - zero_point * sum_k(w[o, k])              S[o] = offset[o] + sum_k(w[o, k] * u[k])   (mod
+//   2^32)
+//
+// Overflow bound. S is exact when its true value fits int32, however its parts wrap: two's complement sums are exact
+// modulo 2^32. With d = u - zero_point in [-zero_point, 255 - zero_point] and W+, W- the sums of the magnitudes of the
+// positive and negative weights, bias - W+ * zero_point - W- * (255 - zero_point) <= S <= bias + W+ * (255 -
+// zero_point) + W- * zero_point; the bindings' callers check this for every channel. Worst case without bias: 255 * 127
+// * K < 2^31, K <= 66,311 (65,793 with weights of -128).
+//
+// Requantization, in float32 without contraction:
+//   y = float(S) * multiplier[o]; with a residual y = y + float(r - residual_zero_point) * residual_multiplier;
+//   y = min(max(y, low), high); float output: y; otherwise byte = (round_half_even(y) + output_zero_point) ^
+//   output_flip.
+// low and high lie within [-output_zero_point, 255 - output_zero_point] for bytes, so a kernel may as well round first,
+// saturate, and clamp the integers: rounding is monotonic. y is finite: |multiplier| < 2^96, |S| <= 2^31.
+// With shifts (all scales powers of two): t = (S << sum_left) + ((r - residual_zero_point) << residual_left) in int64,
+// |t| < 2^61; q = (t + (1 << (right - 1))) >> right for right > 0, else saturate(t) << -right; q is clamped to
+// [round(low), round(high)].
+
+// The slack behind every per-channel array: a vector kernel reads whole groups of channels.
+constexpr int64_t kChannelSlack = 64;
+
+struct Int8Shift {
+    int8_t right;          // in [-31, 62]
+    int8_t sum_left;       // in [0, 29]
+    int8_t residual_left;  // in [0, 51]
+    int8_t unused;
+};
+
+// The geometry of a weight; its canonical order is (out_channels, group_channels, kernel_h, kernel_w) int8.
+struct Int8Weight {
+    int64_t out_channels;    // a multiple of groups
+    int64_t group_channels;  // input channels of one group
+    int64_t groups;
+    int64_t kernel_h, kernel_w;
+};
+
+struct Int8Conv2d {
+    Int8Weight weight;
+    const uint8_t* packed;  // 64-byte aligned, what int8_weight_pack of the same table wrote
+
+    const uint8_t* input;  // (batch, in_h, in_w, groups * group_channels)
+    int64_t batch, in_h, in_w, input_stride;
+    int64_t stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
+    uint8_t input_flip, input_zero_point;
+
+    const int32_t* offset;    // per output channel, kChannelSlack more entries are readable
+    const float* multiplier;  // the same; unused where shift is given
+    const Int8Shift* shift;   // or nullptr
+
+    const uint8_t* residual;  // (batch, out_h, out_w, out_channels) or nullptr; never the output's memory
+    int64_t residual_stride;
+    float residual_multiplier;
+    uint8_t residual_flip, residual_zero_point;
+
+    void* output;                         // (batch, out_h, out_w, out_channels): bytes, or float32 where float_output
+    int64_t out_h, out_w, output_stride;  // the stride counts elements
+    float low, high;
+    uint8_t output_flip, output_zero_point;
+    bool float_output;
+};
+
+// Steps of a graph beside convolution. `bytes` order and the meaning of flip, zero point, low, high as above.
+struct Int8Format {
+    uint8_t flip, zero_point;
+    float low, high;
+};
+
+// byte = quantize(x * inverse_scale), NaN -> low. A unit is one pixel row.
+struct Int8Quantize {
+    const float* input;  // stride_c, stride_h, stride_w, stride_n elements apart: NCHW or channels_last
+    int64_t batch, channels, height, width;
+    int64_t stride_n, stride_c, stride_h, stride_w;
+    float inverse_scale;
+    Int8Format format;
+    uint8_t* output;  // (batch, height, width, channels)
+    int64_t output_stride;
+};
+
+// y = float(a - za) * multiplier_a + float(b - zb) * multiplier_b; b may be nullptr (rescale, for concat). A unit is
+// one pixel. Without `shifted` the shift is unused.
+struct Int8Add {
+    const uint8_t *a, *b;
+    int64_t channels, a_stride, b_stride;
+    uint8_t a_flip, b_flip, a_zero_point, b_zero_point;
+    float a_multiplier, b_multiplier;
+    bool shifted;
+    int32_t a_left, b_left, right;
+    Int8Format format;
+    uint8_t* output;
+    int64_t output_stride;
+};
+
+// Maximum, or mean = sum(u - zero_point) * float(ratio / count), over windows. A unit is one output row. With
+// `shifted` the mean is (2 * (sum << max(-right, 0)) + d) / (2 * d) rounded down, d = count << max(right, 0).
+struct Int8Pool {
+    const uint8_t* input;
+    int64_t batch, in_h, in_w, channels, input_stride;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left;
+    uint8_t input_flip, input_zero_point;
+    bool average, count_padding, shifted;
+    double ratio;
+    int32_t right;
+    Int8Format format;
+    uint8_t* output;
+    int64_t out_h, out_w, output_stride;
+};
+
+// float(u - zero_point) * scale. A unit is one pixel.
+struct Int8Dequantize {
+    const uint8_t* input;
+    int64_t channels, input_stride;
+    uint8_t flip, zero_point;
+    float scale;
+    float* output;
+    int64_t output_stride;
+};
+
+struct KernelTable {
+    // int8_conv2d. The layout names the packed order: bytes of another layout are not readable by this table.
+    const char* int8_weight_layout;
+    int64_t (*int8_weight_bytes)(const Int8Weight&);
+    void (*int8_weight_pack)(const Int8Weight&, const int8_t* weight, uint8_t* packed);
+    int64_t (*int8_conv2d_units)(const Int8Conv2d&);
+    void (*int8_conv2d)(const Int8Conv2d&, int64_t begin, int64_t end);
+    void (*int8_quantize)(const Int8Quantize&, int64_t begin, int64_t end);
+    void (*int8_add)(const Int8Add&, int64_t begin, int64_t end);
+    void (*int8_pool)(const Int8Pool&, int64_t begin, int64_t end);
+    void (*int8_dequantize)(const Int8Dequantize&, int64_t begin, int64_t end);
     Probe probe;
 };
 

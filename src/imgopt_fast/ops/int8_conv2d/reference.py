@@ -37,7 +37,27 @@ def int8_conv2d(
 ) -> Tensor:
     """Implements the schema of `int8_conv2d`; `packed` is not looked at."""
     sums = convolve(input, weight, bias, input_zero_point, stride, padding, dilation, groups)
-    scale = input_scale * weight_scale.double().view(1, -1, 1, 1)
+    return requantize(
+        sums, input_scale * weight_scale.double(), residual, output_scale, output_zero_point, output_dtype, output_min,
+        output_max, residual_scale, residual_zero_point, shift,
+    )  # fmt: skip
+
+
+def requantize(
+    sums: Tensor,
+    sum_scale: Tensor,
+    residual: Tensor | None,
+    output_scale: float | None,
+    output_zero_point: int,
+    output_dtype: torch.dtype,
+    output_min: float | None,
+    output_max: float | None,
+    residual_scale: float,
+    residual_zero_point: int,
+    shift: bool,
+) -> Tensor:
+    """The output from exact sums of scale `sum_scale` (float64, (O,)), in channels_last memory."""
+    scale = sum_scale.view(1, -1, 1, 1)
     difference = None if residual is None else residual.to(torch.int32) - residual_zero_point
     if output_scale is None:
         y = add_scaled(sums.to(torch.float32) * scale.to(torch.float32), difference, residual_scale)

@@ -1,6 +1,7 @@
 """int8_graph in plain torch, on any device: a plan interpreted step by step, with the arithmetic of int8_conv2d."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,30 +15,33 @@ def int8_graph(
     inputs: list[Tensor], plan: Tensor, constants: Tensor, packed: Tensor, outputs: list[int]
 ) -> list[Tensor]:
     """Implements the schema of `int8_graph`; `packed` is not looked at."""
-    return interpret(fmt.decode(plan), inputs, constants, convolve)
+    return interpret(fmt.decode(plan), inputs, constants, arithmetic.convolve)
 
 
-def interpret(graph: fmt.Plan, inputs: list[Tensor], constants: Tensor, convolve_step) -> list[Tensor]:  # type: ignore[no-untyped-def]
-    """Run every step; `convolve_step(graph, step, inputs, constants)` does the convolutions."""
+def interpret(
+    graph: fmt.Plan, inputs: list[Tensor], constants: Tensor, convolve: Callable[..., Tensor]
+) -> list[Tensor]:
+    """Run every step; `convolve` gives the exact sums of a convolution, as in int8_conv2d/reference.py."""
     values: dict[int, Tensor] = dict(zip(graph.inputs, inputs, strict=True))
     for step in graph.steps:
         given = [values[i] for i in step.inputs]
         if step.opcode == fmt.CONV:
-            values[step.output] = convolve_step(graph, step, given, constants)
+            values[step.output] = _convolve(graph, step, given, constants, convolve)
         else:
             values[step.output] = _STEPS[step.opcode](graph, step, given)
     return [_owned(values[i]) for i in graph.outputs]
 
 
-def convolve(graph: fmt.Plan, step: fmt.Step, given: list[Tensor], constants: Tensor) -> Tensor:
-    """A CONV step, from the canonical weight and bias."""
+def _convolve(
+    graph: fmt.Plan, step: fmt.Step, given: list[Tensor], constants: Tensor, convolve: Callable[..., Tensor]
+) -> Tensor:
     p = step.parameters
     channels = p["out_channels"]
     zero_point = graph.values[step.inputs[0]][3]
     bias = fmt.channel_array(constants, p["bias_at"], channels, torch.int32)
     x = given[0] if given[0].dim() == 4 else given[0][:, :, None, None]
     sides = [p["top"], p["bottom"], p["left"], p["right"]]
-    sums = arithmetic.convolve(
+    sums = convolve(
         x,
         fmt.conv_weight(constants, p),
         bias,
