@@ -114,11 +114,6 @@ struct AffineWarpBackward {
     double* grad_matrix;  // [batch][9], or null
 };
 
-struct KernelTable {
-    // Units: output rows, batch · output_height of them.
-    void (*affine_warp)(const AffineWarp&, int64_t begin, int64_t end);
-    // Units: images.
-    void (*affine_warp_backward)(const AffineWarpBackward&, int64_t begin, int64_t end);
 // --- int8_conv2d and int8_graph ------------------------------------------------------------------------------------
 //
 // Activations are bytes in (n, h, w, c) order; a pixel may be a slice of a wider one (the strides count bytes between
@@ -126,23 +121,22 @@ struct KernelTable {
 // uint8 with a zero point 128 higher: one kernel serves both. Every zero point below is that of the flipped byte. With
 // u = byte ^ flip, and u = zero_point at padded taps,
 //
-//   offset[o] = bias[o] - zero_point * sum_k(w[o, k])              S[o] = offset[o] + sum_k(w[o, k] * u[k])   (mod
-//   2^32)
+//   offset[o] = bias[o] - zero_point * sum_k(w[o, k]),   S[o] = offset[o] + sum_k(w[o, k] * u[k])   modulo 2^32.
 //
 // Overflow bound. S is exact when its true value fits int32, however its parts wrap: two's complement sums are exact
-// modulo 2^32. With d = u - zero_point in [-zero_point, 255 - zero_point] and W+, W- the sums of the magnitudes of the
-// positive and negative weights, bias - W+ * zero_point - W- * (255 - zero_point) <= S <= bias + W+ * (255 -
-// zero_point) + W- * zero_point; the bindings' callers check this for every channel. Worst case without bias: 255 * 127
-// * K < 2^31, K <= 66,311 (65,793 with weights of -128).
+// modulo 2^32. With d = u - zero_point in [-zero_point, 255 - zero_point], and W+ and W- the sums of the magnitudes of
+// a channel's positive and negative weights,
+//   bias - W+ * zero_point - W- * (255 - zero_point) <= S <= bias + W+ * (255 - zero_point) + W- * zero_point,
+// which is checked for every channel when a weight is packed. Worst case without bias: 255 * 128 * K < 2^31, K <=
+// 65,793.
 //
 // Requantization, in float32 without contraction:
 //   y = float(S) * multiplier[o]; with a residual y = y + float(r - residual_zero_point) * residual_multiplier;
-//   y = min(max(y, low), high); float output: y; otherwise byte = (round_half_even(y) + output_zero_point) ^
-//   output_flip.
-// low and high lie within [-output_zero_point, 255 - output_zero_point] for bytes, so a kernel may as well round first,
-// saturate, and clamp the integers: rounding is monotonic. y is finite: |multiplier| < 2^96, |S| <= 2^31.
+//   y = min(max(y, low), high); float output is y, a byte (round_half_even(y) + output_zero_point) ^ output_flip.
+// For bytes low and high lie within [-output_zero_point, 255 - output_zero_point], so a kernel may as well round first,
+// saturate, and clamp the integers: rounding is monotonic. y is finite: |multiplier| <= 2^96 and |S| <= 2^31.
 // With shifts (all scales powers of two): t = (S << sum_left) + ((r - residual_zero_point) << residual_left) in int64,
-// |t| < 2^61; q = (t + (1 << (right - 1))) >> right for right > 0, else saturate(t) << -right; q is clamped to
+// |t| < 2^61; q = (t + (1 << (right - 1))) >> right for right > 0, otherwise saturate(t) << -right; q is clamped to
 // [round(low), round(high)].
 
 // The slack behind every per-channel array: a vector kernel reads whole groups of channels.
@@ -245,6 +239,10 @@ struct Int8Dequantize {
 };
 
 struct KernelTable {
+    // Units: output rows, batch · output_height of them.
+    void (*affine_warp)(const AffineWarp&, int64_t begin, int64_t end);
+    // Units: images.
+    void (*affine_warp_backward)(const AffineWarpBackward&, int64_t begin, int64_t end);
     // int8_conv2d. The layout names the packed order: bytes of another layout are not readable by this table.
     const char* int8_weight_layout;
     int64_t (*int8_weight_bytes)(const Int8Weight&);
