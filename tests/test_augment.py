@@ -462,3 +462,21 @@ def test_bad_types_name_the_argument():
         Compose([torch.nn.ReLU()])
     with pytest.raises(TypeError, match="dtype"):
         Normalize([0.5], [0.5], dtype=torch.uint8)
+
+
+def test_a_replay_compiles_into_one_graph():
+    images, aug = photos(), training_recipe()
+
+    def replay(images: torch.Tensor, params: augment.Params) -> torch.Tensor:
+        return aug.transform(images, params) * 2
+
+    compiled = torch.compile(replay, fullgraph=True)
+    for epoch in range(2):
+        params = aug.make_params(images, key=(0, epoch, range(6)))
+        torch.testing.assert_close(compiled(images, params), replay(images, params), rtol=1e-6, atol=1e-6)
+
+
+def test_a_call_inside_a_compiled_function_draws_outside_the_graph():
+    images, aug = photos(), training_recipe()
+    compiled = torch.compile(lambda images: aug(images, key=(0, 3, range(6))) * 2, backend="eager")
+    torch.testing.assert_close(compiled(images), aug(images, key=(0, 3, range(6))) * 2)

@@ -4,16 +4,20 @@ aug = Compose([RandomCrop(32, padding=4), RandomHorizontalFlip(), Normalize(mean
 batch = aug(images, key=(seed, epoch, index))       # uint8 in, normalised floats out, one call of affine_warp
 """
 
-from imgopt_fast.augment import geometry
+from imgopt_fast.augment import geometry, tables
 from imgopt_fast.augment.color import (
     ColorJitter,
     Normalize,
     RandomGrayscale,
     adjust_hue,
+    adjust_sharpness,
     hsv_to_rgb,
     rgb_to_hsv,
     scale_color,
 )
+from imgopt_fast.augment.erasing import RandomErasing
+from imgopt_fast.augment.mixing import CutMix, MixUp
+from imgopt_fast.augment.policies import RandAugment, TrivialAugmentWide
 from imgopt_fast.augment.spatial import (
     CenterCrop,
     RandomAffine,
@@ -31,10 +35,14 @@ __all__ = [
     "CenterCrop",
     "ColorJitter",
     "Compose",
+    "CutMix",
+    "MixUp",
     "Normalize",
     "Params",
+    "RandAugment",
     "RandomAffine",
     "RandomCrop",
+    "RandomErasing",
     "RandomGrayscale",
     "RandomHorizontalFlip",
     "RandomPerspective",
@@ -43,9 +51,12 @@ __all__ = [
     "RandomVerticalFlip",
     "Resize",
     "Transform",
+    "TrivialAugmentWide",
     "adjust_hue",
+    "adjust_sharpness",
     "geometry",
     "hsv_to_rgb",
     "rgb_to_hsv",
     "scale_color",
+    "tables",
 ]

@@ -169,6 +169,25 @@ def adjust_hue(images: torch.Tensor, shift: float | torch.Tensor | NDArray[np.fl
     return _from_unit(hsv_to_rgb(torch.stack([h, s, v], dim=-3)), images)
 
 
+def adjust_sharpness(images: torch.Tensor, factor: float | torch.Tensor | NDArray[np.float64]) -> torch.Tensor:
+    """Between smoothed (`factor` 0), as they are (1) and sharpened (above 1): images (N, C, H, W), uint8 or floating.
+
+    `factor` is a number or (N,). Smoothing is the mean over 3 × 3 pixels with weight 5 in the middle; the outermost
+    pixels stay (Pillow's and torchvision's filter, without their rounding of the smoothed image).
+    """
+    if min(images.shape[2:]) < 3:
+        return images
+    unit = _to_unit(images)
+    columns = unit[..., :-2] + unit[..., 1:-1] + unit[..., 2:]
+    total = columns[..., :-2, :] + columns[..., 1:-1, :] + columns[..., 2:, :]
+    middle = unit[..., 1:-1, 1:-1]
+    weight = 1.0 - torch.as_tensor(factor, dtype=unit.dtype, device=unit.device).reshape(-1, 1, 1, 1)
+    sharpened = middle + weight * ((total + 4.0 * middle) / 13.0 - middle)
+    result = images.clone()
+    result[..., 1:-1, 1:-1] = _from_unit(sharpened.clamp(0.0, 1.0), images)
+    return result
+
+
 def scale_color(images: torch.Tensor, factor: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
     """`images · factor`, clipped to the range of the dtype: (N, C, H, W), uint8 or floating in [0, 1].
 
@@ -178,8 +197,13 @@ def scale_color(images: torch.Tensor, factor: float | Sequence[float] | torch.Te
     factors = np.asarray(factor.cpu() if isinstance(factor, torch.Tensor) else factor, dtype=np.float64)
     if factors.shape not in ((), (channels,), (n, channels), (1, channels), (n, 1)):
         raise ValueError(f"factor: expected a number, ({channels},) or ({n}, {channels}), got {factors.shape}")
+    factors = np.broadcast_to(factors, (n, channels))
     fold = Fold(images)
-    fold.color(brightness=np.broadcast_to(factors, (n, channels)))
+    if images.dtype == torch.uint8:
+        levels = np.rint(factors[:, :, None] * np.arange(256)).clip(0, 255).astype(np.uint8)
+        fold.table(torch.from_numpy(levels).to(images.device))
+    else:
+        fold.color(brightness=factors)
     return fold.images()
 
 

@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 
 from imgopt_fast.augment import geometry
 from imgopt_fast.augment.geometry import Matrix, Size
+from imgopt_fast.augment.statistics import luma_weights, mean_color
 from imgopt_fast.ops.affine_warp import INTERPOLATIONS, affine_warp
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.bool_]
-
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601; they sum to one, so grey stays grey
 
 
 class Sampling(NamedTuple):
@@ -72,12 +71,17 @@ class Fold:
         self._matrix: Matrix | None = None
         self._sampling = Sampling()
         self._color: Color | None = None
-        self._warped: Rows | None = None  # which samples the pending geometry or colour touches
+        self._tabled: Rows | None = None  # which samples the pending table, geometry or colour touches
+        self._warped: Rows | None = None
         self._colored: Rows | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         return self._images.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._images.device
 
     def __len__(self) -> int:
         return self._images.shape[0]
@@ -121,6 +125,7 @@ class Fold:
         if self._table is not None:
             table = table.expand(count, -1, -1).gather(2, self._table.expand(count, -1, -1).long())
         self._table = table
+        self._tabled = _union(self._tabled, self._all(rows))
 
     def normalize(self, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> None:
         """Do the pending work with normalisation and cast; later work starts from there."""
@@ -140,8 +145,7 @@ class Fold:
 
     def settled(self, rows: Rows) -> torch.Tensor:
         """The images with the pending work of at least `rows` done; what is pending leaves `rows` alone."""
-        touched = rows if self._table is not None else _union(self._warped, self._colored)
-        self._settle(touched, rows)
+        self._settle(_union(self._tabled, _union(self._warped, self._colored)), rows)
         return self._images
 
     # ------------------------------------------------------------------------------------------ running
@@ -181,7 +185,7 @@ class Fold:
         if self._table is not None:
             same = torch.arange(256, dtype=torch.uint8, device=index.device).expand(len(index), self.channels, 256)
             self._table = self._table.expand(n, -1, -1).index_copy(0, index, same)
-        for mask in (self._warped, self._colored):
+        for mask in (self._tabled, self._warped, self._colored):
             if mask is not None:
                 mask[chosen] = False
 
@@ -281,10 +285,20 @@ def _color_tensor(color: Color, images: torch.Tensor, table: torch.Tensor | None
     offset = np.zeros((n, channels)) if color.offset is None else color.offset
     packed = np.concatenate([color.linear, offset[:, :, None]], axis=2)
     result = torch.from_numpy(packed).to(images.device)
-    if color.means is not None:
-        weights = torch.from_numpy(color.means).to(images.device)
-        result[:, :, channels] += (weights @ mean_color(images, table)[:, :, None])[:, :, 0]
+    if color.means is None:
+        return result
+    means = color.means
+    wanted = slice(None) if torch.compiler.is_compiling() else _wanted(means)
+    weights = torch.from_numpy(means[wanted]).to(images.device)
+    seen = mean_color(images[wanted], table if table is None or len(table) == 1 else table[wanted])
+    result[wanted, :, channels] += (weights @ seen[:, :, None])[:, :, 0]
     return result
+
+
+def _wanted(means: Floats) -> slice | NDArray[np.intp]:
+    """The samples whose mean colour matters; all of them as a slice, which copies nothing."""
+    needed = means.any(axis=(1, 2))
+    return slice(None) if needed.all() else np.flatnonzero(needed)
 
 
 def _colored(
@@ -306,29 +320,6 @@ def _colored(
         result = result.mul_(255).round_()
     layout = torch.contiguous_format if values.is_contiguous() else torch.channels_last
     return result.to(dtype, memory_format=layout)
-
-
-def luma_weights(channels: int) -> Floats:
-    """How much each channel weighs in the grey: BT.601 for three, equal for any other number."""
-    return np.array(LUMA) if channels == 3 else np.full(channels, 1.0 / channels)
-
-
-def mean_color(images: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
-    """(N, C) float64: the mean of each channel, in units of [0, 1], after the table where there is one."""
-    if table is not None:
-        counts = histogram(images).to(torch.float64)
-        return (counts * table).sum(2) / (255 * images[0, 0].numel())
-    if images.dtype == torch.uint8:
-        sums = images.sum(dim=(2, 3), dtype=torch.int64).to(torch.float64)
-        return sums / (255 * images[0, 0].numel())
-    return images.mean(dim=(2, 3), dtype=torch.float64)
-
-
-def histogram(images: torch.Tensor) -> torch.Tensor:
-    """(N, C, 256) int32: how often each level occurs in each channel of uint8 images."""
-    levels = images.flatten(2).long()
-    counts = torch.zeros((*images.shape[:2], 256), dtype=torch.int32, device=images.device)
-    return counts.scatter_add_(2, levels, torch.ones_like(levels, dtype=torch.int32))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -23,7 +23,7 @@ from imgopt_fast.ops.affine_warp import INTERPOLATIONS, PADDING_MODES
 Uniforms = NDArray[np.float64]
 Fill = float | Sequence[float]
 
-_CROP_ATTEMPTS = 10  # torchvision's number of trials for a crop that fits
+CROP_ATTEMPTS = 10  # torchvision's number of trials for a crop that fits
 
 
 class RandomHorizontalFlip(Geometric):
@@ -265,7 +265,7 @@ class RandomResizedCrop(Geometric):
         antialias: average first where the part is larger than the result (see `affine_warp`).
     """
 
-    words = 2 * _CROP_ATTEMPTS + 2
+    words = 2 * CROP_ATTEMPTS + 2
 
     def __init__(
         self,
@@ -285,9 +285,10 @@ class RandomResizedCrop(Geometric):
 
     def draw(self, u: Uniforms, size: Size) -> Draw:
         height, width = size
-        aspect = tuple(math.log(r) for r in self.ratio)
-        trial = u[: 2 * _CROP_ATTEMPTS]
-        h, w, fits = crop_trials(trial[0::2], trial[1::2], size, self.scale, aspect)
+        aspect = math.log(self.ratio[0]), math.log(self.ratio[1])
+        trial = u[: 2 * CROP_ATTEMPTS]
+        w, h = trial_sides(trial[0::2], trial[1::2], size, self.scale, aspect)
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
         first = fits.argmax(axis=0)
         sample = np.arange(fits.shape[1])
         found = fits[first, sample]
@@ -402,15 +403,13 @@ def between(u: Uniforms, bounds: tuple[float, float]) -> Uniforms:
     return low + u * (high - low)
 
 
-def crop_trials(
-    u_area: Uniforms, u_aspect: Uniforms, size: Size, scale: tuple[float, float], log_ratio: tuple[float, ...]
-) -> tuple[Uniforms, Uniforms, NDArray[np.bool_]]:
-    """Heights, widths and whether they fit, of random parts with uniform area and log-uniform aspect."""
-    height, width = size
-    area = between(u_area, scale) * (height * width)
-    aspect = np.exp(between(u_aspect, (log_ratio[0], log_ratio[1])))
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    return h, w, (w > 0) & (w <= width) & (h > 0) & (h <= height)
+def trial_sides(
+    u_area: Uniforms, u_aspect: Uniforms, size: Size, scale: tuple[float, float], log_ratio: tuple[float, float]
+) -> tuple[Uniforms, Uniforms]:
+    """Sides (a, b) of random rectangles with uniform area and log-uniform a / b, whole pixels; they may not fit."""
+    area = between(u_area, scale) * (size[0] * size[1])
+    ratio = np.exp(between(u_aspect, log_ratio))
+    return np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
 
 
 def _corners(size: Size) -> Uniforms:

@@ -7,9 +7,10 @@ and keypoints, or inside `torch.compile`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,6 +34,7 @@ class Params:
     draws: tuple[Draw, ...]
     count: int
     size: Size  # (H, W) of the images they were drawn for
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what the codes of a parameter stand for
 
     def __len__(self) -> int:
         return self.count
@@ -42,10 +44,15 @@ class Params:
         if not -self.count <= i < self.count:
             raise IndexError(f"sample {i} of {self.count}")
         return [
-            (name, {k: v[i].tolist() for k, v in draw.items()})
+            (name, {k: self._decoded(k, v[i].tolist()) for k, v in draw.items()})
             for name, draw in zip(self.names, self.draws, strict=True)
             if draw
         ]
+
+    def _decoded(self, name: str, value: Any) -> Any:
+        if name not in self.labels:
+            return value
+        return [self.labels[name][v] for v in value] if isinstance(value, list) else self.labels[name][value]
 
     def describe(self, i: int) -> str:
         """One line for sample `i`, such as `RandomAffine(angle=12.1, translate=(3, -1))`."""
@@ -74,6 +81,7 @@ class Transform(torch.nn.Module):
     """
 
     words = 0  # uniform numbers that one sample takes
+    labels: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # names for parameters that are codes
 
     def draw(self, u: NDArray[np.float64], size: Size) -> Draw:
         """Parameters from numbers `u` in [0, 1), (at least `words`, N), for images of `size`."""
@@ -122,11 +130,13 @@ class Transform(torch.nn.Module):
         seed, epoch, index = resolve_key(count, generator, key)
         u = philox.uniforms(seed, epoch, index, blocks) if blocks.size else np.empty((0, count))
         draws, names, current = [], [], size
+        labels: dict[str, tuple[str, ...]] = {}
         for leaf, start in zip(self.leaves(), starts, strict=True):
             draws.append(leaf.draw(u[start : start + leaf.words], current))
             names.append(type(leaf).__name__)
+            labels.update(leaf.labels)
             current = leaf.output_size(current)
-        return Params(tuple(names), tuple(draws), count, size)
+        return Params(tuple(names), tuple(draws), count, size, labels)
 
     def _transform(self, batch: torch.Tensor, params: Params) -> torch.Tensor:
         fold = Fold(batch)

@@ -1,0 +1,193 @@
+"""RandAugment and TrivialAugmentWide, a policy per sample, on uint8 images.
+
+Operations, ranges and signs are torchvision's. Each sample takes its own operations; the batch still goes through one
+pass where they come in the order table → geometry → colour, and only the samples that break the order (or sharpen)
+take another.
+
+E. D. Cubuk et al., "RandAugment: practical automated data augmentation with a reduced search space", 2020;
+S. Müller, F. Hutter, "TrivialAugment: tuning-free yet state-of-the-art data augmentation", ICCV 2021.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from imgopt_fast.augment import geometry, tables
+from imgopt_fast.augment.color import adjust_sharpness
+from imgopt_fast.augment.fold import Fold, Rows, Sampling
+from imgopt_fast.augment.geometry import Matrix, Size
+from imgopt_fast.augment.spatial import Fill, Uniforms, fill_value, interpolation_name
+from imgopt_fast.augment.transform import Draw, Transform
+
+OPERATIONS = (
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
+    "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
+_CODE = {name: code for code, name in enumerate(OPERATIONS)}
+_GEOMETRIC = np.array([name in ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate") for name in OPERATIONS])
+_COLORING = np.array([name in ("Brightness", "Color", "Contrast") for name in OPERATIONS])
+_TABULAR = np.array([name in ("Posterize", "Solarize", "AutoContrast", "Equalize") for name in OPERATIONS])
+_SIGNED = np.array([name not in ("Identity", *OPERATIONS[10:]) for name in OPERATIONS])
+
+
+class _Policy(Transform):
+    """`steps` operations per sample, each with a magnitude."""
+
+    steps = 1
+    labels = MappingProxyType({"operation": OPERATIONS})
+
+    def __init__(self, num_magnitude_bins: int, interpolation: Any, fill: Fill | None) -> None:
+        super().__init__()
+        if num_magnitude_bins < 2:
+            raise ValueError(f"num_magnitude_bins: expected at least 2, got {num_magnitude_bins}")
+        self.num_magnitude_bins = num_magnitude_bins
+        self.sampling = Sampling(interpolation_name(interpolation), "constant", fill_value(fill))
+
+    def matrix(self, draw: Draw, size: Size) -> Matrix:
+        steps = [_matrix(draw["operation"][:, k], draw["magnitude"][:, k], size) for k in range(self.steps)]
+        return geometry.compose(*steps)
+
+    def record(self, fold: Fold, draw: Draw) -> None:
+        for k in range(self.steps):
+            operation, magnitude = draw["operation"][:, k], draw["magnitude"][:, k]
+            _record_tables(fold, operation, magnitude)
+            moved = _GEOMETRIC[operation]
+            if moved.any():
+                fold.warp(_matrix(operation, magnitude, fold.size), fold.size, self.sampling, moved)
+            colored = _COLORING[operation]
+            if colored.any():
+                brightness, saturation, contrast = (
+                    np.where(operation == _CODE[name], 1.0 + magnitude, 1.0)
+                    for name in ("Brightness", "Color", "Contrast")
+                )
+                fold.color(brightness, contrast, saturation, colored)
+            _record_sharpness(fold, operation, magnitude)
+
+
+class RandAugment(_Policy):
+    """`num_ops` random operations per sample, all of strength `magnitude` (of `num_magnitude_bins`)."""
+
+    def __init__(
+        self,
+        num_ops: int = 2,
+        magnitude: int = 9,
+        num_magnitude_bins: int = 31,
+        interpolation: Any = "nearest",
+        fill: Fill | None = None,
+    ) -> None:
+        super().__init__(num_magnitude_bins, interpolation, fill)
+        if num_ops < 1:
+            raise ValueError(f"num_ops: expected at least 1, got {num_ops}")
+        if not 0 <= magnitude < num_magnitude_bins:
+            raise ValueError(f"magnitude: expected 0 to {num_magnitude_bins - 1}, got {magnitude}")
+        self.steps, self.strength = num_ops, magnitude
+        self.words = 2 * num_ops
+
+    def draw(self, u: Uniforms, size: Size) -> Draw:
+        fraction = self.strength / (self.num_magnitude_bins - 1)
+        limits = _limits(0.3, (150 / 331 * size[1], 150 / 331 * size[0]), 30.0, 0.9)
+        operation = (u[: self.steps] * len(OPERATIONS)).astype(np.int64)
+        strength = np.full(operation.shape, fraction)
+        magnitude = _magnitudes(operation, strength, limits, 8 - np.rint(strength * 4))
+        return _drawn(operation, magnitude, u[self.steps :] <= 0.5)
+
+    def extra_repr(self) -> str:
+        return f"num_ops={self.steps}, magnitude={self.strength}, num_magnitude_bins={self.num_magnitude_bins}"
+
+
+class TrivialAugmentWide(_Policy):
+    """One random operation of random strength per sample."""
+
+    words = 3
+
+    def __init__(self, num_magnitude_bins: int = 31, interpolation: Any = "nearest", fill: Fill | None = None) -> None:
+        super().__init__(num_magnitude_bins, interpolation, fill)
+
+    def draw(self, u: Uniforms, size: Size) -> Draw:
+        operation = (u[:1] * len(OPERATIONS)).astype(np.int64)
+        fraction = np.floor(u[1:2] * self.num_magnitude_bins) / (self.num_magnitude_bins - 1)
+        limits = _limits(0.99, (32.0, 32.0), 135.0, 0.99)
+        return _drawn(operation, _magnitudes(operation, fraction, limits, 8 - np.rint(fraction * 6)), u[2:3] <= 0.5)
+
+    def extra_repr(self) -> str:
+        return f"num_magnitude_bins={self.num_magnitude_bins}"
+
+
+# ---------------------------------------------------------------------------------------------------- magnitudes
+
+
+def _limits(shear: float, translate: tuple[float, float], degrees: float, factor: float) -> Uniforms:
+    """The magnitude of each operation at full strength; Posterize and Solarize fall with the strength instead."""
+    limits = dict.fromkeys(OPERATIONS, 0.0)
+    limits.update(ShearX=shear, ShearY=shear, TranslateX=translate[0], TranslateY=translate[1], Rotate=degrees)
+    limits.update(Brightness=factor, Color=factor, Contrast=factor, Sharpness=factor)
+    return np.array(list(limits.values()))
+
+
+def _magnitudes(operation: NDArray[np.int64], fraction: Uniforms, limits: Uniforms, bits: Uniforms) -> Uniforms:
+    magnitude = limits[operation] * fraction
+    translates = (operation == _CODE["TranslateX"]) | (operation == _CODE["TranslateY"])
+    magnitude = np.where(translates, np.trunc(magnitude), magnitude)  # whole pixels
+    magnitude = np.where(operation == _CODE["Posterize"], bits, magnitude)
+    return np.where(operation == _CODE["Solarize"], 255.0 * (1.0 - fraction), magnitude)
+
+
+def _drawn(operation: NDArray[np.int64], magnitude: Uniforms, negative: Rows) -> Draw:
+    signed = np.where(negative & _SIGNED[operation], -magnitude, magnitude)
+    return {"operation": operation.T, "magnitude": signed.T}
+
+
+# ---------------------------------------------------------------------------------------------------- work
+
+
+def _matrix(operation: NDArray[np.int64], magnitude: Uniforms, size: Size) -> Matrix:
+    """(N, 2, 3): the identity for what is not geometric. Shears hold the upper left corner in place."""
+
+    def where(name: str, value: Uniforms) -> Uniforms:
+        return np.where(operation == _CODE[name], value, 0.0)
+
+    shear = np.degrees(np.arctan(magnitude))
+    shears = (operation == _CODE["ShearX"]) | (operation == _CODE["ShearY"])
+    center = np.where(shears, -0.5, (size[1] - 1) / 2), np.where(shears, -0.5, (size[0] - 1) / 2)
+    turned = geometry.rotate_scale_shear(
+        where("Rotate", -magnitude), 1.0, where("ShearX", shear), where("ShearY", shear), center
+    )
+    return geometry.compose(
+        turned, geometry.translation(where("TranslateX", magnitude), where("TranslateY", magnitude))
+    )
+
+
+def _record_tables(fold: Fold, operation: NDArray[np.int64], magnitude: Uniforms) -> None:
+    rows = _TABULAR[operation]
+    if not rows.any():
+        return
+    if fold.dtype != torch.uint8:
+        raise TypeError(f"images: expected uint8 for the operations of a policy, got {fold.dtype}")
+    table = np.broadcast_to(np.arange(256, dtype=np.uint8), (len(fold), 256)).copy()
+    posterized, solarized = operation == _CODE["Posterize"], operation == _CODE["Solarize"]
+    table[posterized] = tables.posterize(magnitude[posterized].astype(np.int64))
+    table[solarized] = tables.solarize(magnitude[solarized])
+    device = fold.device
+    entire = torch.from_numpy(table).to(device)[:, None].repeat(1, fold.channels, 1)
+    for name, measured in (("AutoContrast", tables.autocontrast), ("Equalize", tables.equalize)):
+        chosen = operation == _CODE[name]
+        if chosen.any():
+            index = torch.from_numpy(np.flatnonzero(chosen)).to(device)
+            entire.index_copy_(0, index, measured(fold.settled(chosen)[index]))
+    fold.table(entire, rows)
+
+
+def _record_sharpness(fold: Fold, operation: NDArray[np.int64], magnitude: Uniforms) -> None:
+    rows = operation == _CODE["Sharpness"]
+    if not rows.any():
+        return
+    images = fold.settled(rows)
+    chosen = np.flatnonzero(rows)
+    index = torch.from_numpy(chosen).to(fold.device)
+    sharpened = adjust_sharpness(images[index], 1.0 + magnitude[chosen])
+    fold.replace((images if fold.owned else images.clone()).index_copy_(0, index, sharpened))
