@@ -1,5 +1,7 @@
 """Smaller and faster networks: pruning, distillation, quantization."""
 
+from imgopt_fast.compress.distill import distillation_loss
 from imgopt_fast.compress.prune import PruneConfig, Pruner, prune
+from imgopt_fast.compress.quantize import Int8Config, quantize
 
-__all__ = ["PruneConfig", "Pruner", "prune"]
+__all__ = ["Int8Config", "PruneConfig", "Pruner", "distillation_loss", "prune", "quantize"]

@@ -1,5 +1,7 @@
 """Layers that run on the library's operations, drop-in for torch's own."""
 
+from imgopt_fast.nn.int8 import Int8Conv2d, Int8Linear
+from imgopt_fast.nn.int8_segment import Int8Segment, Step
 from imgopt_fast.nn.masked import MaskedConv2d, MaskedLinear
 
-__all__ = ["MaskedConv2d", "MaskedLinear"]
+__all__ = ["Int8Conv2d", "Int8Linear", "Int8Segment", "MaskedConv2d", "MaskedLinear", "Step"]

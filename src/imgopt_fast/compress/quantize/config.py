@@ -1,0 +1,44 @@
+"""What a user can decide about quantization."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Calibration = Literal["minmax", "percentile", "mse", "entropy"]
+
+
+@dataclass(frozen=True)
+class Int8Config:
+    """How `quantize` chooses scales, and what it leaves alone.
+
+    Activations are uint8 with one scale and zero point per tensor (zero point 0 behind a ReLU); weights are int8,
+    symmetric, one scale per output channel.
+
+    calibration: how the range of an activation follows from the values seen. "minmax" takes all of it; "percentile"
+        cuts `percentile` % off nothing: it keeps that share of the values; "mse" minimises the expected squared
+        error of rounding and clipping; "entropy" minimises the Kullback-Leibler divergence to the 8-bit histogram.
+    percentile: share of the values kept, in (50, 100], for "percentile" only.
+    power_of_two: every scale a power of two and the arithmetic shifts only (`requantize="shift"`), for hardware
+        without multipliers behind its accumulators.
+    equalize: move scale between consecutive layers until their channels have like ranges (cross-layer equalization).
+    bias_correction: take the mean shift that rounded weights cause out of the bias.
+    exclude: qualified names of modules that stay float, each with all below it: "layer1" covers "layer1.0.conv1".
+    """
+
+    calibration: Calibration = "mse"
+    percentile: float = 99.99
+    power_of_two: bool = False
+    equalize: bool = False
+    bias_correction: bool = True
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.calibration not in get_args(Calibration):
+            known = ", ".join(get_args(Calibration))
+            raise ValueError(f"calibration: expected one of {known}, got {self.calibration!r}")
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f"percentile: expected a number in (50, 100], got {self.percentile}")
+        if isinstance(self.exclude, str) or not all(isinstance(name, str) for name in self.exclude):
+            raise TypeError(f"exclude: expected a tuple of module names, got {self.exclude!r}")
+        for flag in ("power_of_two", "equalize", "bias_correction"):
+            if not isinstance(getattr(self, flag), bool):
+                raise TypeError(f"{flag}: expected a bool, got {getattr(self, flag)!r}")

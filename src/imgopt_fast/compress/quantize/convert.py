@@ -1,0 +1,208 @@
+"""From a float graph, its int8 operations and their scales to the network that runs them.
+
+The int8 operations are gathered into as few segments as their dependencies allow: an operation's level counts the
+float islands behind it, and all int8 operations of one level are one segment, one call. Between the segments the float
+nodes keep their ATen operations.
+"""
+
+import operator
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from imgopt_fast.compress.quantize.calibrate import Scale
+from imgopt_fast.compress.quantize.config import Int8Config
+from imgopt_fast.compress.quantize.fuse import PASSING, Fusion, Operation
+from imgopt_fast.compress.quantize.weights import quantize_weight
+from imgopt_fast.nn.int8 import Int8Conv2d, Int8Linear, Requantize
+from imgopt_fast.nn.int8_segment import Int8Segment, Step
+
+
+def scaled_nodes(fusion: Fusion) -> list[Node]:
+    """The nodes whose values are quantized with a scale of their own."""
+    found: dict[Node, None] = {}
+    for node, operation in fusion.operations.items():
+        found |= {source: None for source in operation.sources if source not in fusion.operations}
+        if operation.kind not in PASSING and not fusion.gives_float(operation):
+            found[node] = None
+    return list(found)
+
+
+def scale_of(node: Node, fusion: Fusion, scales: dict[Node, Scale]) -> Scale:
+    """The quantization of a value, looked up through the operations that hand their input's on."""
+    while node in fusion.operations and fusion.operations[node].kind in PASSING:
+        node = fusion.operations[node].inputs[0]
+    return scales[node]
+
+
+def share_concat_scales(fusion: Fusion, scales: dict[Node, Scale]) -> None:
+    """Give what only a concat reads the scale of the concat: its values are then copied, not rounded again."""
+    for node, operation in fusion.operations.items():
+        for source in operation.inputs if operation.kind == "concat" else ():
+            if fusion.operations[source].kind not in PASSING and set(fusion.readers[source]) == {node}:
+                scales[source] = scales[node]
+
+
+def convert(graph: GraphModule, fusion: Fusion, scales: dict[Node, Scale], config: Int8Config) -> GraphModule:
+    """The network as a graph module of `Int8Segment`s and float operations.
+
+    `scales` has an entry for each of `scaled_nodes`. Raises ValueError, naming the layer, where sums could overflow.
+    """
+    root, target = nn.Module(), Graph()
+    floats: dict[Node, Node] = {}  # where the float value of a node is in the new graph
+    stored: dict[Node, Node] = {}  # where its quantized value is
+    levels = _levels(graph, fusion)
+    order = {node: position for position, node in enumerate(graph.graph.nodes)}
+    ordered = sorted(fusion.readers, key=lambda node: (levels[node], order[node]))
+    for level, nodes in groupby(ordered, key=levels.__getitem__):
+        if level % 2:
+            segment = _SegmentWriter(fusion, scales, config, {node: fusion.operations[node] for node in nodes})
+            segment.call(f"segment_{level // 2}", root, target, floats, stored)
+            continue
+        for node in nodes:
+            if node.op == "get_attr":
+                _copy_attribute(graph, root, str(node.target))
+            floats[node] = target.node_copy(node, floats.__getitem__)
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    target.node_copy(output, floats.__getitem__)
+    return GraphModule(root, target).eval()
+
+
+def _levels(graph: GraphModule, fusion: Fusion) -> dict[Node, int]:
+    """Even for float nodes, odd for int8 operations, never falling along a dependency."""
+    levels: dict[Node, int] = {}
+    for node in graph.graph.nodes:
+        if node not in fusion.readers:
+            continue
+        operation = fusion.operations.get(node)
+        sources = node.all_input_nodes if operation is None else operation.sources
+        level = max((levels[source] for source in sources), default=0)
+        levels[node] = level + (level % 2 != (operation is not None))
+    return levels
+
+
+def _copy_attribute(graph: GraphModule, root: nn.Module, path: str) -> None:
+    """Put the parameter or buffer `path` of the float graph at the same place under `root`."""
+    value = operator.attrgetter(path)(graph)
+    *folders, leaf = path.split(".")
+    for folder in folders:
+        if not hasattr(root, folder):
+            root.add_module(folder, nn.Module())
+        root = root.get_submodule(folder)
+    if isinstance(value, Tensor):
+        root.register_buffer(leaf, value.detach().clone())
+    else:
+        setattr(root, leaf, value)
+
+
+class _SegmentWriter:
+    """Writes the steps of one segment."""
+
+    def __init__(
+        self, fusion: Fusion, scales: dict[Node, Scale], config: Int8Config, operations: dict[Node, Operation]
+    ) -> None:
+        self.fusion, self.scales, self.config, self.operations = fusion, scales, config, operations
+        self.requantize: Requantize = "shift" if config.power_of_two else "float"
+        self.steps: list[Step] = []
+        self.positions: dict[Node, int] = {}
+        self.inputs: list[Node] = []
+        self.layers: dict[str, nn.Module] = {}
+        self.step_scales: dict[str, Scale] = {}
+
+    def call(
+        self, name: str, root: nn.Module, target: Graph, floats: dict[Node, Node], stored: dict[Node, Node]
+    ) -> None:
+        """Write the steps, add the segment to `root` and its call to `target`, and record where the results are."""
+        for operation in self.operations.values():
+            self._write(operation)
+        outputs: list[int] = []
+        results: list[tuple[Node, dict[Node, Node]]] = []
+        for node, operation in self.operations.items():
+            readers = self.fusion.readers[node]
+            if any(reader in self.fusion.operations and reader not in self.operations for reader in readers):
+                outputs.append(self.positions[node])
+                results.append((node, stored))
+            if any(reader not in self.fusion.operations for reader in readers):
+                position = self.positions[node]
+                if not self.fusion.gives_float(operation):
+                    position = self._step("dequantize", f"{operation.name}_float", [node])
+                outputs.append(position)
+                results.append((node, floats))
+        segment = Int8Segment(self.steps, outputs, self.layers, self.step_scales, self.requantize)
+        root.add_module(name, segment)
+        where = {node: stored[node] if node in self.fusion.operations else floats[node] for node in self.inputs}
+        call = target.call_module(name, tuple(where[node] for node in self.inputs))
+        for index, (node, place) in enumerate(results):
+            place[node] = target.call_function(operator.getitem, (call, index))
+
+    def _write(self, operation: Operation) -> None:
+        attributes = dict(operation.attributes)
+        if operation.kind in ("conv2d", "linear"):
+            self.layers[_key(operation.name)] = self._layer(operation)
+            attributes = {}
+        elif operation.kind == "add":
+            attributes = {"output_min": operation.minimum, "output_max": operation.maximum}
+        flat = attributes.pop("flat", False)
+        if operation.kind not in PASSING and operation.weight is None:
+            self.step_scales[_key(operation.name)] = self.scales[operation.output]
+        position = self._step(operation.kind, operation.name, operation.inputs, operation.residual, attributes)
+        self.positions[operation.output] = position
+        if flat:
+            self.positions[operation.output] = self._step("flatten", f"{operation.name}_flat", [operation.output])
+
+    def _step(
+        self,
+        kind: str,
+        name: str,
+        sources: list[Node],
+        residual: Node | None = None,
+        attributes: dict[str, Any] | None = None,
+    ) -> int:
+        inputs = tuple(self._position(source) for source in sources)
+        added = None if residual is None else self._position(residual)
+        self.steps.append(Step(kind, _key(name), inputs, added, attributes or {}))
+        return len(self.steps) - 1
+
+    def _position(self, node: Node) -> int:
+        """The value of `node` in this segment; one that comes from outside becomes an input."""
+        if node not in self.positions:
+            name = f"input_{len(self.inputs)}"
+            value = node.meta["val"]
+            self.inputs.append(node)
+            self.step_scales[name] = scale_of(node, self.fusion, self.scales)
+            attributes = {"channels": int(value.shape[1]), "rank": value.ndim}
+            kind = "input" if node in self.fusion.operations else "quantize"
+            self.positions[node] = self._step(kind, name, [], None, attributes)
+        return self.positions[node]
+
+    def _layer(self, operation: Operation) -> nn.Module:
+        source = scale_of(operation.inputs[0], self.fusion, self.scales)
+        assert operation.weight is not None
+        weight, weight_scale = quantize_weight(operation.weight, operation.bias, source.scale, self.config)
+        result = None if self.fusion.gives_float(operation) else self.scales[operation.output]
+        make: Any = Int8Conv2d if operation.kind == "conv2d" else Int8Linear
+        try:
+            layer: nn.Module = make(
+                weight,
+                weight_scale,
+                operation.bias,
+                input_scale=source.scale,
+                input_zero_point=source.zero_point,
+                output_scale=None if result is None else result.scale,
+                output_zero_point=0 if result is None else result.zero_point,
+                output_min=operation.minimum,
+                output_max=operation.maximum,
+                requantize=self.requantize,
+                **operation.attributes,
+            )
+        except ValueError as refusal:
+            raise ValueError(
+                f"{operation.name}: {refusal}; Int8Config(exclude=({operation.name!r},)) keeps the layer float"
+            ) from refusal
+        return layer
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "_")

@@ -1,0 +1,49 @@
+"""Weights as int8, symmetric, one scale per output channel."""
+
+import torch
+from torch import Tensor
+
+from imgopt_fast.compress.quantize.config import Int8Config
+
+LEVELS = 127  # −128 is left out: a symmetric range keeps rounding unbiased
+# How far below the largest magnitude a scale may clip: under a half, clipping always costs more than rounding saves.
+SHRINK = torch.linspace(1.0, 0.5, 26, dtype=torch.float64)
+# The bias is an int32 at scale input_scale · weight_scale. With the bias below 2^30 the products have the other 2^30,
+# which 33,000 taps of 255 · 127 cannot fill; the packing checks the exact bound.
+BIAS_STEPS = 2.0**30
+SMALLEST_SCALE = 2.0**-40  # for channels without weights: inside what the kernels accept
+
+
+def quantize_weight(
+    weight: Tensor, bias: Tensor | None, input_scale: float, config: Int8Config
+) -> tuple[Tensor, Tensor]:
+    """(int8 weight, float32 scale per output channel) of a float weight whose first axis is the output channel.
+
+    "mse" calibration searches each channel's scale for the least squared error; the others map the largest magnitude
+    to 127. A channel whose bias would not fit into int32 gets a coarser scale.
+    """
+    rows = weight.detach().double().flatten(1)
+    scale = (rows.abs().amax(1) / LEVELS).clamp(min=SMALLEST_SCALE)
+    if bias is not None:
+        scale = torch.maximum(scale, bias.detach().double().abs() / (input_scale * BIAS_STEPS))
+    if config.power_of_two:
+        exponent = torch.log2(scale)
+        candidates = torch.stack([exponent.ceil(), exponent.floor()]).exp2()
+        candidates = candidates.clamp(min=SMALLEST_SCALE)
+    elif config.calibration == "mse":
+        candidates = scale * SHRINK[:, None]
+    else:
+        candidates = scale[None]
+    if bias is not None:
+        fits = bias.detach().double().abs() / (input_scale * candidates) <= BIAS_STEPS * (1 + 1e-9)
+    else:
+        fits = torch.ones_like(candidates, dtype=torch.bool)
+    error = torch.stack([(rows - _round(rows, step) * step[:, None]).square().sum(1) for step in candidates])
+    best = torch.where(fits, error, torch.inf).argmin(0)
+    chosen = candidates.gather(0, best[None])[0].float()
+    stored = _round(rows, chosen.double())
+    return stored.to(torch.int8).reshape(weight.shape), chosen
+
+
+def _round(rows: Tensor, scale: Tensor) -> Tensor:
+    return torch.round(rows / scale[:, None]).clamp(-LEVELS, LEVELS)

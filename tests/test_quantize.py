@@ -1,0 +1,405 @@
+"""quantize: the traced, folded and converted network against the float one, and against integer arithmetic."""
+
+import copy
+import functools
+import logging
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from imgopt_fast.compress import Int8Config, quantize
+from imgopt_fast.compress.quantize.calibrate import Histogram, choose_scale
+from imgopt_fast.compress.quantize.fold import fold
+from imgopt_fast.compress.quantize.trace import trace
+from imgopt_fast.compress.quantize.weights import quantize_weight
+from imgopt_fast.nn import MaskedConv2d, MaskedLinear
+
+
+class Residual(nn.Module):
+    """Residual blocks with a projection, max pool, global pool: the shape of a ResNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 12, 3, 2, 1, bias=False), nn.BatchNorm2d(12)
+        self.conv1, self.bn1 = nn.Conv2d(12, 12, 3, 1, 1, bias=False), nn.BatchNorm2d(12)
+        self.conv2, self.bn2 = nn.Conv2d(12, 12, 3, 1, 1, bias=False), nn.BatchNorm2d(12)
+        self.conv3, self.bn3 = nn.Conv2d(12, 20, 3, 2, 1), nn.BatchNorm2d(20)
+        self.down = nn.Sequential(nn.Conv2d(12, 20, 1, 2, bias=False), nn.BatchNorm2d(20))
+        self.fc = nn.Linear(20, 7)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.bn(self.stem(x))), 3, 2, 1)
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        y += x
+        x = F.relu_(y)
+        x = torch.relu(self.bn3(self.conv3(x)) + self.down(x))
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class Inverted(nn.Module):
+    """Inverted bottlenecks with depthwise convolutions and ReLU6: the shape of a MobileNetV2."""
+
+    def __init__(self):
+        super().__init__()
+
+        def unit(i, o, k, stride=1, groups=1, act=True):
+            layers = [nn.Conv2d(i, o, k, stride, k // 2, groups=groups, bias=False), nn.BatchNorm2d(o)]
+            return nn.Sequential(*layers, *([nn.ReLU6(inplace=True)] if act else []))
+
+        self.stem = unit(3, 8, 3, 2)
+        self.block1 = nn.Sequential(unit(8, 24, 1), unit(24, 24, 3, groups=24), unit(24, 8, 1, act=False))
+        self.block2 = nn.Sequential(unit(8, 24, 1), unit(24, 24, 5, 2, groups=24), unit(24, 16, 1, act=False))
+        self.drop, self.fc = nn.Dropout(0.2), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.block1(x)
+        return self.fc(self.drop(self.block2(x).mean([2, 3])))
+
+
+class Branches(nn.Module):
+    """Concats, a batch norm that no convolution precedes, an average pool: DenseNet and Inception."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.left, self.right = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 10, (1, 5), padding=(0, 2))
+        self.norm = nn.BatchNorm2d(24)
+        self.last = nn.Conv2d(24, 9, 3, padding="same", bias=False)
+        self.fc = nn.Linear(9 * 16, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = torch.cat([x, F.relu(self.left(x)), self.right(x)], 1)
+        x = F.avg_pool2d(F.relu(self.norm(x)), 2)
+        return self.fc(self.last(x).clamp(-1.5, 2.5).view(x.size(0), -1))
+
+
+class SamePadConv(nn.Conv2d):
+    """TensorFlow's padding: computed from the image, one more below and right."""
+
+    def forward(self, x):
+        sides = []
+        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size, self.stride, strict=True):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            sides += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(x, sides), self.weight, self.bias, self.stride)
+
+
+class Islands(nn.Module):
+    """What has no int8 form between what has: SiLU, hardswish, squeeze-excite, layer norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = SamePadConv(3, 16, 3, 2)
+        self.conv1, self.bn1 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.squeeze, self.excite = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        self.conv2, self.conv3 = nn.Conv2d(16, 16, 3, padding=1, groups=4), nn.Conv2d(16, 16, 1)
+        self.norm, self.fc = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        assert x.shape[1] == 3
+        x = F.silu(self.stem(x))
+        y = F.hardswish(self.bn1(self.conv1(x)))
+        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True)))))
+        x = x + y * gate
+        x = F.relu(self.conv3(F.relu(self.conv2(x)))) + x
+        return self.fc(self.norm(x.mean((2, 3))))
+
+
+NETWORKS = {"residual": Residual, "inverted": Inverted, "branches": Branches, "islands": Islands}
+
+
+@functools.cache
+def network(name):
+    """A network whose batch norms are not trivial, and images for it."""
+    torch.manual_seed(3)
+    model = NETWORKS[name]().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
+    size = (8, 8) if name == "branches" else (32, 30)
+    return model.requires_grad_(False), torch.randn(48, 3, *size)
+
+
+@functools.cache
+def quantized(name):
+    """Its int8 form: tracing costs seconds, so the tests share it and copy it before they change it."""
+    model, images = network(name)
+    return quantize(model, images.split(16))
+
+
+def decibels(expected, got):
+    """Signal to quantization noise of the whole output."""
+    expected, got = expected.detach().double(), got.detach().double()
+    return float(10 * torch.log10(expected.var() / (expected - got).square().mean()))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_tracing_and_folding_keep_the_output(name):
+    model, images = network(name)
+    graph, _ = trace(model, images)
+    fold(graph)
+    assert torch.allclose(graph(images), model(images), atol=1e-5)
+    assert not any("batch_norm" in str(node.target) for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_int8_is_close_to_float(name):
+    model, images = network(name)
+    got = quantized(name)(images)
+    assert got.dtype == torch.float32
+    assert decibels(model(images), got) > 30
+
+
+@pytest.mark.parametrize("calibration", ["minmax", "percentile", "entropy"])
+def test_every_calibration_serves(calibration):
+    model, images = network("inverted")
+    result = quantize(model, images.split(16), Int8Config(calibration=calibration))
+    assert decibels(model(images), result(images)) > 28
+
+
+def test_power_of_two_scales():
+    model, images = network("residual")
+    result = quantize(model, [images], Int8Config(power_of_two=True))
+    scales = [value for name, value in result.named_buffers() if name.endswith("scale")]
+    assert all(torch.equal(torch.frexp(scale)[0], torch.full_like(scale, 0.5)) for scale in scales)
+    assert decibels(model(images), result(images)) > 20
+
+
+@pytest.mark.parametrize(
+    ("name", "float_parts"),
+    [
+        ("residual", set()),
+        ("inverted", set()),
+        ("branches", set()),
+        (
+            "islands",
+            {"silu", "hardswish", "sigmoid", "relu", "mul.Tensor", "layer_norm", "mean.dim", "add.Tensor", "conv2d"},
+        ),
+    ],
+)
+def test_report_names_what_stays_float(name, float_parts):
+    report = quantized(name).report
+    stayed = [layer for layer in report.layers if layer.dtype == "float32"]
+    assert {layer.operation for layer in stayed} == float_parts
+    assert all(layer.reason for layer in stayed)
+    assert {layer.name for layer in stayed if layer.operation == "conv2d"} <= {"squeeze", "excite"}
+    assert report.segments == (4 if name == "islands" else 1)
+    assert all(layer.name in str(report) for layer in report.layers)
+
+
+def test_padding_computed_from_the_image_is_absorbed_and_binds_the_size():
+    result = quantized("islands")
+    assert result.image_size == (32, 30)
+    assert result.network.segment_0.stem.padding == ((0, 1), (0, 1))
+    with pytest.raises(ValueError, match="images: expected size"):
+        result(torch.zeros(1, 3, 30, 32))
+
+
+def test_any_batch_and_size_where_the_model_has_none_of_its_own():
+    model, _ = network("residual")
+    for shape in ((1, 3, 32, 30), (3, 3, 17, 45), (0, 3, 32, 30)):
+        images = torch.randn(shape)
+        got = quantized("residual")(images)
+        assert got.shape == model(images).shape
+    images = torch.randn(8, 3, 40, 24)
+    assert decibels(model(images), quantized("residual")(images)) > 30
+
+
+def test_model_is_not_changed():
+    model, images = network("residual")
+    before = copy.deepcopy(model.state_dict())
+    quantize(model.train(), [images])
+    assert model.training
+    model.eval()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_masked_layers_quantize_like_dense_ones():
+    torch.manual_seed(1)
+    conv, linear = MaskedConv2d(3, 8, 3, padding=1), MaskedLinear(8, 4)
+    masked = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear).eval()
+    for layer in (conv, linear):
+        layer.set_mask(torch.rand(layer.weight.shape) < 0.5)
+        layer.weight.data[~layer.weight_mask] = 9.0  # must not be seen
+    dense = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *masked[1:4], nn.Linear(8, 4)).eval()
+    for twin, layer in ((dense[0], conv), (dense[4], linear)):
+        twin.weight.data = torch.where(layer.weight_mask, layer.weight, 0).detach()
+        twin.bias.data = layer.bias.detach()
+    images = torch.randn(8, 3, 9, 9)
+    assert torch.equal(quantize(masked, [images])(images), quantize(dense, [images])(images))
+
+
+@pytest.mark.parametrize("name", ["residual", "islands"])
+def test_survives_deepcopy_pickle_and_safetensors(name, tmp_path):
+    _, images = network(name)
+    result = quantized(name)
+    expected = result(images)
+    assert torch.equal(copy.deepcopy(result)(images), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(result))(images), expected)
+
+    save_file(result.state_dict(), tmp_path / "int8.safetensors")
+    other = copy.deepcopy(result)
+    for buffer in other.buffers():
+        buffer.copy_(torch.ones_like(buffer))
+    other.load_state_dict(load_file(tmp_path / "int8.safetensors"))
+    assert torch.equal(other(images), expected)
+
+
+def test_state_is_plain_tensors():
+    state = quantized("residual").state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    weights = {name: value for name, value in state.items() if name.endswith("weight_int8")}
+    assert len(weights) == 6
+    assert all(value.dtype == torch.int8 for value in weights.values())
+    assert not any("packed" in name for name in state)
+
+
+def test_compile_and_export():
+    _, images = network("islands")
+    result = quantized("islands")
+    expected = result(images)
+    assert torch.allclose(torch.compile(result, fullgraph=True, backend="aot_eager")(images), expected)
+    program = torch.export.export(result, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert torch.equal(program.module()(images[:5]), result(images[:5]))
+
+
+def test_eval_only():
+    result = quantized("residual")
+    result.eval()
+    with pytest.raises(RuntimeError, match="does not train"):
+        result.train()
+
+
+def test_exclude_keeps_modules_float():
+    model, images = network("residual")
+    report = quantize(model, [images], Int8Config(exclude=("conv1", "down"))).report
+    assert report.float_layers["conv1"] == "excluded"
+    assert report.float_layers["down.0"] == "excluded"
+    assert "conv2" in report.int8_layers
+
+
+class Untraceable(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"calibration": []}, ValueError, "calibration: expected at least one batch"),
+        ({"calibration": [torch.zeros(0, 3, 32, 30)]}, ValueError, "at least one batch"),
+        ({"calibration": [torch.zeros(2, 3, 8, 8, dtype=torch.uint8)]}, TypeError, "calibration: .*uint8"),
+        ({"calibration": ["image.png"]}, TypeError, "calibration: .*str"),
+        ({"calibration": [torch.full((2, 3, 32, 30), torch.nan)]}, ValueError, "calibration: .*nan"),
+        ({"config": Int8Config(exclude=("convX",))}, ValueError, "exclude: .*'convX'"),
+        ({"model": Untraceable()}, ValueError, "model: torch.export cannot trace Untraceable"),
+    ],
+)
+def test_bad_input(arguments, error, match):
+    model, images = network("residual")
+    with pytest.raises(error, match=match):
+        quantize(**({"model": model, "calibration": [images]} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"calibration": "average"}, ValueError),
+        ({"percentile": 30.0}, ValueError),
+        ({"exclude": "conv1"}, TypeError),
+        ({"power_of_two": 1}, TypeError),
+    ],
+)
+def test_bad_config(arguments, error):
+    with pytest.raises(error, match=next(iter(arguments))):
+        Int8Config(**arguments)
+
+
+def test_weights_are_within_half_a_step_and_channels_are_independent():
+    weight = torch.randn(5, 3, 3, 3) * torch.tensor([1e-3, 1.0, 50.0, 0.0, 1e-20]).view(5, 1, 1, 1)
+    stored, scale = quantize_weight(weight, None, 0.1, Int8Config(calibration="minmax"))
+    error = (stored * scale.view(-1, 1, 1, 1) - weight).abs().amax((1, 2, 3))
+    assert (error <= scale / 2 * 1.001).all()
+    assert stored[:3].abs().amax((1, 2, 3)).tolist() == [127, 127, 127]
+
+
+def test_bias_of_a_dead_channel_fits_into_int32():
+    weight, bias = torch.zeros(2, 3, 1, 1), torch.tensor([3.0, -1e4])
+    stored, scale = quantize_weight(weight, bias, 1e-3, Int8Config())
+    steps = bias.double() / (1e-3 * scale.double())
+    assert (steps.abs() < 2**31).all()
+    assert (stored == 0).all()
+
+
+def histogram_of(*batches):
+    histogram = Histogram()
+    for batch in batches:
+        histogram.update(batch)
+    return histogram
+
+
+def test_histogram_grows_without_losing_values():
+    small, large = torch.rand(64, 5) - 0.5, 37 * torch.randn(64, 5)
+    grown, whole = histogram_of(small, large), histogram_of(torch.cat([small, large]))
+    assert grown.counts.sum() == whole.counts.sum() == 640
+    assert (grown.minimum, grown.maximum) == (float(large.min()), float(large.max()))
+    assert torch.allclose(grown.channel_mean, torch.cat([small, large]).double().mean(0))
+
+
+def squared_error(values, chosen):
+    stored = (torch.round(values / chosen.scale) + chosen.zero_point).clamp(0, 255)
+    return float(((stored - chosen.zero_point) * chosen.scale - values).square().mean())
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_mse_beats_minmax_on_long_tails_and_is_near_the_best(shift):
+    values = torch.distributions.Laplace(shift, 1.0).sample((4000, 16))
+    values = values.clamp(min=0) if shift == 0 else values
+    histogram = histogram_of(values)
+    mse, minmax = (choose_scale(histogram, Int8Config(calibration=name)) for name in ("mse", "minmax"))
+    assert squared_error(values, mse) < squared_error(values, minmax)
+    if shift == 0:
+        best = min(squared_error(values, mse._replace(scale=float(end) / 255)) for end in torch.linspace(2, 20, 200))
+        assert squared_error(values, mse) < 1.02 * best
+
+
+def test_percentile_clips_the_stated_share():
+    values = torch.rand(1000, 100)
+    chosen = choose_scale(histogram_of(values), Int8Config(calibration="percentile", percentile=90.0))
+    assert 255 * chosen.scale == pytest.approx(0.9, abs=0.01)
+    assert chosen.zero_point == 0
+
+
+def test_entropy_clips_an_outlier():
+    values = torch.cat([torch.randn(20000).abs(), torch.tensor([400.0])])[:, None]
+    chosen = choose_scale(histogram_of(values), Int8Config(calibration="entropy"))
+    assert 255 * chosen.scale < 100
+
+
+@pytest.mark.parametrize("calibration", ["minmax", "percentile", "mse", "entropy"])
+def test_range_always_holds_zero(calibration):
+    config = Int8Config(calibration=calibration)
+    assert choose_scale(histogram_of(5 + torch.rand(100, 3)), config).zero_point == 0
+    assert choose_scale(histogram_of(-5 - torch.rand(100, 3)), config).zero_point == 255
+    assert choose_scale(histogram_of(torch.zeros(100, 3)), config).scale > 0
+
+
+def test_slow_backend_is_logged_once(monkeypatch, caplog):
+    from imgopt_fast.compress.quantize import report
+
+    monkeypatch.setattr(report._native, "backend", lambda: "reference")
+    monkeypatch.setattr(report, "_logged", set())
+    with caplog.at_level(logging.WARNING, "imgopt_fast"):
+        for _ in range(2):
+            report.log_once(report.speed_note())
+    assert len(caplog.records) == 1
