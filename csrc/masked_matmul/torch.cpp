@@ -1,3 +1,178 @@
+// masked_matmul for torch on the CPU: checks, allocation, and the loop over threads. Activations of a convolution are
+// used in channels_last memory, where a tap's channels are adjacent; what comes otherwise is copied once.
 #include "../torch_stable.h"
 
-STABLE_TORCH_LIBRARY_IMPL(imgopt_fast, CPU, m) { (void)m; }
+namespace imgopt {
+namespace {
+
+constexpr int64_t kWorthThread = 1 << 18;  // multiply-adds: about 5 us of a core, the cost of waking another
+
+void check_structure(const Tensor& quads, const Tensor& columns, const std::vector<int64_t>& shape) {
+    STD_TORCH_CHECK(quads.scalar_type() == ScalarType::Int && quads.dim() == 3 && quads.is_contiguous() &&
+                        quads.size(2) == RowQuads::kFields && quads.size(1) == (shape[0] + 3) / 4,
+                    "quads: expected contiguous int32 (blocks, ceil(outputs / 4), 9)");
+    STD_TORCH_CHECK(columns.is_contiguous() &&
+                        (columns.scalar_type() == ScalarType::Byte || columns.scalar_type() == ScalarType::Int),
+                    "columns: expected contiguous uint8 or int32");
+}
+
+RowQuads row_quads(const Tensor& quads, const Tensor& columns, const std::vector<int64_t>& shape) {
+    STD_TORCH_CHECK(shape.size() >= 3 && shape[2] > 0, "shape: expected (outputs, inputs, block, ...)");
+    check_structure(quads, columns, shape);
+    return {static_cast<const int32_t*>(quads.const_data_ptr()),
+            columns.const_data_ptr(),
+            shape[0],
+            quads.size(0),
+            shape[2],
+            columns.scalar_type() == ScalarType::Int};
+}
+
+// The rows of a linear's input, or the windows of a convolution's; `keep` holds the memory that the result points to.
+MaskedInput masked_input(const Tensor& input, const std::vector<int64_t>& shape, const std::vector<int64_t>& window,
+                         Tensor& keep) {
+    const DType dtype = dtype_of(input, "input");
+    STD_TORCH_CHECK(dtype >= DType::f16, "input: expected a floating dtype");
+    if (window.empty()) {
+        keep = torch::stable::contiguous(input);
+        STD_TORCH_CHECK(input.dim() >= 1 && input.size(input.dim() - 1) == shape[1], "input: expected (..., inputs)");
+        int64_t samples = 1;
+        for (int64_t d = 0; d + 1 < input.dim(); ++d) samples *= input.size(d);
+        return {
+            dtype, keep.const_data_ptr(), samples, shape[1], shape[1], {1, 1}, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1},
+            {1, 1}};
+    }
+    STD_TORCH_CHECK(window.size() == 12 && input.dim() == 4 && input.size(1) == shape[1],
+                    "input: expected (N, channels, H, W) and a window of 12 numbers");
+    keep = torch::stable::contiguous(input, torch::headeronly::MemoryFormat::ChannelsLast);
+    MaskedInput x{dtype,
+                  keep.const_data_ptr(),
+                  input.size(0) * window[0] * window[1],
+                  shape[1],
+                  shape[1],
+                  {input.size(2), input.size(3)},
+                  {window[0], window[1]},
+                  {window[2], window[3]},
+                  {window[4], window[5]},
+                  {window[6], window[7]},
+                  {window[8], window[9]},
+                  {window[10], window[11]}};
+    STD_TORCH_CHECK(
+        x.out[0] > 0 && x.out[1] > 0 && x.taps[0] > 0 && x.taps[1] > 0 && x.divide[0] > 0 && x.divide[1] > 0,
+        "window: expected positive sizes and divisors");
+    return x;
+}
+
+void check_blocks(const RowQuads& weight, const MaskedInput& x) {
+    const int64_t columns = x.channels * x.taps[0] * x.taps[1];
+    STD_TORCH_CHECK(weight.blocks == (columns + weight.block - 1) / weight.block, "quads: expected a block for every ",
+                    weight.block, " of ", columns, " columns");
+}
+
+ScalarType sum_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+int64_t windows_of(const RowQuads& weight) { return (weight.rows + RowQuads::kWindow - 1) / RowQuads::kWindow; }
+
+// Units that make a thread worth waking.
+int64_t grain(int64_t work, int64_t units) { return units == 0 ? 1 : 1 + kWorthThread * units / (work + 1); }
+
+Tensor widened(const Tensor& weight, const int32_t* source, int64_t count) {
+    const DType dtype = dtype_of(weight, "weight");
+    Tensor values = torch::stable::new_empty(weight, {count}, sum_type(dtype));
+    const MaskedValues p{dtype, weight.const_data_ptr(), source, values.mutable_data_ptr()};
+    parallel_units(count, kWorthThread / 4,
+                   [&](int64_t begin, int64_t end) { kernels().masked.values(p, begin, end); });
+    return values;
+}
+
+// `values` in visiting order, of x's dtype or already wide.
+Tensor run(const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& quads,
+           const Tensor& columns, const std::vector<int64_t>& shape, const std::vector<int64_t>& window) {
+    const RowQuads weight = row_quads(quads, columns, shape);
+    Tensor keep;
+    const MaskedInput x = masked_input(input, shape, window, keep);
+    check_blocks(weight, x);
+    const bool wide = values.scalar_type() == sum_type(x.dtype);
+    const Tensor all = wide ? torch::stable::contiguous(values) : widened(values, nullptr, values.numel());
+    std::optional<Tensor> offsets;
+    if (bias) {
+        STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape[0] && bias->scalar_type() == input.scalar_type(),
+                        "bias: expected (outputs,) of the input's dtype");
+        offsets = torch::stable::contiguous(*bias);
+    }
+
+    std::vector<int64_t> size;
+    if (window.empty()) {
+        for (int64_t d = 0; d + 1 < input.dim(); ++d) size.push_back(input.size(d));
+    } else {
+        size = {input.size(0), window[0], window[1]};
+    }
+    size.push_back(shape[0]);
+    Tensor output = torch::stable::new_empty(input, size);
+    const MaskedMatmul p{weight, x, all.const_data_ptr(), offsets ? offsets->const_data_ptr() : nullptr,
+                         output.mutable_data_ptr()};
+    const int64_t panels = (x.samples + MaskedMatmul::kPanel - 1) / MaskedMatmul::kPanel;
+    const int64_t units = panels * windows_of(weight);
+    parallel_units(units, grain(values.numel() * x.samples, units),
+                   [&](int64_t begin, int64_t end) { kernels().masked.matmul(p, begin, end); });
+    if (window.empty()) return output;
+    return torch::stable::transpose(torch::stable::transpose(output, 1, 3), 2, 3);  // channels_last
+}
+
+Tensor masked_matmul_packed(const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias,
+                            const Tensor& quads, const Tensor& columns, std::vector<int64_t> shape,
+                            std::vector<int64_t> window) {
+    STD_TORCH_CHECK(values.scalar_type() == input.scalar_type(), "values: expected the input's dtype");
+    return run(input, values, bias, quads, columns, shape, window);
+}
+
+void check_source(const Tensor& source) {
+    STD_TORCH_CHECK(source.scalar_type() == ScalarType::Int && source.is_contiguous(),
+                    "source: expected contiguous int32");
+}
+
+Tensor masked_matmul(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& quads,
+                     const Tensor& columns, const Tensor& source, const Tensor&, const Tensor&, const Tensor&,
+                     std::vector<int64_t> shape, std::vector<int64_t> window) {
+    STD_TORCH_CHECK(weight.scalar_type() == input.scalar_type(), "weight: expected the input's dtype");
+    check_source(source);
+    const Tensor dense = torch::stable::contiguous(weight);
+    const Tensor values = widened(dense, static_cast<const int32_t*>(source.const_data_ptr()), source.numel());
+    return run(input, values, bias, quads, columns, shape, window);
+}
+
+Tensor masked_matmul_weight_grad(const Tensor& input, const Tensor& grad, const Tensor& quads, const Tensor& columns,
+                                 const Tensor& source, const Tensor&, const Tensor&, const Tensor&,
+                                 std::vector<int64_t> shape, std::vector<int64_t> window,
+                                 std::vector<int64_t> weight_shape) {
+    const RowQuads weight = row_quads(quads, columns, shape);
+    Tensor keep;
+    const MaskedInput x = masked_input(input, shape, window, keep);
+    check_blocks(weight, x);
+    check_source(source);
+    STD_TORCH_CHECK(grad.scalar_type() == input.scalar_type() && grad.numel() == x.samples * shape[0],
+                    "grad: expected the output's shape and dtype");
+    const Tensor rows = window.empty() ? torch::stable::contiguous(grad)
+                                       : torch::stable::contiguous(grad, torch::headeronly::MemoryFormat::ChannelsLast);
+    const Tensor sums = torch::stable::new_empty(input, {source.numel()}, sum_type(x.dtype));
+    Tensor gradient = torch::stable::new_zeros(input, weight_shape);
+    const MaskedWeightGrad p{weight,
+                             x,
+                             rows.const_data_ptr(),
+                             static_cast<const int32_t*>(source.const_data_ptr()),
+                             sums.mutable_data_ptr(),
+                             gradient.mutable_data_ptr(),
+                             shape[0]};
+    const int64_t units = windows_of(weight);
+    parallel_units(units, grain(source.numel() * x.samples, units),
+                   [&](int64_t begin, int64_t end) { kernels().masked.weight_grad(p, begin, end); });
+    return gradient;
+}
+
+}  // namespace
+}  // namespace imgopt
+
+STABLE_TORCH_LIBRARY_IMPL(imgopt_fast, CPU, m) {
+    m.impl("masked_matmul", TORCH_BOX(&imgopt::masked_matmul));
+    m.impl("masked_matmul_packed", TORCH_BOX(&imgopt::masked_matmul_packed));
+    m.impl("masked_matmul_weight_grad", TORCH_BOX(&imgopt::masked_matmul_weight_grad));
+}

@@ -21,6 +21,7 @@ A weight of a convolution (O, C / groups, kH, kW) has a column per tap and input
 channels_last activations have in memory. Groups are a block-diagonal mask.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -129,11 +130,11 @@ def _describe(value: object) -> str:
 
 def _gather_index(mask: Tensor, groups: int) -> Tensor:
     """(O, taps, C): flat position in the weight of what output, tap and input channel multiply; -1 across groups."""
-    out, per_group = mask.shape[:2]
-    index = torch.arange(mask.numel(), dtype=torch.int32).view(out, per_group, -1).transpose(1, 2)
+    out, per_group, *taps_yx = mask.shape
+    taps = math.prod(taps_yx)
+    index = torch.arange(mask.numel(), dtype=torch.int32).view(out, per_group, taps).transpose(1, 2)
     if groups == 1:
         return index
-    taps = index.shape[1]
     full = torch.full((groups, out // groups, taps, groups, per_group), -1, dtype=torch.int32)
     for g in range(groups):
         full[g, :, :, g] = index.view(groups, out // groups, taps, per_group)[g]
@@ -146,7 +147,7 @@ def _structure(mask: Tensor, index: Tensor, block: int) -> tuple[Tensor, Tensor,
     flat = mask.cpu().flatten()
     kept = (flat[index.clamp(min=0)] & (index >= 0)) if flat.numel() else torch.zeros(index.shape, dtype=torch.bool)
     core = _native.core() if _native.backend() == "native" else None
-    build = getattr(core, "mask_structure", reference.structure)
+    build = reference.structure if core is None else core.mask_structure
     quads, columns, position = map(torch.from_numpy, build(kept.numpy(), block))
     source = torch.full_like(position, -1)
     real = position >= 0

@@ -20,4 +20,4 @@ def block_columns(rows: int, columns: int, count: int) -> int:
     isa = _native.active_isa() or "scalar"
     isa = {"avxvnni": "avx2"}.get(isa, isa)
     block = next(size for limit, size in BLOCKS[isa] if density <= limit)
-    return min(block or columns, max(1, columns))
+    return max(1, min(block or columns, columns))

@@ -1,0 +1,222 @@
+// The arithmetic of masked_matmul in plain C: what scalar.cpp exports as the specification, and what the vector units
+// fall back on (float64, values of half precision). Everything is local to the unit that includes it.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "../kernels.h"
+
+namespace imgopt {
+namespace {
+
+// --- storage types ---------------------------------------------------------------------------------------------------
+struct Half {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline double widen(double x) { return x; }
+inline float widen(float x) { return x; }
+inline float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float widen(Half x) {
+    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+    if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // infinite, not a number
+    // The exponent bias differs by 112; a multiplication by 2^112 corrects it, for subnormals as well.
+    return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+}
+
+inline void narrow(double x, double& out) { out = x; }
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(float x, BFloat16& out) {
+    const uint32_t bits = float_to_bits(x);
+    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    out.bits = static_cast<uint16_t>(nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void narrow(float x, Half& out) {
+    const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+    uint32_t half;
+    if (rest > 0x7f800000) {
+        half = 0x7e00;
+    } else if (rest >= 0x477ff000) {  // 65520 and more round to infinity
+        half = 0x7c00;
+    } else if (rest < 0x38800000) {  // below 2^-14: adding 0.5 leaves the subnormal's bits, rounded, at the bottom
+        half = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000;
+    } else {
+        half = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
+    }
+    out.bits = static_cast<uint16_t>(sign | half);
+}
+
+// --- where the rows of x lie -----------------------------------------------------------------------------------------
+inline int64_t columns_of(const MaskedInput& x) { return x.channels * x.taps[0] * x.taps[1]; }
+
+// Where sample n stands: its image, and what an offset of zero reads. Stepping from one sample to the next saves the
+// divisions of position(), which would cost more than the gathering of a few channels.
+struct Position {
+    int64_t image, out_y, out_x;
+};
+
+inline Position position(const MaskedInput& x, int64_t n) {
+    const int64_t row = n / x.out[1];
+    return {row / x.out[0], row % x.out[0], n % x.out[1]};
+}
+
+inline void advance(const MaskedInput& x, Position& at) {
+    if (++at.out_x < x.out[1]) return;
+    at.out_x = 0;
+    if (++at.out_y < x.out[0]) return;
+    at.out_y = 0;
+    ++at.image;
+}
+
+// Input coordinate that a tap reads, -1 for none.
+inline int64_t coordinate(const MaskedInput& x, int axis, int64_t out, int64_t tap) {
+    const int64_t at = out * x.step[axis] + x.offset[axis] + tap * x.per_tap[axis];
+    if (at < 0 || at >= x.in[axis] * x.divide[axis]) return -1;
+    if (x.divide[axis] == 1) return at;
+    return at % x.divide[axis] == 0 ? at / x.divide[axis] : -1;
+}
+
+// First channel of what a sample sees through a tap; null where that lies outside.
+template <class Storage>
+const Storage* pixel(const MaskedInput& x, const Position& at, int64_t tap_y, int64_t tap_x) {
+    const int64_t iy = coordinate(x, 0, at.out_y, tap_y), ix = coordinate(x, 1, at.out_x, tap_x);
+    if (iy < 0 || ix < 0) return nullptr;
+    return static_cast<const Storage*>(x.data) + ((at.image * x.in[0] + iy) * x.in[1] + ix) * x.stride;
+}
+
+// Row n of x, all columns, widened.
+template <class Storage, class Sum>
+void gather_row(const MaskedInput& x, int64_t n, Sum* row) {
+    const Position at = position(x, n);
+    for (int64_t ty = 0; ty < x.taps[0]; ++ty)
+        for (int64_t tx = 0; tx < x.taps[1]; ++tx, row += x.channels) {
+            const Storage* from = pixel<Storage>(x, at, ty, tx);
+            for (int64_t c = 0; c < x.channels; ++c) row[c] = from ? widen(from[c]) : Sum(0);
+        }
+}
+
+// --- one quad of one block -------------------------------------------------------------------------------------------
+struct Quad {
+    const int32_t* rows;
+    int64_t first_step, first_column;
+    int64_t steps[3];  // with 1, 2 and 4 columns
+
+    Quad(const RowQuads& w, int64_t block, int64_t quad)
+        : rows(w.quads + (block * ((w.rows + 3) / 4) + quad) * RowQuads::kFields),
+          first_step(rows[4]),
+          first_column(rows[5]),
+          steps{rows[6], rows[7], rows[8]} {}
+};
+
+inline int64_t column_at(const RowQuads& w, int64_t i) {
+    return w.wide ? static_cast<const int32_t*>(w.columns)[i] : static_cast<const uint8_t*>(w.columns)[i];
+}
+
+// Calls body(i, row, column) for every value of a quad, in visiting order; the column counts from the block's first.
+template <class Body>
+void for_each_value(const RowQuads& w, const Quad& quad, const Body& body) {
+    int64_t i = quad.first_step * 4, at = quad.first_column;
+    for (int kind = 0; kind < 3; ++kind) {
+        const int distinct = 1 << kind;
+        for (int64_t s = 0; s < quad.steps[kind]; ++s, at += distinct)
+            for (int r = 0; r < 4; ++r, ++i) body(i, quad.rows[r], column_at(w, at + r * distinct / 4));
+    }
+}
+
+// --- the three kernels -----------------------------------------------------------------------------------------------
+inline int64_t windows_of(const RowQuads& w) { return (w.rows + RowQuads::kWindow - 1) / RowQuads::kWindow; }
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class Storage, class Sum>
+void plain_matmul(const MaskedMatmul& p, int64_t begin, int64_t end) {
+    constexpr int64_t kQuads = RowQuads::kWindow / 4;
+    const int64_t windows = windows_of(p.weight), quads = (p.weight.rows + 3) / 4;
+    Sum* row = static_cast<Sum*>(thread_scratch(columns_of(p.x) * sizeof(Sum)));
+    for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t panel = unit / windows, window = unit % windows, first = window * RowQuads::kWindow;
+        const int64_t last = min_of(p.weight.rows, first + RowQuads::kWindow);
+        for (int64_t n = panel * p.kPanel; n < min_of(p.x.samples, (panel + 1) * p.kPanel); ++n) {
+            gather_row<Storage>(p.x, n, row);
+            Sum sums[RowQuads::kWindow];
+            for (int64_t o = first; o < last; ++o)
+                sums[o - first] = p.bias ? widen(static_cast<const Storage*>(p.bias)[o]) : Sum(0);
+            for (int64_t b = 0; b < p.weight.blocks; ++b)
+                for (int64_t q = window * kQuads; q < min_of(quads, (window + 1) * kQuads); ++q)
+                    for_each_value(p.weight, Quad(p.weight, b, q), [&](int64_t i, int64_t o, int64_t column) {
+                        const Sum value = static_cast<const Sum*>(p.values)[i];
+                        sums[o - first] += value * row[b * p.weight.block + column];
+                    });
+            Storage* output = static_cast<Storage*>(p.output) + n * p.weight.rows;
+            for (int64_t o = first; o < last; ++o) narrow(sums[o - first], output[o]);
+        }
+    }
+}
+
+template <class Storage, class Sum>
+void write_gradient(const MaskedWeightGrad& p, const Quad& quad) {
+    const int64_t first = quad.first_step * 4, count = (quad.steps[0] + quad.steps[1] + quad.steps[2]) * 4;
+    for (int64_t i = first; i < first + count; ++i)
+        if (p.source[i] >= 0)
+            narrow(static_cast<const Sum*>(p.sums)[i], static_cast<Storage*>(p.gradient)[p.source[i]]);
+}
+
+template <class Storage, class Sum>
+void plain_weight_grad(const MaskedWeightGrad& p, int64_t begin, int64_t end) {
+    constexpr int64_t kQuads = RowQuads::kWindow / 4;
+    const int64_t quads = min_of((p.weight.rows + 3) / 4, end * kQuads);
+    Sum* row = static_cast<Sum*>(thread_scratch(columns_of(p.x) * sizeof(Sum)));
+    Sum* sums = static_cast<Sum*>(p.sums);
+    for (int64_t n = 0; n < p.x.samples; ++n) {
+        gather_row<Storage>(p.x, n, row);
+        const Storage* grad = static_cast<const Storage*>(p.grad) + n * p.grad_stride;
+        for (int64_t b = 0; b < p.weight.blocks; ++b)
+            for (int64_t q = begin * kQuads; q < quads; ++q)
+                for_each_value(p.weight, Quad(p.weight, b, q), [&](int64_t i, int64_t o, int64_t column) {
+                    const Sum g = o < p.weight.rows ? widen(grad[o]) : Sum(0);
+                    const Sum product = g * row[b * p.weight.block + column];
+                    sums[i] = n == 0 ? product : sums[i] + product;
+                });
+    }
+    for (int64_t b = 0; b < p.weight.blocks; ++b)
+        for (int64_t q = begin * kQuads; q < quads; ++q)
+            if (p.x.samples > 0) write_gradient<Storage, Sum>(p, Quad(p.weight, b, q));
+}
+
+template <class Storage, class Sum>
+void plain_values(const MaskedValues& p, int64_t begin, int64_t end) {
+    const Storage* weight = static_cast<const Storage*>(p.weight);
+    Sum* values = static_cast<Sum*>(p.values);
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t at = p.source ? p.source[i] : i;
+        values[i] = at < 0 ? Sum(0) : widen(weight[at]);
+    }
+}
+
+// Calls `kernel<Storage, Sum>(p, begin, end)` for the dtype.
+#define IMGOPT_BY_DTYPE(dtype, kernel, ...)                            \
+    switch (dtype) {                                                   \
+        case DType::f64: return kernel<double, double>(__VA_ARGS__);   \
+        case DType::f16: return kernel<Half, float>(__VA_ARGS__);      \
+        case DType::bf16: return kernel<BFloat16, float>(__VA_ARGS__); \
+        default: return kernel<float, float>(__VA_ARGS__);             \
+    }
+
+}  // namespace
+}  // namespace imgopt

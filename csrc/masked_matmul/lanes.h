@@ -1,0 +1,294 @@
+// The vector algorithm of masked_matmul, once for all instruction sets: each unit names its registers and lanes (struct
+// Lanes) and instantiates this. Everything is local to the unit that includes it.
+//
+// A panel of kRegs * kWidth samples is transposed, so that a column of x is kRegs registers; a quad keeps four rows of
+// sums in 4 * kRegs registers, and a step is four broadcasts and 4 * kRegs multiply-adds with x from memory. A block
+// of columns of the panel is meant to stay in the first-level cache while all quads pass over it, so the sums of a
+// panel wait in memory between blocks and are transposed back at the end.
+//
+// Sixteen independent sums hide the latency of a multiply-add (4 cycles, two at a time), which is why a step works on
+// four rows even where they share no column: one row at a time reached half the rate.
+//
+//     struct Lanes {
+//         using Reg;  static constexpr int kWidth, kRegs;
+//         static Reg zero(), splat(float), load(const float*), add(Reg, Reg), mul(Reg, Reg), fma(Reg a, Reg b, Reg c)
+//         [a * b + c]; static void store(float*, Reg); template <class Storage> static Reg load_part(const Storage*,
+//         int count);          // the other lanes zero template <class Storage> static void store_part(Storage*, Reg,
+//         int count); static void transpose(Reg (&tile)[kWidth]);                                        // kWidth x
+//         kWidth template <int kCount> static Reg join(Reg a, Reg b);  // sums of kCount / 2 values each -> of kCount
+//         values static Reg gather(const float*, const int32_t* index);                             // 0 where the
+//         index is -1
+//     };
+#pragma once
+
+#include "arithmetic.h"
+
+namespace imgopt {
+namespace {
+
+constexpr int64_t kRowsAtOnce = 1024;  // rows whose sums wait in memory: 256 KiB of the second-level cache
+
+template <class Lanes>
+struct RowQuadKernel {
+    using Reg = typename Lanes::Reg;
+    static constexpr int kWidth = Lanes::kWidth;
+    static constexpr int kSamples = kWidth * Lanes::kRegs;
+
+    // --- transposition -----------------------------------------------------------------------------------------------
+    // panel[c * kWidth * P + s] = channel c of what sample `first + s` sees through each tap.
+    template <class Storage, int P>
+    static void pack(const MaskedInput& x, int64_t first, int64_t channel, int64_t channels, float* panel) {
+        const int count = static_cast<int>(min_of(x.samples - first, kWidth * P));
+        Position at[kWidth * P];
+        at[0] = position(x, first);
+        for (int s = 1; s < count; ++s) advance(x, at[s] = at[s - 1]);
+        for (int64_t ty = 0; ty < x.taps[0]; ++ty)
+            for (int64_t tx = 0; tx < x.taps[1]; ++tx, panel += channels * kWidth * P)
+                for (int p = 0; p < P; ++p) {
+                    const Storage* from[kWidth];
+                    for (int s = 0; s < kWidth; ++s) {
+                        const int n = p * kWidth + s;
+                        from[s] = n < count ? pixel<Storage>(x, at[n], ty, tx) : nullptr;
+                    }
+                    for (int64_t c = 0; c < channels; c += kWidth) {
+                        const int part = static_cast<int>(min_of(kWidth, channels - c));
+                        Reg tile[kWidth];
+#pragma GCC unroll 16
+                        for (int s = 0; s < kWidth; ++s)
+                            tile[s] = from[s] ? Lanes::load_part(from[s] + channel + c, part) : Lanes::zero();
+                        Lanes::transpose(tile);
+                        float* to = panel + (c * P + p) * kWidth;
+#pragma GCC unroll 16
+                        for (int s = 0; s < kWidth; ++s)
+                            if (s < part) Lanes::store(to + s * P * kWidth, tile[s]);
+                    }
+                }
+    }
+
+    // output[(first + s) * rows + row + o] = sums[o * kWidth * P + s]
+    template <class Storage, int P>
+    static void unpack(const MaskedMatmul& p, int64_t first, int64_t row, int64_t rows, const float* sums) {
+        const int64_t count = min_of(p.x.samples - first, kWidth * P);
+        for (int64_t s = 0; s < count; s += kWidth)
+            for (int64_t o = 0; o < rows; o += kWidth) {
+                const int part = static_cast<int>(min_of(kWidth, rows - o));
+                Reg tile[kWidth];
+#pragma GCC unroll 16
+                for (int i = 0; i < kWidth; ++i)
+                    tile[i] = i < part ? Lanes::load(sums + (o + i) * kWidth * P + s) : Lanes::zero();
+                Lanes::transpose(tile);
+                Storage* to = static_cast<Storage*>(p.output) + (first + s) * p.weight.rows + row + o;
+#pragma GCC unroll 16
+                for (int i = 0; i < kWidth; ++i)
+                    if (s + i < count) Lanes::store_part(to + i * p.weight.rows, tile[i], part);
+            }
+    }
+
+    // --- forward -----------------------------------------------------------------------------------------------------
+    // kDistinct columns serve four rows: `steps` times acc[r] += value[r] * x[column of r].
+    template <int P, int kDistinct, class Column>
+    static void steps(Reg (&acc)[4][P], const float* x, const Column*& columns, const float*& values, int64_t steps) {
+        for (int64_t s = 0; s < steps; ++s, columns += kDistinct, values += 4) {
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) {
+                const float* column = x + static_cast<int64_t>(columns[r * kDistinct / 4]) * kWidth * P;
+                const Reg value = Lanes::splat(values[r]);
+#pragma GCC unroll 4
+                for (int p = 0; p < P; ++p) acc[r][p] = Lanes::fma(value, Lanes::load(column + p * kWidth), acc[r][p]);
+            }
+        }
+    }
+
+    template <int P, class Column>
+    static void add_quad(const MaskedMatmul& p, const Quad& quad, const float* x, float* sums, int64_t first_row) {
+        Reg acc[4][P];
+        float* at[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+            at[r] = sums + (quad.rows[r] - first_row) * kWidth * P;
+#pragma GCC unroll 4
+            for (int i = 0; i < P; ++i) acc[r][i] = Lanes::load(at[r] + i * kWidth);
+        }
+        const Column* columns = static_cast<const Column*>(p.weight.columns) + quad.first_column;
+        const float* values = static_cast<const float*>(p.values) + quad.first_step * 4;
+        steps<P, 1>(acc, x, columns, values, quad.steps[0]);
+        steps<P, 2>(acc, x, columns, values, quad.steps[1]);
+        steps<P, 4>(acc, x, columns, values, quad.steps[2]);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 4
+            for (int i = 0; i < P; ++i) Lanes::store(at[r] + i * kWidth, acc[r][i]);
+    }
+
+    // Windows [begin, end) of rows for the samples from `first` on, at most kWidth * P of them.
+    template <class Storage, int P>
+    static void panel(const MaskedMatmul& p, int64_t first, int64_t begin, int64_t end) {
+        const RowQuads& w = p.weight;
+        const int64_t columns = columns_of(p.x), line = kWidth * P;
+        const int64_t first_row = begin * RowQuads::kWindow, last_row = min_of(w.rows, end * RowQuads::kWindow);
+        const int64_t at_once = min_of(kRowsAtOnce, (last_row - first_row + 3) / 4 * 4);
+        float* x = static_cast<float*>(thread_scratch((columns + at_once) * line * sizeof(float)));
+        float* sums = x + columns * line;
+        pack<Storage, P>(p.x, first, 0, p.x.channels, x);
+        for (int64_t row = first_row; row < last_row; row += at_once) {
+            const int64_t rows = min_of(at_once, last_row - row), quads = (row + rows + 3) / 4;
+            for (int64_t o = 0; o < (rows + 3) / 4 * 4; ++o) {
+                const bool has_bias = p.bias && o < rows;
+                const Reg start = Lanes::splat(has_bias ? widen(static_cast<const Storage*>(p.bias)[row + o]) : 0.0f);
+                for (int i = 0; i < P; ++i) Lanes::store(sums + o * line + i * kWidth, start);
+            }
+            for (int64_t b = 0; b < w.blocks; ++b)
+                for (int64_t q = row / 4; q < quads; ++q) {
+                    const float* block = x + b * w.block * line;
+                    if (w.wide)
+                        add_quad<P, int32_t>(p, Quad(w, b, q), block, sums, row);
+                    else
+                        add_quad<P, uint8_t>(p, Quad(w, b, q), block, sums, row);
+                }
+            unpack<Storage, P>(p, first, row, rows, sums);
+        }
+    }
+
+    template <class Storage>
+    static void matmul(const MaskedMatmul& p, int64_t begin, int64_t end) {
+        const int64_t windows = windows_of(p.weight);
+        while (begin < end) {  // the run of windows that belong to one panel
+            const int64_t unit_panel = begin / windows, stop = min_of(end, (unit_panel + 1) * windows);
+            const int64_t last = min_of(p.x.samples, (unit_panel + 1) * p.kPanel);
+            for (int64_t first = unit_panel * p.kPanel; first < last; first += kSamples)
+                sized_panel<Storage>(p, first, last - first, begin % windows, begin % windows + stop - begin);
+            begin = stop;
+        }
+    }
+
+    template <class Storage>
+    static void sized_panel(const MaskedMatmul& p, int64_t first, int64_t samples, int64_t begin, int64_t end) {
+        if constexpr (Lanes::kRegs > 2) {
+            if (samples > 3 * kWidth) return panel<Storage, 4>(p, first, begin, end);
+            if (samples > 2 * kWidth) return panel<Storage, 3>(p, first, begin, end);
+        }
+        if (samples > kWidth) return panel<Storage, 2>(p, first, begin, end);
+        panel<Storage, 1>(p, first, begin, end);
+    }
+
+    // --- gradient of the weight --------------------------------------------------------------------------------------
+    // A value's gradient is a register of products over the samples; a tree of additions turns kWidth such registers
+    // into one whose lanes are their sums.
+    template <int kCount, class Leaf>
+    static Reg tree(const Leaf& leaf, int i) {
+        if constexpr (kCount == 1)
+            return leaf(i);
+        else
+            return Lanes::template join<kCount>(tree<kCount / 2>(leaf, i), tree<kCount / 2>(leaf, i + kCount / 2));
+    }
+
+    // The value gradients of `steps` steps, stored or added to what the panels before have left.
+    template <int P, int kDistinct, class Column>
+    static void grad_steps(const Reg (&grad)[4][P], const float* x, const Column*& columns, float*& sums, int64_t steps,
+                           bool add) {
+        constexpr int kAtOnce = kWidth / 4;
+        for (int64_t s = 0; s < steps; s += kAtOnce) {
+            const int64_t left = steps - s;
+            const Reg total = tree<kWidth>(
+                [&](int i) __attribute__((always_inline)) {
+                    const int64_t step = kAtOnce == 1 ? 0 : min_of(i / 4, left - 1);
+                    const float* column =
+                        x + static_cast<int64_t>(columns[step * kDistinct + i % 4 * kDistinct / 4]) * kWidth * P;
+                    Reg sum = Lanes::mul(grad[i % 4][0], Lanes::load(column));
+#pragma GCC unroll 4
+                    for (int p = 1; p < P; ++p) sum = Lanes::fma(grad[i % 4][p], Lanes::load(column + p * kWidth), sum);
+                    return sum;
+                },
+                0);
+            const int part = static_cast<int>(min_of(kAtOnce, left)) * 4;
+            const Reg before = add ? Lanes::load_part(sums, part) : Lanes::zero();
+            Lanes::store_part(sums, Lanes::add(before, total), part);
+            columns += min_of(kAtOnce, left) * kDistinct;
+            sums += part;
+        }
+    }
+
+    template <int P, class Column>
+    static void grad_quad(const MaskedWeightGrad& p, const Quad& quad, const float* x, const float* grad,
+                          int64_t first_row, bool add) {
+        Reg rows[4][P];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 4
+            for (int i = 0; i < P; ++i) rows[r][i] = Lanes::load(grad + ((quad.rows[r] - first_row) * P + i) * kWidth);
+        const Column* columns = static_cast<const Column*>(p.weight.columns) + quad.first_column;
+        float* sums = static_cast<float*>(p.sums) + quad.first_step * 4;
+        grad_steps<P, 1>(rows, x, columns, sums, quad.steps[0], add);
+        grad_steps<P, 2>(rows, x, columns, sums, quad.steps[1], add);
+        grad_steps<P, 4>(rows, x, columns, sums, quad.steps[2], add);
+    }
+
+    // The last panel is padded with samples of zero, so there is one size.
+    template <class Storage>
+    static void weight_grad(const MaskedWeightGrad& p, int64_t begin, int64_t end) {
+        constexpr int P = Lanes::kRegs;
+        const RowQuads& w = p.weight;
+        const int64_t columns = columns_of(p.x), first_row = begin * RowQuads::kWindow;
+        const int64_t rows = min_of(w.rows, end * RowQuads::kWindow) - first_row;
+        const int64_t first_quad = first_row / 4, last_quad = (first_row + rows + 3) / 4;
+        const MaskedInput grad_rows{p.x.dtype, p.grad, p.x.samples, w.rows, p.grad_stride, {1, 1},
+                                    {1, 1},    {1, 1}, {1, 1},      {0, 0}, {1, 1},        {1, 1}};
+        float* x = static_cast<float*>(thread_scratch((columns + rows + 3) * kSamples * sizeof(float)));
+        float* grad = x + columns * kSamples;
+        for (int64_t i = rows * kSamples; i < (rows + 3) * kSamples; ++i) grad[i] = 0;  // rows that pad the last quad
+        for (int64_t first = 0; first < p.x.samples; first += kSamples) {
+            pack<Storage, P>(p.x, first, 0, p.x.channels, x);
+            pack<Storage, P>(grad_rows, first, first_row, rows, grad);
+            for (int64_t b = 0; b < w.blocks; ++b)
+                for (int64_t q = first_quad; q < last_quad; ++q) {
+                    const float* block = x + b * w.block * kSamples;
+                    if (w.wide)
+                        grad_quad<P, int32_t>(p, Quad(w, b, q), block, grad, first_row, first > 0);
+                    else
+                        grad_quad<P, uint8_t>(p, Quad(w, b, q), block, grad, first_row, first > 0);
+                }
+        }
+        if (p.x.samples == 0) return;
+        for (int64_t b = 0; b < w.blocks; ++b)
+            for (int64_t q = first_quad; q < last_quad; ++q) write_gradient<Storage, float>(p, Quad(w, b, q));
+    }
+
+    // --- values ------------------------------------------------------------------------------------------------------
+    static void gather(const MaskedValues& p, int64_t begin, int64_t end) {
+        float* values = static_cast<float*>(p.values);
+        int64_t i = begin;
+        for (; i + kWidth <= end; i += kWidth)
+            Lanes::store(values + i, Lanes::gather(static_cast<const float*>(p.weight), p.source + i));
+        plain_values<float, float>(p, i, end);
+    }
+};
+
+// --- what a unit exports: the vector algorithm for the types that sum in float32, plain C for float64 ---------------
+template <class Lanes>
+void lanes_matmul(const MaskedMatmul& p, int64_t begin, int64_t end) {
+    if (p.x.dtype == DType::f64) return plain_matmul<double, double>(p, begin, end);
+    switch (p.x.dtype) {
+        case DType::f16: return RowQuadKernel<Lanes>::template matmul<Half>(p, begin, end);
+        case DType::bf16: return RowQuadKernel<Lanes>::template matmul<BFloat16>(p, begin, end);
+        default: return RowQuadKernel<Lanes>::template matmul<float>(p, begin, end);
+    }
+}
+
+template <class Lanes>
+void lanes_weight_grad(const MaskedWeightGrad& p, int64_t begin, int64_t end) {
+    if (p.x.dtype == DType::f64) return plain_weight_grad<double, double>(p, begin, end);
+    switch (p.x.dtype) {
+        case DType::f16: return RowQuadKernel<Lanes>::template weight_grad<Half>(p, begin, end);
+        case DType::bf16: return RowQuadKernel<Lanes>::template weight_grad<BFloat16>(p, begin, end);
+        default: return RowQuadKernel<Lanes>::template weight_grad<float>(p, begin, end);
+    }
+}
+
+template <class Lanes>
+void lanes_values(const MaskedValues& p, int64_t begin, int64_t end) {
+    if (p.dtype == DType::f32 && p.source) return RowQuadKernel<Lanes>::gather(p, begin, end);
+    IMGOPT_BY_DTYPE(p.dtype, plain_values, p, begin, end)
+}
+
+}  // namespace
+}  // namespace imgopt
