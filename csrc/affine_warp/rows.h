@@ -240,41 +240,55 @@ void store_block(const AffineWarp& p, double whole, int64_t offset, int count, i
 
 // --- forward -------------------------------------------------------------------------------------------------------
 
+// Rows [y0, y1) and columns [x0, x1) of one image; x0 is a multiple of kBlock.
 template <class T, class R>
-void warp_rows_of(const AffineWarp& p, int64_t begin, int64_t end) {
+void warp_tile(const AffineWarp& p, const Map& map, const Source<T>& source, int64_t image, int64_t y0, int64_t y1,
+               int64_t x0, int64_t x1) {
     const double whole = unit<T>(p.interpolation);
-    const int group = p.color_matrix ? 3 : 1;  // channels that the epilogue needs together
+    const double* color = p.color_matrix ? p.color_matrix + image * p.color_stride : nullptr;
+    const int group = color ? 3 : 1;  // channels that the epilogue needs together
     Point<R> points[kBlock];
     R values[3 * kBlock];
-    while (begin < end) {
-        const int64_t image = begin / p.output_height;
-        const int64_t last = (image + 1) * p.output_height < end ? (image + 1) * p.output_height : end;
-        const Map map = map_of(p, image);
-        const int64_t bytes = prepared_bytes<T>(p, map);
-        const Source<T> source = prepared<T>(p, map, image, bytes ? thread_scratch(bytes) : nullptr);
-        const double* color = p.color_matrix ? p.color_matrix + image * p.color_stride : nullptr;
-        for (; begin < last; ++begin) {
-            const int64_t y = begin - image * p.output_height;
-            for (int64_t x0 = 0; x0 < p.output_width; x0 += kBlock) {
-                const int count = static_cast<int>(p.output_width - x0 < kBlock ? p.output_width - x0 : kBlock);
-                Base<R> base{};
-                if (map.affine) base = affine_base<R>(map.m, x0, y);
-                for (int i = 0; i < count; ++i) {
-                    points[i] = point_at(p, map, base, x0, i, y);
-                    fold(points[i].x, points[i].fx, source.width, p.padding);
-                    fold(points[i].y, points[i].fy, source.height, p.padding);
-                }
-                const int64_t offset = image * p.output_stride[0] + y * p.output_stride[2] + x0 * p.output_stride[3];
-                for (int64_t c0 = 0; c0 < p.channels; c0 += group) {
-                    sample_block(p, source, points, count, c0, group, values);
-                    if (color) color_block(p, color, whole, count, values);
-                    for (int c = 0; c < group; ++c)
-                        store_block(p, whole, offset + (c0 + c) * p.output_stride[1], count, c0 + c,
-                                    values + c * kBlock);
-                }
+    for (int64_t y = y0; y < y1; ++y) {
+        for (int64_t x = x0; x < x1; x += kBlock) {
+            const int count = static_cast<int>(x1 - x < kBlock ? x1 - x : kBlock);
+            Base<R> base{};
+            if (map.affine) base = affine_base<R>(map.m, x, y);
+            for (int i = 0; i < count; ++i) {
+                points[i] = point_at(p, map, base, x, i, y);
+                fold(points[i].x, points[i].fx, source.width, p.padding);
+                fold(points[i].y, points[i].fy, source.height, p.padding);
+            }
+            const int64_t offset = image * p.output_stride[0] + y * p.output_stride[2] + x * p.output_stride[3];
+            for (int64_t c0 = 0; c0 < p.channels; c0 += group) {
+                sample_block(p, source, points, count, c0, group, values);
+                if (color) color_block(p, color, whole, count, values);
+                for (int c = 0; c < group; ++c)
+                    store_block(p, whole, offset + (c0 + c) * p.output_stride[1], count, c0 + c, values + c * kBlock);
             }
         }
     }
+}
+
+// Calls body(image, y0, y1) for each image that the units [begin, end) touch.
+template <class Body>
+void for_each_image(const AffineWarp& p, int64_t begin, int64_t end, const Body& body) {
+    while (begin < end) {
+        const int64_t image = begin / p.output_height, y0 = begin - image * p.output_height;
+        const int64_t rest = y0 + (end - begin), y1 = rest < p.output_height ? rest : p.output_height;
+        body(image, y0, y1);
+        begin += y1 - y0;
+    }
+}
+
+template <class T, class R>
+void warp_rows_of(const AffineWarp& p, int64_t begin, int64_t end) {
+    for_each_image(p, begin, end, [&](int64_t image, int64_t y0, int64_t y1) {
+        const Map map = map_of(p, image);
+        const int64_t bytes = prepared_bytes<T>(p, map);
+        const Source<T> source = prepared<T>(p, map, image, bytes ? thread_scratch(bytes) : nullptr);
+        warp_tile<T, R>(p, map, source, image, y0, y1, 0, p.output_width);
+    });
 }
 
 inline void warp_rows(const AffineWarp& p, int64_t begin, int64_t end) {
