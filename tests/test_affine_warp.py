@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,22 @@ from hypothesis import strategies as st
 
 import imgopt_fast.numpy
 from imgopt_fast import _native, affine_warp
-from imgopt_fast.ops.affine_warp import INTERPOLATIONS, PADDING_MODES, reference
+from imgopt_fast.ops.affine_warp import INTERPOLATIONS, PADDING_MODES, fallback, reference
 
 op = torch.ops.imgopt_fast.affine_warp.default
 backward_op = torch.ops.imgopt_fast.affine_warp_backward.default
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.fixture(params=_native.supported_isas() if BACKEND == "native" else [BACKEND])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set, or the backend that is forced: the results are the same, so the tests are too."""
+    before = _native.active_isa()
+    if BACKEND == "native":
+        _native.set_isa(request.param)
+    yield request.param
+    if BACKEND == "native" and before:
+        _native.set_isa(before)
 
 
 def oracle(images: torch.Tensor, matrix: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -186,6 +198,20 @@ def test_antialias_is_a_box_mean() -> None:
     assert torch.equal(
         affine_warp(images, half, size=(2, 4), antialias=True)[0, 0], (exact + 0.5).floor().to(torch.uint8)
     )
+
+
+def test_numba_twin_directly() -> None:
+    colors = torch.rand(1, 3, 4, dtype=torch.float64) * 0.6
+    for dtype, transform in ((torch.uint8, rotation), (torch.float32, homography)):
+        images, matrix = layout(random_images((2, 3, 19, 24), dtype), "channels_last"), transform(2, 19, 24)
+        fill = [0.1, 0.5, 0.9] if dtype.is_floating_point else [10.0, 100.0, 200.0]
+        for interpolation, padding_mode, antialias in itertools.product(INTERPOLATIONS, PADDING_MODES, (False, True)):
+            arguments = ([11, 13], interpolation, padding_mode, fill, antialias, None, colors, [], [])
+            actual = fallback.affine_warp(images, matrix * 2.1, *arguments, dtype, torch.contiguous_format)
+            expected = reference.affine_warp(
+                images, matrix * 2.1, *arguments, torch.float64, torch.contiguous_format
+            )  # fmt: skip
+            check(actual, expected)
 
 
 # --- exactness -----------------------------------------------------------------------------------------------------
