@@ -132,7 +132,7 @@ def _positions(count: int, tap: int, size: int, line: list[int], device: torch.d
     return torch.where(inside, torch.div(at, divide, rounding_mode="floor"), size)
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -150,7 +150,7 @@ def masked_matmul_packed(
     out_features, in_features, block = shape[:3]
     rows = windows(input, window) if window else input
     width = in_features * (window[2] * window[3] if window else 1)
-    dtype = _sum_dtype(input.dtype)
+    dtype = sum_dtype(input.dtype)
     dense = _dense(values.to(dtype), quads, columns, out_features, width, block)
     output = torch.matmul(rows.to(dtype), dense.t())
     if bias is not None:
@@ -172,7 +172,7 @@ def masked_matmul_weight_grad(
     transposed_columns: Tensor, transposed_source: Tensor, shape: list[int], window: list[int],
     weight_shape: list[int],
 ) -> Tensor:  # fmt: skip
-    dtype = _sum_dtype(input.dtype)
+    dtype = sum_dtype(input.dtype)
     rows = (windows(input, window) if window else input).to(dtype)
     grad_rows = (grad.permute(0, 2, 3, 1) if window else grad).to(dtype)
     rows, grad_rows = rows.reshape(-1, rows.shape[-1]), grad_rows.reshape(-1, grad_rows.shape[-1])
