@@ -15,14 +15,22 @@ from torch import Tensor
 
 from imgopt_fast.ops import registration
 from imgopt_fast.ops.masked_matmul import reference
+from imgopt_fast.ops.masked_matmul.int8 import (
+    PackedInt8MaskedWeight,
+    int8_masked_matmul,
+    pack_int8_masked_weight,
+)
 from imgopt_fast.ops.masked_matmul.layout import MaskLayout, PackedMaskedWeight, mask_layout, pack_masked_weight
 
 __all__ = [
     "MaskLayout",
+    "PackedInt8MaskedWeight",
     "PackedMaskedWeight",
+    "int8_masked_matmul",
     "mask_layout",
     "masked_conv2d",
     "masked_matmul",
+    "pack_int8_masked_weight",
     "pack_masked_weight",
 ]
 
@@ -123,6 +131,8 @@ def _check(
         if mask is not None:
             raise ValueError("mask: expected None with a PackedMaskedWeight, which holds its own")
         held, made_for, shape = weight.values, weight.groups, weight.shape
+        if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+            raise ValueError("input: expected no gradient through a PackedMaskedWeight; train with a MaskLayout")
     else:
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight: expected a tensor or a PackedMaskedWeight, got {_kind(weight)}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from imgopt_fast._parallel import parallel_for
 from imgopt_fast.ops.masked_matmul import reference
+from imgopt_fast.ops.masked_matmul.int8 import requantize
 
 Real = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
@@ -134,6 +135,28 @@ def masked_matmul_weight_grad(
     return torch.from_numpy(output).view(weight_shape).to(input.dtype)
 
 
+def int8_masked_matmul(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    weight_scale: Tensor,
+    quads: Tensor,
+    columns: Tensor,
+    shape: list[int],
+    input_scale: float,
+    input_zero_point: int,
+    output_scale: float | None,
+    output_zero_point: int,
+    output_dtype: torch.dtype,
+    output_min: float | None,
+    output_max: float | None,
+) -> Tensor:
+    """The sums in float64, which holds every int32 exactly."""
+    sums = masked_matmul_packed(input.double() - input_zero_point, values, bias, quads, columns, shape, [])
+    scale = input_scale * weight_scale.double()
+    return requantize(sums, scale, output_scale, output_zero_point, output_dtype, output_min, output_max)
+
+
 def _transposed(rows: Tensor, dtype: torch.dtype) -> Real:
     """(columns, samples), contiguous."""
     samples = int(np.prod(rows.shape[:-1]))
@@ -141,9 +164,7 @@ def _transposed(rows: Tensor, dtype: torch.dtype) -> Real:
     return cast(Real, flat.to(dtype).t().contiguous().numpy())
 
 
-def _for_windows(
-    quads: Tensor, values: Tensor, samples: int, body: Callable[[int, int], object]
-) -> None:
+def _for_windows(quads: Tensor, values: Tensor, samples: int, body: Callable[[int, int], object]) -> None:
     """Call `body(first quad, last quad)` on several threads, each with whole windows of rows.
 
     Within a window the rows of a quad differ from block to block, so two quads of it can write the same row.

@@ -72,20 +72,20 @@ def mask_layout(mask: Tensor, *, groups: int = 1) -> MaskLayout:
     TypeError and ValueError for anything else.
     """
     mask = _checked_mask(mask, groups).detach().clone()
-    count = int(mask.sum())
+    kept = int(mask.sum())
     index = _gather_index(mask, groups)
     rows, columns = index.flatten(1).shape
-    block = block_columns(rows, columns, count)
+    block = block_columns(rows, columns, kept)
     transposed = index.permute(2, 1, 0)
     transposed_rows, transposed_columns = transposed.flatten(1).shape
-    transposed_block = block_columns(transposed_rows, transposed_columns, count)
+    transposed_block = block_columns(transposed_rows, transposed_columns, kept)
     return MaskLayout(
         mask,
         *_structure(mask, index, block),
         *_structure(mask, transposed, transposed_block),
         block=block,
         transposed_block=transposed_block,
-        kept=count,
+        kept=kept,
         groups=groups,
     )
 
@@ -96,20 +96,25 @@ def pack_masked_weight(weight: Tensor, mask: Tensor, *, groups: int = 1) -> Pack
     `weight` is floating, (O, K) or (O, C / groups, kH, kW); `mask` bool of its shape. At 90 % sparsity the result
     takes about 15 % of the bytes of the float32 weight. Raises TypeError and ValueError for anything else.
     """
-    _checked_mask(mask, groups)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise TypeError(f"weight: expected a floating tensor, got {_describe(weight)}")
+    values, quads, columns, block, kept = pack_values(weight, mask, groups)
+    return PackedMaskedWeight(values, quads, columns, tuple(weight.shape), block, kept, groups)
+
+
+def pack_values(weight: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """(values, quads, columns, block, number kept) of a weight of any dtype."""
+    _checked_mask(mask, groups)
     if weight.shape != mask.shape:
         raise ValueError(f"mask: expected the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
     if weight.device != mask.device:
         raise ValueError(f"mask: expected the weight's device {weight.device}, got {mask.device}")
-    count = int(mask.sum())
+    kept = int(mask.sum())
     index = _gather_index(mask, groups)
     rows, columns = index.flatten(1).shape
-    block = block_columns(rows, columns, count)
+    block = block_columns(rows, columns, kept)
     quads, local_columns, source = _structure(mask, index, block)
-    values = reference.gather(weight.detach(), source)
-    return PackedMaskedWeight(values, quads, local_columns, tuple(weight.shape), block, count, groups)
+    return reference.gather(weight.detach(), source), quads, local_columns, block, kept
 
 
 def _checked_mask(mask: Tensor, groups: int) -> Tensor:

@@ -136,7 +136,8 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _dense(values: Tensor, quads: Tensor, columns: Tensor, rows: int, width: int, block: int) -> Tensor:
+def dense_weight(values: Tensor, quads: Tensor, columns: Tensor, rows: int, width: int, block: int) -> Tensor:
+    """(rows, width): the weight that a structure with these values stands for."""
     row, column = entries(quads, columns, block)
     dense = values.new_zeros(quads.shape[1] * ROWS_PER_QUAD, quads.shape[0] * block)
     dense.index_put_((row, column), values, accumulate=True)  # padding adds zero to a column that exists
@@ -151,7 +152,7 @@ def masked_matmul_packed(
     rows = windows(input, window) if window else input
     width = in_features * (window[2] * window[3] if window else 1)
     dtype = sum_dtype(input.dtype)
-    dense = _dense(values.to(dtype), quads, columns, out_features, width, block)
+    dense = dense_weight(values.to(dtype), quads, columns, out_features, width, block)
     output = torch.matmul(rows.to(dtype), dense.t())
     if bias is not None:
         output = output + bias.to(dtype)

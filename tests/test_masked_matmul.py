@@ -1,0 +1,430 @@
+"""masked_matmul, masked_conv2d and int8_masked_matmul against dense products in float64 and int64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import BACKEND
+from torch import Tensor
+
+from imgopt_fast import _native
+from imgopt_fast.ops import masked_matmul as module
+from imgopt_fast.ops.int8_conv2d import int8_conv2d, pack_int8_weight
+from imgopt_fast.ops.masked_matmul import (
+    fallback,
+    int8,
+    int8_masked_matmul,
+    layout,
+    mask_layout,
+    masked_conv2d,
+    masked_matmul,
+    pack_int8_masked_weight,
+    pack_masked_weight,
+    reference,
+)
+
+HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
+# (samples, outputs, inputs, density): 0, 1, tile - 1, tile, tile + 1, and sizes that cross windows, blocks and panels
+SIZES = [
+    (1, 1, 1, 1.0), (3, 0, 4, 0.5), (3, 4, 0, 0.5), (0, 3, 4, 0.5), (5, 7, 13, 0.3), (15, 3, 129, 0.6),
+    (16, 64, 128, 0.5), (17, 65, 257, 0.9), (63, 5, 1000, 0.02), (65, 130, 300, 0.2), (130, 67, 300, 0.0),
+    (40, 33, 130, 1.0),
+]  # fmt: skip
+
+
+def random_mask(rows: int, columns: int, density: float) -> Tensor:
+    return torch.rand(rows, columns) < density
+
+
+def adversarial_masks() -> dict[str, Tensor]:
+    size = (67, 300)
+    one_row = torch.zeros(size, dtype=torch.bool)
+    one_row[11] = True
+    single = torch.zeros(size, dtype=torch.bool)
+    single[66, 299] = True
+    holes = random_mask(*size, 0.4)
+    holes[::3], holes[:, ::5] = False, False
+    blocks = random_mask(17, 300, 0.3).repeat_interleave(4, 0)[:67]
+    two_of_four = torch.zeros(size, dtype=torch.bool).view(67, 75, 4)
+    two_of_four[..., :2] = True
+    pairs = random_mask(34, 300, 0.3).repeat_interleave(2, 0)[:67]
+    return {
+        "one dense row": one_row,
+        "single": single,
+        "diagonal": torch.eye(*size, dtype=torch.bool),
+        "full": torch.ones(size, dtype=torch.bool),
+        "empty": torch.zeros(size, dtype=torch.bool),
+        "empty rows and columns": holes,
+        "4x1 blocks": blocks,
+        "2:4": two_of_four.view(size),
+        "equal pairs of rows": pairs,
+    }
+
+
+def error_bound(absolute: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
+    """|error| ≤ γ_n Σ|x||w| for sums of n terms in float32 (or float64), and one rounding to the dtype."""
+    sums = 2.0**-53 if dtype == torch.float64 else 2.0**-24
+    n = terms + 2
+    gamma = n * sums / (1 - n * sums)
+    return absolute * (gamma + HALF_ULP[dtype] * (1 + gamma)) + 2.0**-24  # the least subnormal of float16
+
+
+def assert_products(mask: Tensor, samples: int, dtype: torch.dtype) -> None:
+    """Output and the three gradients of one random problem, each within its bound."""
+    out, inputs = mask.shape
+    x = torch.randn(samples, inputs).to(dtype).requires_grad_()
+    w = torch.randn(out, inputs).to(dtype).requires_grad_()
+    bias = torch.randn(out).to(dtype).requires_grad_()
+    grad = torch.randn(samples, out).to(dtype)
+    y = masked_matmul(x, w, mask_layout(mask), bias)
+    grads = torch.autograd.grad(y, (x, w, bias), grad)
+
+    x64, w64, g64, b64 = (t.detach().double() for t in (x, torch.where(mask, w, 0), grad, bias))
+    most = int(max(mask.sum(0).max(), mask.sum(1).max())) if mask.numel() else 0
+    kept = mask.double()
+    pairs: list[tuple[str, Tensor, Tensor, Tensor, int]] = [
+        ("output", y, x64 @ w64.t() + b64, x64.abs() @ w64.abs().t() + b64.abs(), most + 1),
+        ("input", grads[0], g64 @ w64, g64.abs() @ w64.abs(), most),
+        ("weight", grads[1], (g64.t() @ x64) * kept, (g64.abs().t() @ x64.abs()) * kept, samples),
+    ]
+    for name, got, expected, absolute, terms in pairs:
+        assert got.dtype == dtype
+        assert got.shape == expected.shape
+        error = (got.detach().double() - expected).abs()
+        assert bool((error <= error_bound(absolute, terms, dtype)).all()), (name, float(error.max()))
+    assert torch.equal(grads[1] != 0, (grads[1] != 0) & mask)
+    packed = pack_masked_weight(w.detach(), mask)
+    assert torch.equal(masked_matmul(x.detach(), packed, None, bias.detach()), y.detach())
+
+
+# --- the structure --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 3, 128, 256, 300])
+def test_structure_holds_every_entry_once(block: int) -> None:
+    for name, mask in adversarial_masks().items():
+        quads, columns, position = map(torch.from_numpy, reference.structure(mask.numpy(), block))
+        row, column = reference.entries(quads, columns, block)
+        real = position >= 0
+        assert torch.equal(position[real].long(), (row * mask.shape[1] + column)[real]), name
+        rebuilt = torch.zeros_like(mask)
+        rebuilt.view(-1)[position[real].long()] = True
+        assert torch.equal(rebuilt, mask), name
+        assert int(real.sum()) == int(mask.sum()), name
+
+
+@pytest.mark.skipif(BACKEND != "native", reason="compares with the compiled builder")
+@pytest.mark.parametrize("block", [1, 3, 128, 256, 300])
+def test_compiled_structure_is_the_reference(block: int) -> None:
+    masks = [*adversarial_masks().values(), torch.zeros(0, 5, dtype=torch.bool), torch.zeros(5, 0, dtype=torch.bool)]
+    for mask in masks:
+        compiled = _native.core().mask_structure(mask.numpy(), block)  # type: ignore[union-attr]
+        for ours, theirs in zip(compiled, reference.structure(mask.numpy(), block), strict=True):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_packed_weight_is_small() -> None:
+    mask = random_mask(512, 512, 0.1)
+    packed = pack_masked_weight(torch.randn(512, 512), mask)
+    size = sum(t.numel() * t.element_size() for t in packed if isinstance(t, Tensor))
+    assert size < 0.25 * 512 * 512 * 4
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+def test_products(isa: str, size: tuple[int, int, int, float], dtype: torch.dtype) -> None:
+    samples, out, inputs, density = size
+    assert_products(random_mask(out, inputs, density), samples, dtype)
+
+
+def test_products_of_adversarial_masks(isa: str) -> None:
+    for mask in adversarial_masks().values():
+        assert_products(mask, 66, torch.float32)
+
+
+@pytest.mark.parametrize("block", [1, 128, 100000])
+def test_products_for_any_block(isa: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "block_columns", lambda rows, columns, count: min(block, columns))
+    assert_products(random_mask(70, 300, 0.3), 20, torch.float32)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_products_in_float64(size: tuple[int, int, int, float]) -> None:
+    samples, out, inputs, density = size
+    assert_products(random_mask(out, inputs, density), samples, torch.float64)
+
+
+@pytest.mark.parametrize("twin", [reference, fallback])
+def test_twins(twin: Any) -> None:
+    mask = random_mask(67, 300, 0.3)
+    made = mask_layout(mask)
+    x, w, g, bias = torch.randn(9, 300), torch.randn(67, 300), torch.randn(9, 67), torch.randn(67)
+    shape = [67, 300, made.block, made.transposed_block]
+    kept = torch.where(mask, w, 0).double()
+    y = twin.masked_matmul(x, w, bias, *made[1:7], shape, [])
+    torch.testing.assert_close(y.double(), x.double() @ kept.t() + bias.double(), rtol=1e-4, atol=1e-4)
+    grad = twin.masked_matmul_weight_grad(x, g, *made[1:7], shape, [], [67, 300])
+    torch.testing.assert_close(grad.double(), (g.double().t() @ x.double()) * mask, rtol=1e-4, atol=1e-4)
+
+
+# (groups, stride, padding, dilation, kernel): every pair of axes differs
+CONVOLUTIONS = [
+    (1, 1, 0, 1, (1, 1)), (1, (2, 1), (1, 2), (1, 2), (3, 2)), (2, (1, 2), (2, 0), (2, 1), (2, 3)),
+    (4, 3, 1, 1, (3, 3)), (16, 2, 1, 1, (3, 3)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions(isa: str, case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    assert_convolution(case, dtype)
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions_in_float64(case: tuple[Any, ...]) -> None:
+    assert_convolution(case, torch.float64)
+
+
+def assert_convolution(case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    groups, stride, padding, dilation, kernel = case
+    w = torch.randn(32, 16 // groups, *kernel).to(dtype).requires_grad_()
+    mask = torch.rand(w.shape) < 0.4
+    x = torch.randn(3, 16, 9, 7).to(dtype).requires_grad_()
+    bias = torch.randn(32).to(dtype).requires_grad_()
+    made = mask_layout(mask, groups=groups)
+    y = masked_conv2d(x, w, made, bias, stride, padding, dilation, groups)
+    x64, w64, b64 = (t.detach().double().requires_grad_() for t in (x, w, bias))
+    expected = F.conv2d(x64, torch.where(mask, w64, 0), b64, stride, padding, dilation, groups)
+    grad = torch.randn(y.shape).to(dtype)
+    got = (y, *torch.autograd.grad(y, (x, w, bias), grad))
+    oracle = (expected, *torch.autograd.grad(expected, (x64, w64, b64), grad.double()))
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    for name, ours, theirs in zip(("output", "input", "weight", "bias"), got, oracle, strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == dtype
+        ours, theirs = ours.detach(), theirs.detach()
+        assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max()), name
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    packed = pack_masked_weight(w.detach(), mask, groups=groups)
+    with torch.no_grad():
+        assert torch.equal(masked_conv2d(x, packed, None, bias, stride, padding, dilation, groups), y)
+    torch.testing.assert_close(
+        masked_conv2d(x, w, mask, bias, stride, padding, dilation, groups), y, rtol=2e-2, atol=0.1
+    )
+
+
+def test_masked_means_absent() -> None:
+    mask = random_mask(9, 20, 0.5)
+    w = torch.where(mask, torch.randn(9, 20), float("nan"))
+    x = torch.randn(4, 20)
+    expected = x @ torch.where(mask, w, 0).t()
+    for form in (mask, mask_layout(mask)):
+        torch.testing.assert_close(masked_matmul(x, w, form), expected)
+    torch.testing.assert_close(masked_matmul(x, pack_masked_weight(w, mask)), expected)
+
+
+def test_layouts_of_memory() -> None:
+    """Transposed, expanded and sliced inputs, weights and gradients; any leading dimensions."""
+    mask = random_mask(12, 20, 0.5)
+    made = mask_layout(mask)
+    w = torch.randn(20, 12).t().requires_grad_()
+    kept = torch.where(mask, w, 0)
+    inputs = [torch.randn(20, 5).t(), torch.randn(1, 20).expand(5, 20), torch.randn(5, 40)[:, ::2], torch.randn(20),
+              torch.randn(2, 3, 20)]  # fmt: skip
+    for x in inputs:
+        y = masked_matmul(x, w, made)
+        torch.testing.assert_close(y, x @ kept.t())
+        grad = torch.randn(y.shape[-1:]).expand(y.shape)
+        torch.testing.assert_close(
+            torch.autograd.grad(y, w, grad)[0], torch.autograd.grad(x @ kept.t(), w, grad, retain_graph=True)[0]
+        )
+    image = torch.randn(2, 6, 5, 16).permute(0, 3, 1, 2)[:, ::2]
+    conv_mask = torch.rand(4, 8, 3, 3) < 0.5
+    weight = torch.randn(4, 8, 3, 3)
+    torch.testing.assert_close(
+        masked_conv2d(image, weight, mask_layout(conv_mask)), F.conv2d(image, weight * conv_mask), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_bit_equal_over_thread_counts(isa: str) -> None:
+    mask = torch.rand(300, 40, 3, 3) < 0.2
+    w, x = torch.randn(mask.shape, requires_grad=True), torch.randn(4, 40, 14, 14, requires_grad=True)
+    grad, made = torch.randn(4, 300, 12, 12), mask_layout(mask)
+
+    def products() -> list[Tensor]:
+        y = masked_conv2d(x, w, made)
+        return [y.detach(), *torch.autograd.grad(y, (x, w), grad)]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = products()
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(single, products(), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- autograd, dispatcher, compiler ----------------------------------------------------------------------------------
+
+
+def test_gradcheck() -> None:
+    mask = random_mask(5, 9, 0.5)
+    made = mask_layout(mask)
+    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 9), (5, 9), (5,)))
+    function: Callable[..., Tensor] = lambda x, w, b: masked_matmul(x, w, made, b)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (x, w, b))
+    assert torch.autograd.gradgradcheck(function, (x, w, b))
+
+
+def test_gradcheck_of_a_convolution() -> None:
+    mask = torch.rand(4, 2, 2, 3) < 0.6
+    made = mask_layout(mask, groups=2)
+    x = torch.randn(2, 4, 4, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(mask.shape, dtype=torch.float64, requires_grad=True)
+    function: Callable[..., Tensor] = lambda x, w: masked_conv2d(x, w, made, None, (2, 1), 1, 1, 2)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (x, w))
+    assert torch.autograd.gradgradcheck(function, (x, w))
+
+
+def test_mask_may_change_between_forward_and_backward() -> None:
+    mask = random_mask(6, 10, 0.5)
+    x, w = torch.randn(4, 10), torch.randn(6, 10, requires_grad=True)
+    y = masked_matmul(x, w, mask_layout(mask))
+    kept = mask.clone()
+    mask.logical_not_()
+    y.sum().backward()
+    assert w.grad is not None
+    assert torch.equal(w.grad != 0, kept)
+
+
+def test_autocast() -> None:
+    mask = random_mask(8, 16, 0.5)
+    made = mask_layout(mask)
+    x, w = torch.randn(4, 16), torch.randn(8, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = masked_matmul(x, w, made, torch.randn(8))
+        assert y.dtype == torch.bfloat16
+        assert masked_matmul(x, pack_masked_weight(w, mask)).dtype == torch.bfloat16
+        assert masked_matmul(x.double(), w.double(), made).dtype == torch.float64
+    y.sum().backward()
+    assert w.grad is not None
+    assert w.grad.dtype == torch.float32
+
+
+def test_opcheck() -> None:
+    mask = random_mask(9, 20, 0.4)
+    made = mask_layout(mask)
+    shape = [9, 20, made.block, made.transposed_block]
+    x, w, b = torch.randn(4, 20, requires_grad=True), torch.randn(9, 20, requires_grad=True), torch.randn(9)
+    torch.library.opcheck(module.MATMUL, (x, w, b, *made[1:7], shape, []))
+    torch.library.opcheck(module.WEIGHT_GRAD, (x, torch.randn(4, 9), *made[1:7], shape, [], [9, 20]))
+    packed = pack_masked_weight(w.detach(), mask)
+    torch.library.opcheck(
+        module.MATMUL_PACKED, (x.detach(), packed.values, None, packed.quads, packed.columns, shape[:3], [])
+    )
+    image = torch.randn(2, 20, 5, 4, requires_grad=True)
+    window = [3, 6, 1, 1, 2, 1, -1, -1, 1, 1, 1, 1]
+    torch.library.opcheck(module.MATMUL, (image, w, None, *made[1:7], shape, window))
+
+
+def test_compile_and_export() -> None:
+    mask = torch.rand(8, 6, 3, 3) < 0.4
+    made = mask_layout(mask)
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(8, 6, 3, 3))
+            self.packed = pack_masked_weight(torch.randn(5, 8), random_mask(5, 8, 0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = masked_conv2d(x, self.weight, made, None, 1, 1)
+            return masked_matmul(y.mean((2, 3)).detach(), self.packed)
+
+    network, x = Network(), torch.randn(3, 6, 7, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), network(x))
+    torch.testing.assert_close(compiled(x[:2]), network(x[:2]))
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(network, (x,), dynamic_shapes={"x": {0: batch}})
+    torch.testing.assert_close(program.module()(x[:2]), network(x[:2]))
+
+
+# --- int8 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+@pytest.mark.parametrize("kind", ["dispatch", "reference", "fallback"])
+def test_int8(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind != "dispatch":
+        monkeypatch.setattr(int8, "_op", int8._reference if kind == "reference" else fallback.int8_masked_matmul)
+    for out, inputs, samples in [(1, 1, 1), (10, 33, 5), (67, 300, 65)]:
+        mask = random_mask(out, inputs, 0.4)
+        weight = torch.randint(-128, 128, mask.shape, dtype=torch.int8)
+        x = torch.randint(0, 256, (samples, inputs)).to(torch.uint8).view(dtype)
+        scale, bias = torch.rand(out) * 0.02 + 1e-3, torch.randn(out)
+        zero = 100 if dtype == torch.uint8 else -7
+        packed = pack_int8_masked_weight(weight, mask, scale, bias, input_scale=0.02, input_zero_point=zero)
+        dense = pack_int8_weight(
+            torch.where(mask, weight, 0)[:, :, None, None], scale, bias, input_scale=0.02, input_zero_point=zero
+        )
+        for options in (
+            {},
+            {"output_scale": 0.5, "output_zero_point": 11},
+            {"output_scale": 0.3, "output_dtype": torch.int8, "output_min": -2.5, "output_max": 20.0},
+        ):
+            ours = int8_masked_matmul(x, packed, **options)  # type: ignore[arg-type]
+            theirs = int8_conv2d(x[:, :, None, None], dense, **options)[:, :, 0, 0]  # type: ignore[arg-type]
+            assert torch.equal(ours, theirs)
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_arguments() -> None:
+    x, w, mask = torch.randn(2, 6), torch.randn(4, 6), random_mask(4, 6, 0.5)
+    made, packed = mask_layout(mask), pack_masked_weight(w, mask)
+    image, conv_mask = torch.randn(1, 6, 5, 5), torch.ones(4, 3, 3, 3, dtype=torch.bool)
+    conv_w = torch.randn(4, 3, 3, 3)
+    cases: list[tuple[str, type[Exception], Callable[[], object]]] = [
+        ("input", TypeError, lambda: masked_matmul(x.int(), w, made)),
+        ("input", ValueError, lambda: masked_matmul(x[:, :5], w, made)),
+        ("input", ValueError, lambda: masked_matmul(torch.tensor(1.0), w, made)),
+        ("weight", TypeError, lambda: masked_matmul(x, w.double(), made)),
+        ("weight", TypeError, lambda: masked_matmul(x, [1.0], made)),  # type: ignore[arg-type]
+        ("weight", ValueError, lambda: masked_matmul(x, conv_w, mask_layout(conv_mask))),
+        ("mask", TypeError, lambda: masked_matmul(x, w)),
+        ("mask", TypeError, lambda: masked_matmul(x, w, mask.float())),
+        ("mask", ValueError, lambda: masked_matmul(x, w, mask[:3])),
+        ("mask", ValueError, lambda: masked_matmul(x, w[:3], made)),
+        ("mask", ValueError, lambda: masked_matmul(x, packed, mask)),
+        ("bias", ValueError, lambda: masked_matmul(x, w, made, torch.randn(3))),
+        ("bias", TypeError, lambda: masked_matmul(x, w, made, torch.randn(4).double())),
+        ("input", ValueError, lambda: masked_matmul(x.clone().requires_grad_(), packed)),
+        ("mask", TypeError, lambda: mask_layout(mask.float())),
+        ("mask", ValueError, lambda: mask_layout(mask[0])),
+        ("groups", ValueError, lambda: mask_layout(conv_mask, groups=3)),
+        ("weight", TypeError, lambda: pack_masked_weight(w.int(), mask)),
+        ("mask", ValueError, lambda: pack_masked_weight(w, mask[:2])),
+        ("groups", ValueError, lambda: masked_conv2d(image, conv_w, mask_layout(conv_mask), groups=2)),
+        ("input", ValueError, lambda: masked_conv2d(image, conv_w, conv_mask)),
+        ("input", ValueError, lambda: masked_conv2d(image[:, :, :2], conv_w, conv_mask, groups=2)),
+        ("stride", ValueError, lambda: masked_conv2d(image, conv_w, conv_mask, stride=0, groups=2)),
+        ("padding", ValueError, lambda: masked_conv2d(image, conv_w, conv_mask, padding=-1, groups=2)),
+        ("dilation", ValueError, lambda: masked_conv2d(image, conv_w, conv_mask, dilation=(1, 2, 3), groups=2)),  # type: ignore[arg-type]
+        ("weight", TypeError, lambda: int8_masked_matmul(x.byte(), w)),  # type: ignore[arg-type]
+        ("weight", TypeError, lambda: pack_int8_masked_weight(w, mask, 0.1, input_scale=0.1)),
+    ]
+    for name, error, call in cases:
+        with pytest.raises(error, match=f"^{name}: "):
+            call()
