@@ -136,7 +136,7 @@ def test_refuses_what_it_cannot_do() -> None:
         MaskedConv2d.from_dense(nn.Conv2d(2, 2, 2, padding="same"))
     layer = linear()
     for mask in (torch.ones(9, 20), torch.ones(9, 19, dtype=torch.bool)):
-        with pytest.raises(ValueError, match="^mask: "):
+        with pytest.raises(ValueError, match=r"^mask: "):
             layer.set_mask(mask)
 
 

@@ -33,7 +33,7 @@ def test_swaps_what_can_be_pruned() -> None:
     assert kinds == [nn.Conv2d, nn.Conv2d, MaskedConv2d, MaskedLinear, nn.Linear]
     assert all(a is b for a, b in zip(weights, model.parameters(), strict=True))
     assert list(pruner.layers) == ["3", "6.0"]
-    with pytest.raises(ValueError, match="^exclude: "):
+    with pytest.raises(ValueError, match=r"^exclude: "):
         prune(network(), PruneConfig(exclude=("nothing",)))
     outer = prune(network(), PruneConfig(exclude=("6",)))
     assert list(outer.layers) == ["3"]
