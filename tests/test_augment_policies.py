@@ -202,7 +202,8 @@ def test_passes(monkeypatch):
     normalize = Normalize([0.5] * 3, [0.2] * 3)
     Compose([RandomHorizontalFlip(), RandAugment(), normalize])(images, key=(0, 0, range(16)))
     assert seen[-1] == 16
-    assert sum(seen) <= 2 * 16
+    assert len(seen) <= 2  # a flip is no warp to the first step, the second may break the order
+    assert sum(seen) < 2 * 16
     seen.clear()
     Compose([RandomResizedCrop(16), TrivialAugmentWide(), normalize])(images, key=(0, 0, range(16)))
     assert len(seen) <= 2

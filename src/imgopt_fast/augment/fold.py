@@ -72,7 +72,7 @@ class Fold:
         self._sampling = Sampling()
         self._color: Color | None = None
         self._tabled: Rows | None = None  # which samples the pending table, geometry or colour touches
-        self._warped: Rows | None = None
+        self._warped: Rows | None = None  # flips left out: an earlier stage may still be done before them
         self._colored: Rows | None = None
 
     @property
@@ -88,8 +88,13 @@ class Fold:
 
     # ------------------------------------------------------------------------------------------ recording
 
-    def warp(self, matrix: Matrix, size: Size, sampling: Sampling, rows: Rows | None = None) -> None:
-        """Resample by `matrix` (N or 1, 2 or 3, 3) to `size`; `rows` says which samples it changes (all by default)."""
+    def warp(
+        self, matrix: Matrix, size: Size, sampling: Sampling, rows: Rows | None = None, *, flips: bool = False
+    ) -> None:
+        """Resample by `matrix` (N or 1, 2 or 3, 3) to `size`; `rows` says which samples it changes (all by default).
+
+        Tables, histograms and the smoothing filter do not care for what only `flips` the image, so they may precede it.
+        """
         if self._color is not None and sampling.padding_mode == "constant":
             self._settle(self._colored, rows)
         joined = self._sampling.join(sampling)
@@ -98,7 +103,8 @@ class Fold:
             joined = sampling
         self._sampling = joined
         self._matrix = matrix if self._matrix is None else _composed(self._matrix, matrix)
-        self._warped = _union(self._warped, self._all(rows))
+        if not flips:
+            self._warped = _union(self._warped, self._all(rows))
         self.size = size
 
     def color(
@@ -144,7 +150,7 @@ class Fold:
         self._images, self.owned = images, True
 
     def settled(self, rows: Rows) -> torch.Tensor:
-        """The images with the pending work of at least `rows` done; what is pending leaves `rows` alone."""
+        """The images with the pending work of at least `rows` done: what is still pending at most flips those."""
         self._settle(_union(self._tabled, _union(self._warped, self._colored)), rows)
         return self._images
 
@@ -255,14 +261,15 @@ def _jitter(
     n: int, channels: int, brightness: Floats | None, contrast: Floats | None, saturation: Floats | None
 ) -> Color:
     """x ↦ b·(c·(s·x + (1-s)·grey(x)) + (1-c)·mean grey): with nothing clipped in between, the factors commute."""
-    luma = luma_weights(channels)
-    grey = np.broadcast_to(luma, (channels, channels))  # x ↦ its grey in every channel
-    b = np.ones((n, 1)) if brightness is None else brightness.reshape(n, -1)
-    c = np.ones(n) if contrast is None else contrast
-    s = np.ones(n) if saturation is None else saturation
-    linear = (c * s)[:, None, None] * np.eye(channels) + (c * (1 - s))[:, None, None] * grey
-    linear *= b[:, :, None]
-    means = None if contrast is None else (1 - c)[:, None, None] * grey * b[:, :, None]
+    grey = np.array((luma_weights(channels),) * channels)  # (C, C): x ↦ its grey in every channel
+    one = np.ones((n, 1))
+    b = one if brightness is None else brightness.reshape(n, -1)
+    c = one if contrast is None else contrast[:, None]
+    s = one if saturation is None else saturation[:, None]
+    linear = ((1 - s) * c * b)[:, :, None] * grey
+    diagonal = np.arange(channels)
+    linear[:, diagonal, diagonal] += s * c * b
+    means = None if contrast is None else ((1 - c) * b)[:, :, None] * grey
     return Color(linear, means, None)
 
 
@@ -282,23 +289,21 @@ def _after(first: Color, step: Color) -> Color:
 def _color_tensor(color: Color, images: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     """(N, C, C + 1) float64 on the images' device; the mean colour is measured there, without a synchronisation."""
     n, channels = color.linear.shape[:2]
-    offset = np.zeros((n, channels)) if color.offset is None else color.offset
-    packed = np.concatenate([color.linear, offset[:, :, None]], axis=2)
+    packed = np.zeros((n, channels, channels + 1))
+    packed[:, :, :channels] = color.linear
+    if color.offset is not None:
+        packed[:, :, channels] = color.offset
     result = torch.from_numpy(packed).to(images.device)
     if color.means is None:
         return result
-    means = color.means
-    wanted = slice(None) if torch.compiler.is_compiling() else _wanted(means)
-    weights = torch.from_numpy(means[wanted]).to(images.device)
-    seen = mean_color(images[wanted], table if table is None or len(table) == 1 else table[wanted])
-    result[wanted, :, channels] += (weights @ seen[:, :, None])[:, :, 0]
+    weights = torch.from_numpy(color.means).to(images.device)
+    if not torch.compiler.is_compiling() and not (needed := color.means.any(axis=(1, 2))).all():
+        chosen = torch.from_numpy(np.flatnonzero(needed)).to(images.device)  # the others' means are not worth measuring
+        seen = mean_color(images[chosen], table if table is None or len(table) == 1 else table[chosen])
+        result[chosen, :, channels] += torch.bmm(weights[chosen], seen[:, :, None])[:, :, 0]
+    else:
+        result[:, :, channels:].baddbmm_(weights, mean_color(images, table)[:, :, None])
     return result
-
-
-def _wanted(means: Floats) -> slice | NDArray[np.intp]:
-    """The samples whose mean colour matters; all of them as a slice, which copies nothing."""
-    needed = means.any(axis=(1, 2))
-    return slice(None) if needed.all() else np.flatnonzero(needed)
 
 
 def _colored(

@@ -69,7 +69,7 @@ def homogeneous(matrix: M) -> M:
 def affine(a: ArrayLike, b: ArrayLike, c: ArrayLike, d: ArrayLike, e: ArrayLike, f: ArrayLike) -> Matrix:
     """x_in = a·x + b·y + c and y_in = d·x + e·y + f: (..., 2, 3); the arguments broadcast."""
     entries = [np.asarray(v, dtype=np.float64) for v in (a, b, c, d, e, f)]
-    result = np.empty((*np.broadcast_shapes(*(v.shape for v in entries)), 2, 3))
+    result = np.empty((*np.broadcast_shapes(*{v.shape for v in entries}), 2, 3))
     for i, value in enumerate(entries):
         result[..., i // 3, i % 3] = value
     return result
@@ -101,15 +101,19 @@ def resized_crop(top: ArrayLike, left: ArrayLike, height: ArrayLike, width: Arra
 
 
 def rotate_scale_shear(
-    angle: ArrayLike, scale: ArrayLike, shear_x: ArrayLike, shear_y: ArrayLike, center: tuple[ArrayLike, ArrayLike]
+    angle: ArrayLike,
+    scale: ArrayLike,
+    shear: tuple[ArrayLike, ArrayLike],
+    center: tuple[ArrayLike, ArrayLike],
+    translate: tuple[ArrayLike, ArrayLike] = (0.0, 0.0),
 ) -> Matrix:
-    """Turns the image by `angle` degrees clockwise, scales and shears it about `center` (x, y).
+    """Turns the image by `angle` degrees clockwise, scales and shears it about `center` (x, y), then moves it.
 
-    The image moves by C · R(angle) · Shear_y · Shear_x · scale · C⁻¹, shears in degrees and of opposite sign (that is
-    torchvision's order and sign); this is the inverse of that.
+    The image moves by T · C · R(angle) · Shear_y · Shear_x · scale · C⁻¹, shears in degrees and of opposite sign (that
+    is torchvision's order and sign); this is the inverse of that.
     """
     rotation = np.radians(angle)
-    tan_x, tan_y = np.tan(np.radians(shear_x)), np.tan(np.radians(shear_y))
+    tan_x, tan_y = np.tan(np.radians(shear[0])), np.tan(np.radians(shear[1]))
     cos, sin = np.cos(rotation), np.sin(rotation)
     inverse_scale = 1.0 / np.asarray(scale, np.float64)
     # Shear_x⁻¹ · Shear_y⁻¹ · R(-angle), where Shear_x⁻¹ = [1, tan_x; 0, 1] and Shear_y⁻¹ = [1, 0; tan_y, 1]
@@ -118,7 +122,8 @@ def rotate_scale_shear(
     a = cos * inverse_scale + tan_x * d
     b = sin * inverse_scale + tan_x * e
     cx, cy = (np.asarray(c, np.float64) for c in center)
-    return affine(a, b, cx - a * cx - b * cy, d, e, cy - d * cx - e * cy)
+    x, y = np.add(cx, translate[0]), np.add(cy, translate[1])
+    return affine(a, b, cx - a * x - b * y, d, e, cy - d * x - e * y)
 
 
 def homography(source: ArrayLike, target: ArrayLike) -> Matrix:
@@ -191,8 +196,7 @@ def from_torchvision(
     by default its middle. Arrays give one matrix per sample.
     """
     x, y = (size[1] * 0.5, size[0] * 0.5) if center is None else center
-    about = rotate_scale_shear(angle, scale, shear[0], shear[1], (x - 0.5, y - 0.5))
-    return compose(about, translation(*translate))
+    return rotate_scale_shear(angle, scale, shear, (x - 0.5, y - 0.5), translate)
 
 
 def from_pillow(data: ArrayLike) -> Matrix:

@@ -53,20 +53,28 @@ class _Policy(Transform):
         return geometry.compose(*steps)
 
     def record(self, fold: Fold, draw: Draw) -> None:
+        if fold.dtype != torch.uint8:
+            raise TypeError(f"images: expected uint8 for the operations of a policy, got {fold.dtype}")
         for k in range(self.steps):
-            operation, magnitude = draw["operation"][:, k], draw["magnitude"][:, k]
-            _record_tables(fold, operation, magnitude)
-            moved = _GEOMETRIC[operation]
-            if moved.any():
-                fold.warp(_matrix(operation, magnitude, fold.size), fold.size, self.sampling, moved)
-            colored = _COLORING[operation]
-            if colored.any():
-                brightness, saturation, contrast = (
-                    np.where(operation == _CODE[name], 1.0 + magnitude, 1.0)
-                    for name in ("Brightness", "Color", "Contrast")
-                )
-                fold.color(brightness, contrast, saturation, colored)
-            _record_sharpness(fold, operation, magnitude)
+            self._record_step(fold, draw["operation"][:, k], draw["magnitude"][:, k])
+
+    def _record_step(self, fold: Fold, operation: NDArray[np.int64], magnitude: Uniforms) -> None:
+        """Each sample has one operation, so the kinds can be recorded in any order."""
+        tabular, sharp = _TABULAR[operation], operation == _CODE["Sharpness"]
+        if tabular.any() or sharp.any():
+            images = fold.settled(tabular | sharp)
+            if sharp.any():
+                fold.replace(_sharpened(fold, images, sharp, magnitude))
+            if tabular.any():
+                fold.table(_tables(fold, images, operation, magnitude), tabular)
+        moved, colored = _GEOMETRIC[operation], _COLORING[operation]
+        if moved.any():
+            fold.warp(_matrix(operation, magnitude, fold.size), fold.size, self.sampling, moved)
+        if colored.any():
+            brightness, saturation, contrast = (
+                np.where(operation == _CODE[name], 1.0 + magnitude, 1.0) for name in ("Brightness", "Color", "Contrast")
+            )
+            fold.color(brightness, contrast, saturation, colored)
 
 
 class RandAugment(_Policy):
@@ -154,40 +162,31 @@ def _matrix(operation: NDArray[np.int64], magnitude: Uniforms, size: Size) -> Ma
     shear = np.degrees(np.arctan(magnitude))
     shears = (operation == _CODE["ShearX"]) | (operation == _CODE["ShearY"])
     center = np.where(shears, -0.5, (size[1] - 1) / 2), np.where(shears, -0.5, (size[0] - 1) / 2)
-    turned = geometry.rotate_scale_shear(
-        where("Rotate", -magnitude), 1.0, where("ShearX", shear), where("ShearY", shear), center
-    )
-    return geometry.compose(
-        turned, geometry.translation(where("TranslateX", magnitude), where("TranslateY", magnitude))
+    return geometry.rotate_scale_shear(
+        where("Rotate", -magnitude),
+        1.0,
+        (where("ShearX", shear), where("ShearY", shear)),
+        center,
+        (where("TranslateX", magnitude), where("TranslateY", magnitude)),
     )
 
 
-def _record_tables(fold: Fold, operation: NDArray[np.int64], magnitude: Uniforms) -> None:
-    rows = _TABULAR[operation]
-    if not rows.any():
-        return
-    if fold.dtype != torch.uint8:
-        raise TypeError(f"images: expected uint8 for the operations of a policy, got {fold.dtype}")
+def _tables(fold: Fold, images: torch.Tensor, operation: NDArray[np.int64], magnitude: Uniforms) -> torch.Tensor:
+    """(N, C, 256) on the device of `images`: the identity for what has no table."""
     table = np.broadcast_to(np.arange(256, dtype=np.uint8), (len(fold), 256)).copy()
     posterized, solarized = operation == _CODE["Posterize"], operation == _CODE["Solarize"]
     table[posterized] = tables.posterize(magnitude[posterized].astype(np.int64))
     table[solarized] = tables.solarize(magnitude[solarized])
-    device = fold.device
-    entire = torch.from_numpy(table).to(device)[:, None].repeat(1, fold.channels, 1)
+    result = torch.from_numpy(table).to(fold.device)[:, None].repeat(1, fold.channels, 1)
     for name, measured in (("AutoContrast", tables.autocontrast), ("Equalize", tables.equalize)):
-        chosen = operation == _CODE[name]
-        if chosen.any():
-            index = torch.from_numpy(np.flatnonzero(chosen)).to(device)
-            entire.index_copy_(0, index, measured(fold.settled(chosen)[index]))
-    fold.table(entire, rows)
+        if (chosen := operation == _CODE[name]).any():
+            index = torch.from_numpy(np.flatnonzero(chosen)).to(fold.device)
+            result.index_copy_(0, index, measured(images[index]))
+    return result
 
 
-def _record_sharpness(fold: Fold, operation: NDArray[np.int64], magnitude: Uniforms) -> None:
-    rows = operation == _CODE["Sharpness"]
-    if not rows.any():
-        return
-    images = fold.settled(rows)
+def _sharpened(fold: Fold, images: torch.Tensor, rows: Rows, magnitude: Uniforms) -> torch.Tensor:
     chosen = np.flatnonzero(rows)
     index = torch.from_numpy(chosen).to(fold.device)
     sharpened = adjust_sharpness(images[index], 1.0 + magnitude[chosen])
-    fold.replace((images if fold.owned else images.clone()).index_copy_(0, index, sharpened))
+    return (images if fold.owned else images.clone()).index_copy_(0, index, sharpened)

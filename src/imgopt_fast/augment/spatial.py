@@ -30,6 +30,7 @@ class RandomHorizontalFlip(Geometric):
     """Mirrors left and right with probability `p`."""
 
     words = 1
+    flips = True
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()

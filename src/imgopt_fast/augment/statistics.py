@@ -7,14 +7,13 @@ of 64 uint8 images of 3 × 224 × 224 one thread takes 1.3 ms (2.1 ms channels_l
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601; they sum to one, so grey stays grey
 
 
-def luma_weights(channels: int) -> NDArray[np.float64]:
+def luma_weights(channels: int) -> tuple[float, ...]:
     """How much each channel weighs in the grey: BT.601 for three, equal for any other number."""
-    return np.array(LUMA) if channels == 3 else np.full(channels, 1.0 / channels)
+    return LUMA if channels == 3 else (1.0 / channels,) * channels
 
 
 def mean_color(images: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:

@@ -114,8 +114,7 @@ class Transform(torch.nn.Module):
     ) -> Params:
         """Draw the parameters for `images` (only their shape is looked at)."""
         batch, _ = as_batch(images)
-        params: Params = self._make_params(len(batch), (batch.shape[2], batch.shape[3]), generator, key)
-        return params
+        return self._make_params(len(batch), (batch.shape[2], batch.shape[3]), generator, key)
 
     def transform(self, images: Images, params: Params) -> Images:
         """Carry out `params`: with those of `make_params`, the same as calling the transform."""
@@ -124,8 +123,12 @@ class Transform(torch.nn.Module):
             raise ValueError(f"params: expected parameters of {len(batch)} samples, got {params.count}")
         return restore(self._transform(batch, params))  # type: ignore[no-any-return]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _make_params(self, count: int, size: Size, generator: torch.Generator | None, key: Key | None) -> Params:
+        if torch.compiler.is_compiling():  # a compiled graph cannot hold the generator's 64-bit products
+            return _drawn_outside(self, count, size, generator, key)  # type: ignore[no-any-return]
+        return self._drawn(count, size, generator, key)
+
+    def _drawn(self, count: int, size: Size, generator: torch.Generator | None, key: Key | None) -> Params:
         blocks, starts = self._plan
         seed, epoch, index = resolve_key(count, generator, key)
         u = philox.uniforms(seed, epoch, index, blocks) if blocks.size else np.empty((0, count))
@@ -198,11 +201,12 @@ class Geometric(Transform):
     """A transform that moves pixels: a subclass defines `matrix`."""
 
     sampling = Sampling()
+    flips = False  # whether the map does no more than to mirror the image
 
     def record(self, fold: Fold, draw: Draw) -> None:
         matrix = self.matrix(draw, fold.size)
         if matrix is not None:
-            fold.warp(matrix, self.output_size(fold.size), self.sampling)
+            fold.warp(matrix, self.output_size(fold.size), self.sampling, flips=self.flips)
 
 
 class Compose(Transform):
@@ -231,6 +235,8 @@ class Compose(Transform):
 
 
 # ---------------------------------------------------------------------------------------------------- keys and layouts
+
+_drawn_outside: Any = torch.compiler.disable(Transform._drawn)
 
 _WARPED = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
