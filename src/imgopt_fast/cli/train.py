@@ -1,0 +1,96 @@
+"""`imgopt-fast train`: train, prune, quantize and test a classifier."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from imgopt_fast.training.config import TrainConfig
+
+EXAMPLES = """examples:
+  imgopt-fast train                                 the embedded Fashion-MNIST subset, about two minutes
+  imgopt-fast train ./flowers --img-size 96         a folder with one folder of images per class
+  imgopt-fast train --model resnet20 --epochs 30 --sparsity 0.9
+  imgopt-fast train --config runs/first/config.yaml --experiment second --seed 1
+  imgopt-fast train --resume runs/first             after Ctrl-C, or anything worse
+"""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train, prune, quantize and test a classifier",
+        description="Train a classifier, prune it, quantize it to int8, test all three, and write a run folder.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # a flag that is not given leaves the value of --config alone
+    )
+    parser.add_argument("folder", nargs="?", metavar="DATA", help="the same as --data")
+    parser.add_argument("--config", type=Path, help="config.yaml of a run to repeat; the other flags override it")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="run folder of a stopped training to continue")
+    types = get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        _add_flag(parser, field, types[field.name])
+
+
+def run(arguments: argparse.Namespace) -> int:
+    values = {name: value for name, value in vars(arguments).items() if name != "verb"}
+    from imgopt_fast.training import DivergedError, InterruptedTrainingError, resume, train
+
+    try:
+        report = resume(_only(values, "resume")) if "resume" in values else train(_config(values))
+    except DivergedError as error:
+        print(f"imgopt-fast train: {error}", file=sys.stderr)
+        return 1
+    except InterruptedTrainingError as stopped:
+        print(f"imgopt-fast train: stopped; continue with --resume {stopped}", file=sys.stderr)
+        return 130
+    print(report.table())
+    return 0
+
+
+def _config(values: dict[str, Any]) -> TrainConfig:
+    """The configuration of --config, or the default one, with the flags that were given."""
+    if "folder" in values:
+        values["data"] = values.pop("folder")
+    config = TrainConfig.load(values.pop("config")) if "config" in values else TrainConfig()
+    return dataclasses.replace(config, **values)
+
+
+def _only(values: dict[str, Any], name: str) -> Any:
+    others = [other for other in values if other != name]
+    if others:
+        raise ValueError(f"--{name} repeats the run's own config.yaml and goes with no other flag, got {others[0]}")
+    return values[name]
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", kind: Any) -> None:
+    flags = field.metadata["flags"] or (f"--{field.name.replace('_', '-')}",)
+    if isinstance(kind, UnionType):
+        kind = get_args(kind)[0]
+    default = "" if field.default is None else f" (default: {_text(field.default)})"
+    options: dict[str, Any] = {"dest": field.name, "help": field.metadata["help"] + default}
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif get_origin(kind) is tuple:
+        options |= {"type": get_args(kind)[0], "nargs": len(get_args(kind)), "action": _StoreTuple}
+    else:
+        options["type"] = kind
+        if field.metadata["choices"]:
+            options["choices"] = field.metadata["choices"]
+        else:
+            options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
+    parser.add_argument(*flags, **options)
+
+
+class _StoreTuple(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,28 @@
+"""From images to a small, fast classifier: the loop, the recipe around it, and the folder that a run leaves behind.
+
+The names below are resolved on first use: the command line reads TrainConfig without importing torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME_OF = {
+    "DivergedError": "loop",
+    "EpochRow": "report",
+    "InterruptedTrainingError": "loop",
+    "Report": "report",
+    "StageRow": "report",
+    "TrainConfig": "config",
+    "load_weights": "weights",
+    "resume": "recipe",
+    "save_weights": "weights",
+    "train": "recipe",
+}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

@@ -1,0 +1,145 @@
+"""Everything that decides a training, in one place: the function's argument, the file config.yaml, the command line.
+
+Each field's metadata is its help text and its command-line flags, with timm's names where timm has one, so that the
+three cannot drift apart.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+def option(default: Any, help: str, *flags: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field of TrainConfig; without `flags` its name is its flag."""
+    return dataclasses.field(default=default, metadata={"help": help, "flags": flags, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training; see the help text of each field. Raises ValueError, naming the field, for a value out of range."""
+
+    data: str | None = option(
+        None, "class folder of images; default: the embedded Fashion-MNIST subset", "--data", "--data-dir"
+    )
+    img_size: int | None = option(None, "side of the square images that a folder gives; default: their own, or 64")
+    validation: float = option(0.1, "share of the training images that is held out where there is no validation split")
+
+    model: str = option(
+        "resnet8", "network: resnet8, resnet20, resnet18, resnet50, mobilenetv2 or package.module:function"
+    )
+    epochs: int = option(16, "epochs of dense training")
+    batch_size: int = option(128, "images per step", "-b", "--batch-size")
+    lr: float = option(0.2, "highest learning rate")
+    momentum: float = option(0.9, "momentum of SGD (Nesterov's)")
+    weight_decay: float = option(5e-4, "weight decay of the convolution and linear weights")
+    sched: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "linear"))
+    warmup_epochs: float = option(2.0, "epochs over which the learning rate rises to --lr")
+    smoothing: float = option(0.1, "label smoothing")
+
+    hflip: float = option(0.5, "probability of a horizontal flip")
+    degrees: float = option(10.0, "random rotation, in degrees either way")
+    translate: float = option(0.1, "random shift, as a share of the image's size")
+    scale: tuple[float, float] = option((0.9, 1.1), "random zoom, lowest and highest")
+
+    sparsity: float = option(0.8, "share of the weights that pruning removes; 0 skips pruning")
+    prune_epochs: int = option(3, "epochs of gradual pruning and recovery")
+    prune_lr: float = option(0.05, "highest learning rate while pruning")
+    prune_warmup_epochs: float = option(0.5, "epochs over which the learning rate rises to --prune-lr")
+    quantize: str = option("int8", "quantization at the end", choices=("int8", "none"))
+    calibration: int = option(512, "training images that the quantization's ranges are measured on")
+
+    seed: int = option(0, "seed of the initial weights, the order of the images and every random draw")
+    amp: bool | None = option(None, "bfloat16 autocast; default: where the processor has instructions for it")
+    channels_last: bool = option(True, "NHWC memory")
+    device: str = option("cpu", "torch device")
+
+    output: str = option("runs", "folder that holds the run folders")
+    experiment: str | None = option(None, "name of the run folder; default: model, data and date")
+    reference_epoch: bool = option(True, "time one epoch of a plain PyTorch loop too")
+
+    def __post_init__(self) -> None:
+        at_least = {"epochs": 1, "batch_size": 1, "prune_epochs": 0, "calibration": 1, "seed": 0}
+        for name, low in at_least.items():
+            _expect(getattr(self, name) >= low, name, f"at least {low}", getattr(self, name))
+        for name in ("lr", "prune_lr"):
+            _expect(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        for name in ("momentum", "smoothing", "sparsity"):
+            _expect(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
+        for name in ("weight_decay", "warmup_epochs", "prune_warmup_epochs", "degrees", "translate"):
+            _expect(getattr(self, name) >= 0, name, "a number that is not negative", getattr(self, name))
+        _expect(0 <= self.hflip <= 1, "hflip", "a probability", self.hflip)
+        _expect(0 < self.validation < 0.5, "validation", "a share between 0 and 0.5", self.validation)
+        _expect(self.img_size is None or self.img_size >= 8, "img_size", "at least 8", self.img_size)
+        _expect(0 < self.scale[0] <= self.scale[1], "scale", "two positive numbers, the lower one first", self.scale)
+        for field in dataclasses.fields(self):
+            if choices := field.metadata["choices"]:
+                _expect(
+                    getattr(self, field.name) in choices, field.name, " or ".join(choices), getattr(self, field.name)
+                )
+        experiment = self.experiment
+        _expect(
+            experiment is None or Path(experiment).name == experiment, "experiment", "a plain folder name", experiment
+        )
+
+    def uses_amp(self) -> bool:
+        """Whether to train in bfloat16: as wished, or where it is an instruction and not an emulation."""
+        if self.amp is not None:
+            return self.amp
+        import torch  # two seconds that `--help` need not wait
+
+        if self.device.startswith("cuda"):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        features = cpu_features()
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self) | {"scale": list(self.scale)}, sort_keys=False))
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainConfig":
+        """The configuration in a YAML file; a name that is no field, or a value of a wrong type, is a ValueError."""
+        try:
+            values = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected names and values, got {type(values).__name__}")
+        types = get_type_hints(cls)
+        for name, value in values.items():
+            if name not in types:
+                raise ValueError(f"{path}: there is no option {name!r}")
+            values[name] = _typed(f"{path}: {name}", types[name], value)
+        return cls(**values)
+
+
+def cpu_features() -> dict[str, Any]:
+    """What torch says about the processor; empty for a torch that does not say it."""
+    import torch
+
+    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return features
+
+
+def _expect(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _typed(what: str, wanted: Any, value: Any) -> Any:
+    """`value` as the type `wanted`; YAML has no tuples, and writes 2.0 as it likes."""
+    if isinstance(wanted, UnionType):
+        return None if value is None else _typed(what, get_args(wanted)[0], value)
+    if get_origin(wanted) is tuple:
+        members = get_args(wanted)
+        if not isinstance(value, list) or len(value) != len(members):
+            raise ValueError(f"{what}: expected a list of {len(members)}, got {value!r}")
+        return tuple(_typed(what, m, v) for m, v in zip(members, value, strict=True))
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        raise ValueError(f"{what}: expected {wanted.__name__}, got {value!r}")
+    return value

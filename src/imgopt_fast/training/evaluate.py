@@ -1,0 +1,58 @@
+"""What a trained network is worth: accuracy on a split, latency and throughput, density."""
+
+import statistics
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from imgopt_fast.augment import Compose
+from imgopt_fast.data import Split
+
+BATCH = 128  # images per call where throughput matters
+LEAST_SECONDS = 0.5  # per measurement: some hundred calls at batch 1, enough for a steady median
+
+
+class Speed(NamedTuple):
+    """Median seconds for one image, and images per second in batches of BATCH."""
+
+    latency: float
+    images_per_second: float
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split, prepare: Compose, *, batch_size: int = BATCH) -> float:
+    """Share of `split` whose class the model finds; the model is left in evaluation mode."""
+    model.eval()
+    correct = 0
+    for batch in split.in_order(batch_size):
+        correct += int((model(prepare(batch.images)).argmax(dim=1) == batch.labels).sum())
+    return correct / len(split)
+
+
+@torch.no_grad()
+def measure_speed(model: nn.Module, images: Tensor) -> Speed:
+    """Times the model on prepared (float, normalized) `images`; equal work in every call."""
+    model.eval()
+    batch = images[:BATCH].contiguous(memory_format=torch.channels_last)
+    return Speed(_median_seconds(model, batch[:1]), len(batch) / _median_seconds(model, batch))
+
+
+def density(model: nn.Module) -> float:
+    """Share of the weights of convolutions and linear layers that are not zero."""
+    names = ("weight", "weight_int8")
+    weights = [tensor for name, tensor in model.state_dict().items() if name.endswith(names) and tensor.ndim in (2, 4)]
+    present, total = sum(int(w.count_nonzero()) for w in weights), sum(w.numel() for w in weights)
+    return float(present / max(1, total))
+
+
+def _median_seconds(model: nn.Module, images: Tensor) -> float:
+    for _ in range(3):
+        model(images)  # packing and one-time choices of the libraries below
+    seconds: list[float] = []
+    while len(seconds) < 5 or sum(seconds) < LEAST_SECONDS:
+        begin = time.perf_counter()
+        model(images)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)

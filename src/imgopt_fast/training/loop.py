@@ -1,0 +1,155 @@
+"""The loop itself: one stage of epochs over batches that stay in memory, augmented in one call each.
+
+The order of the images and every random draw are functions of (seed, epoch, image), and the checkpoint holds
+everything else, so a training that was stopped and resumed ends with the same bits as one that never was.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from imgopt_fast.augment import Compose
+from imgopt_fast.compress import Pruner
+from imgopt_fast.data import Dataset, batches_per_epoch
+from imgopt_fast.training.checkpoint import FILE, SECONDS, Position, interruptible, restore, save_checkpoint
+from imgopt_fast.training.config import TrainConfig
+from imgopt_fast.training.evaluate import accuracy, density
+from imgopt_fast.training.progress import Progress
+from imgopt_fast.training.report import EpochRow, write_summary
+from imgopt_fast.training.run_folder import RunFolder
+
+
+class DivergedError(RuntimeError):
+    """The loss is not finite any more."""
+
+
+class InterruptedTrainingError(Exception):
+    """Ctrl-C was pressed. The argument is the run folder, which holds a checkpoint to resume from."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Epochs under one optimizer and one rise and fall of the learning rate."""
+
+    name: str
+    first_epoch: int
+    epochs: int
+    lr: float
+    warmup_epochs: float
+
+    @property
+    def end(self) -> int:
+        return self.first_epoch + self.epochs
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What every stage works with: `augment` for training images, `prepare` for the others."""
+
+    config: TrainConfig
+    dataset: Dataset
+    augment: Compose
+    prepare: Compose
+    run: RunFolder
+
+
+def fit(
+    stage: Stage,
+    model: nn.Module,
+    fitting: Fitting,
+    epochs: list[EpochRow],
+    pruner: Pruner | None = None,
+    checkpoint: dict[str, Any] | None = None,
+) -> list[EpochRow]:
+    """Train `model` in place through the epochs of `stage`, from `checkpoint` on where there is one.
+
+    Returns `epochs`, those of the stages before, with the new ones. Raises DivergedError or InterruptedTrainingError.
+    """
+    config, images = fitting.config, fitting.dataset.train
+    steps = batches_per_epoch(len(images), config.batch_size)
+    optimizer = _optimizer(model, config, stage.lr)
+    schedule = LambdaLR(optimizer, lambda step: learning_rate(step, stage, steps, config.sched))
+    if pruner is not None:
+        pruner.optimizer = optimizer  # whose momentum must forget the pruned weights
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"pruner": pruner} if pruner else {})
+    at = restore(checkpoint, parts) if checkpoint else Position(stage.name, stage.first_epoch, epochs=epochs)
+    autocast, precision = config.uses_amp(), torch.bfloat16
+
+    saved = time.perf_counter()
+
+    def save() -> None:
+        nonlocal saved
+        at.loss_sum = loss_sum.item()
+        fitting.run.write(FILE, lambda path: save_checkpoint(path, at, parts))
+        fitting.run.keep = True
+        saved = time.perf_counter()
+
+    done, total = (at.epoch - stage.first_epoch) * steps + at.batch, stage.epochs * steps
+    bar = Progress(stage.name, total * config.batch_size, done=done * config.batch_size)
+    with bar as progress, interruptible() as interrupted:
+        while at.epoch < stage.end:
+            model.train()
+            began, first_batch = time.perf_counter(), at.batch
+            loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64)
+            for index, batch in images.shuffled(config.batch_size, seed=config.seed, epoch=at.epoch, first=at.batch):
+                augmented = fitting.augment(batch.images, key=(config.seed, at.epoch, index))
+                with torch.autocast(config.device, precision, enabled=autocast):
+                    loss = F.cross_entropy(model(augmented), batch.labels, label_smoothing=config.smoothing)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                if pruner is not None:
+                    pruner.step()
+                loss_sum += loss.detach()
+                at.batch += 1
+                progress.advance(len(index))
+                if interrupted() or time.perf_counter() - saved > SECONDS:
+                    save()
+                if interrupted():
+                    raise InterruptedTrainingError(fitting.run.path)
+            seconds = time.perf_counter() - began
+            if not loss_sum.isfinite():
+                raise DivergedError(f"the loss is {loss_sum.item()} in epoch {at.epoch + 1}; try a lower --lr")
+            row = EpochRow(
+                epoch=at.epoch + 1,
+                stage=stage.name,
+                train_loss=loss_sum.item() / steps,
+                eval_top1=accuracy(model, fitting.dataset.validation, fitting.prepare),
+                lr=optimizer.param_groups[0]["lr"],
+                density=density(model),
+                seconds=seconds,
+                images_per_second=(at.batch - first_batch) * config.batch_size / seconds,
+            )
+            at = Position(stage.name, at.epoch + 1, epochs=[*at.epochs, row])
+            loss_sum.zero_()
+            fitting.run.write("summary.csv", partial(write_summary, epochs=at.epochs))
+            save()
+            if interrupted():
+                raise InterruptedTrainingError(fitting.run.path)
+            progress.note(loss=f"{row.train_loss:.3f}", validation=f"{row.eval_top1:.1%}")
+    return at.epochs
+
+
+def learning_rate(step: int, stage: Stage, steps_per_epoch: int, sched: str) -> float:
+    """Share of the stage's highest rate at `step`: a linear rise, then half a cosine, or a line, down to zero."""
+    warmup, total = stage.warmup_epochs * steps_per_epoch, stage.epochs * steps_per_epoch
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1.0, total - warmup)
+    return 1 - progress if sched == "linear" else (1 + math.cos(math.pi * progress)) / 2
+
+
+def _optimizer(model: nn.Module, config: TrainConfig, lr: float) -> torch.optim.SGD:
+    """SGD; biases and batch norm's parameters do not decay."""
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr, config.momentum, nesterov=config.momentum > 0)

@@ -1,0 +1,139 @@
+"""The whole training, from images to a small int8 classifier: dense, then pruned, then quantized, then tested once.
+
+The validation images serve every look along the way. The test images are touched at the end only, when nothing is
+left to choose.
+"""
+
+import copy
+import dataclasses
+import time
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from imgopt_fast.augment import Compose, Normalize, RandomAffine, RandomHorizontalFlip
+from imgopt_fast.compress import Int8Config, PruneConfig, prune, quantize
+from imgopt_fast.data import Dataset, batches_per_epoch, load_dataset
+from imgopt_fast.models import create_model
+from imgopt_fast.training.checkpoint import FILE, load_checkpoint
+from imgopt_fast.training.config import TrainConfig
+from imgopt_fast.training.evaluate import accuracy, density, measure_speed
+from imgopt_fast.training.loop import Fitting, Stage, fit
+from imgopt_fast.training.reference_loop import reference_epoch
+from imgopt_fast.training.report import Report, StageRow, write_report
+from imgopt_fast.training.run_folder import RunFolder
+from imgopt_fast.training.weights import load_weights, save_weights
+
+PRUNE_RAMP = 0.5  # share of the pruning steps over which weights are removed; the rest recovers
+PRUNE_UPDATES = 20  # mask updates on that way
+
+
+def train(config: TrainConfig) -> Report:
+    """Train, prune, quantize and test a classifier; write the run folder; return what it reports.
+
+    Raises DataError when the data cannot be read, ValueError when the configuration cannot work, OSError when the run
+    folder cannot be written, DivergedError when the loss stops being finite, InterruptedTrainingError after Ctrl-C.
+    """
+    with RunFolder.create(_run_path(config)) as run:
+        run.write("config.yaml", config.save)
+        return _train(config, run, None)
+
+
+def resume(path: Path) -> Report:
+    """Continue the training in the run folder `path` where its last checkpoint left it, as `train` would have.
+
+    On a CPU with the same number of threads the result has the bits of a training that was never stopped.
+    """
+    config = TrainConfig.load(path / "config.yaml")
+    return _train(config, RunFolder(path), load_checkpoint(path / FILE))
+
+
+def _train(config: TrainConfig, run: RunFolder, checkpoint: dict[str, Any] | None) -> Report:
+    began = time.perf_counter()
+    data = Path(config.data) if config.data is not None else None
+    dataset = load_dataset(data, image_size=config.img_size, validation=config.validation)
+    mean, std = dataset.statistics()
+    flip = RandomHorizontalFlip(config.hflip)
+    shift = (config.translate, config.translate)
+    affine = RandomAffine(config.degrees, translate=shift, scale=config.scale, interpolation="bilinear")
+    augment, prepare = Compose([flip, affine, Normalize(mean, std)]), Compose([Normalize(mean, std)])
+    fitting = Fitting(config, dataset, augment, prepare, run)
+    files = _weight_files(config)
+    torch.manual_seed(config.seed)
+    model = _create(config, dataset)
+    networks = {}
+
+    dense = Stage("dense", 0, config.epochs, config.lr, config.warmup_epochs)
+    if checkpoint is None or checkpoint["position"].stage == dense.name:
+        epochs = fit(dense, model, fitting, [], checkpoint=checkpoint)
+        run.write(files[dense.name], partial(save_weights, model.state_dict()))
+        checkpoint = None
+    else:
+        epochs = []  # the checkpoint has them
+        model.load_state_dict(load_weights(run.path / files[dense.name]))
+    networks[dense.name] = copy.deepcopy(model)
+
+    if "pruned" in files:
+        pruner = prune(model, _prune_config(config, dataset))
+        pruned = Stage("pruned", dense.end, config.prune_epochs, config.prune_lr, config.prune_warmup_epochs)
+        epochs = fit(pruned, model, fitting, epochs, pruner, checkpoint)
+        run.write(files[pruned.name], partial(save_weights, model.state_dict()))
+        networks[pruned.name] = model
+
+    if "int8" in files:
+        sample = dataset.train.take(torch.arange(min(config.calibration, len(dataset.train))))
+        batches = [prepare(batch.images) for batch in sample.in_order(config.batch_size)]
+        networks["int8"] = quantize(model.eval(), batches, Int8Config())
+        run.write(files["int8"], partial(save_weights, networks["int8"].state_dict()))
+
+    # The choices are made. Now, and only now, the test images.
+    images = prepare(dataset.test.take(torch.arange(min(config.batch_size, len(dataset.test)))).images)
+    stages = [
+        StageRow(
+            stage=name,
+            test_top1=accuracy(network, dataset.test, prepare),
+            density=density(network),
+            file_bytes=(run.path / files[name]).stat().st_size,
+            speed=measure_speed(network, images),
+        )
+        for name, network in networks.items()
+    ]
+    reference = None
+    if config.reference_epoch:
+        plain = _create(dataclasses.replace(config, channels_last=False), dataset)
+        reference = reference_epoch(config, plain, dataset.train, mean, std)
+    report = Report(config, dataset, run.path, epochs, stages, reference, time.perf_counter() - began)
+    write_report(run, report)
+    return report
+
+
+def _weight_files(config: TrainConfig) -> dict[str, str]:
+    """Stages of the recipe and the files that keep their networks; the last one is the result."""
+    stages = ["dense"] + ["pruned"] * (config.prune_epochs > 0) + ["int8"] * (config.quantize == "int8")
+    return {stage: f"{'model' if stage == stages[-1] else stage}.safetensors" for stage in stages}
+
+
+def _create(config: TrainConfig, dataset: Dataset) -> nn.Module:
+    model = create_model(config.model, num_classes=len(dataset.class_names), in_channels=dataset.channels)
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    # torch's annotations do not know the argument.
+    created: nn.Module = model.to(torch.device(config.device), memory_format=memory_format)  # type: ignore[call-overload]
+    return created
+
+
+def _run_path(config: TrainConfig) -> Path:
+    data = "fashion-mnist" if config.data is None else Path(config.data).resolve().name
+    name = f"{data}-{config.model.replace(':', '.')}-{datetime.now():%Y%m%d-%H%M%S}"
+    return Path(config.output) / (config.experiment or name)
+
+
+def _prune_config(config: TrainConfig, dataset: Dataset) -> PruneConfig:
+    steps = batches_per_epoch(len(dataset.train), config.batch_size) * config.prune_epochs
+    ramp = max(1, round(steps * PRUNE_RAMP))
+    return PruneConfig(
+        sparsity=config.sparsity, start_step=0, end_step=ramp, update_every=max(1, ramp // PRUNE_UPDATES)
+    )

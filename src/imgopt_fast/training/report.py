@@ -1,0 +1,165 @@
+"""What a training tells: a table for the terminal, and the files summary.csv, curves.png and report.md."""
+
+import csv
+import dataclasses
+import platform
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from imgopt_fast import __version__, _native
+from imgopt_fast.data import Dataset
+from imgopt_fast.training.config import TrainConfig, cpu_features
+from imgopt_fast.training.evaluate import Speed
+from imgopt_fast.training.run_folder import RunFolder
+
+STAGE_TITLES = {"dense": "dense float", "pruned": "pruned", "int8": "int8"}
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """A line of summary.csv. All but the last two columns are the same whenever the training is repeated."""
+
+    epoch: int
+    stage: str
+    train_loss: float
+    eval_top1: float  # share of the validation images, in [0, 1]
+    lr: float
+    density: float
+    seconds: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A line of the table at the end: what one of the networks is worth."""
+
+    stage: str
+    test_top1: float  # share of the test images, in [0, 1]
+    density: float  # share of the weights that are not zero
+    file_bytes: int
+    speed: Speed
+
+
+@dataclass(frozen=True)
+class Report:
+    config: TrainConfig
+    dataset: Dataset
+    path: Path  # of the run folder
+    epochs: list[EpochRow]
+    stages: list[StageRow]
+    reference_seconds: float | None  # of one epoch in the plain PyTorch loop
+    seconds: float  # of everything
+
+    def table(self) -> str:
+        """The networks side by side, and the epoch beside the plain loop's."""
+        head = ("", "accuracy", "density", "size", "latency", "images/s")
+        rows = [
+            (
+                STAGE_TITLES[row.stage],
+                f"{row.test_top1:.2%}",
+                f"{row.density:.0%}",
+                f"{row.file_bytes / 1024:,.0f} KiB",
+                f"{row.speed.latency * 1e3:.2f} ms",
+                f"{row.speed.images_per_second:,.0f}",
+            )
+            for row in self.stages
+        ]
+        widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+            for row in (head, *rows)
+        ]
+        return "\n".join(["  ".join(lines[:1]).rstrip(), "─" * len(lines[0]), *lines[1:], "", *self.epoch_lines()])
+
+    def epoch_seconds(self, stage: str) -> float | None:
+        """Median seconds of an epoch of `stage`, validation not counted."""
+        seconds = [row.seconds for row in self.epochs if row.stage == stage]
+        return statistics.median(seconds) if seconds else None
+
+    def epoch_lines(self) -> list[str]:
+        dense, pruned = self.epoch_seconds("dense"), self.epoch_seconds("pruned")
+        lines = []
+        if dense is not None:
+            lines.append(f"One epoch of {len(self.dataset.train):,} images: {dense:.1f} s dense")
+            if pruned is not None:
+                lines[0] += f", {pruned:.1f} s while pruning"
+            if self.reference_seconds is not None:
+                ratio = self.reference_seconds / dense
+                lines[0] += (
+                    f"; {self.reference_seconds:.1f} s in a plain PyTorch loop ({ratio:.1f} times the dense one)"
+                )
+        return [*lines, f"Everything took {self.seconds:.0f} s; the run folder is {self.path}"]
+
+
+def write_report(run: RunFolder, report: Report) -> None:
+    run.write("summary.csv", lambda path: write_summary(path, report.epochs))
+    run.write("curves.png", lambda path: _draw_curves(path, report))
+    run.write("report.md", lambda path: path.write_text(_markdown(report)))
+
+
+def write_summary(path: Path, epochs: list[EpochRow]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in dataclasses.fields(EpochRow)])
+        # repr gives every digit, so that two runs can be compared bit for bit.
+        writer.writerows([repr(v) if isinstance(v, float) else v for v in dataclasses.astuple(row)] for row in epochs)
+
+
+def _draw_curves(path: Path, report: Report) -> None:
+    from matplotlib.figure import Figure  # half a second to import, and needed once
+
+    epochs = [row.epoch for row in report.epochs]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    curves = (
+        ("training loss", [row.train_loss for row in report.epochs]),
+        ("validation accuracy, %", [100 * row.eval_top1 for row in report.epochs]),
+        ("density of the weights, %", [100 * row.density for row in report.epochs]),
+    )
+    for axes, (title, values) in zip(figure.subplots(1, len(curves)), curves, strict=True):
+        axes.plot(epochs, values, marker="o", markersize=3)
+        first_pruned = next((row.epoch for row in report.epochs if row.stage == "pruned"), None)
+        if first_pruned is not None:
+            axes.axvspan(first_pruned - 0.5, epochs[-1] + 0.5, alpha=0.12, color="tab:orange", label="pruning")
+            axes.legend(frameon=False)
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _markdown(report: Report) -> str:
+    config, data = report.config, report.dataset
+    precision = "bfloat16 autocast" if config.uses_amp() else "float32"
+    processor = cpu_features().get("cpu_name") or platform.processor()
+    return f"""# {config.model} on {data.name}
+
+{len(data.class_names)} classes; {len(data.train):,} training, {len(data.validation):,} validation and \
+{len(data.test):,} test images of {data.train.images.shape[-1]} by {data.train.images.shape[-2]} pixels.
+
+```
+{report.table()}
+```
+
+- *accuracy*: on the test images, which nothing was chosen by; with {len(data.test):,} of them its standard error is \
+{_standard_error(report):.1%}.
+- *density*: share of the convolution and linear weights that are not zero. *size*: of the weight file, in which a \
+mostly-zero tensor is stored as bits and values.
+- *latency*: median at batch 1; *images/s*: at batch {min(config.batch_size, len(data.test))}; the float networks \
+run in float32.
+- Training: {precision}, seed {config.seed}. The plain PyTorch loop does the same work for one epoch (same network, \
+batches, augmentation ranges, loss and optimizer) with `affine_grid` + `grid_sample` in float32.
+- Machine: {processor}, {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads; \
+imgopt_fast {__version__} ({_native.backend()}{f", {_native.active_isa()}" if _native.backend() == "native" else ""}), \
+torch {torch.__version__}, Python {platform.python_version()}.
+
+![curves](curves.png)
+
+Repeat it with `imgopt-fast train --config config.yaml`. The final network is `model.safetensors`.
+"""
+
+
+def _standard_error(report: Report) -> float:
+    top1 = report.stages[-1].test_top1
+    return float((top1 * (1 - top1) / len(report.dataset.test)) ** 0.5)

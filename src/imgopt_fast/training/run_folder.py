@@ -1,0 +1,54 @@
+"""The folder of one training. Every file in it is whole: written beside its place, flushed to the disk, then renamed.
+
+A training that fails before anything worth keeping exists takes its folder away with it.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+class RunFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.keep = False  # from the first checkpoint on
+
+    @classmethod
+    @contextmanager
+    def create(cls, path: Path) -> Iterator["RunFolder"]:
+        """A new folder at `path`, with the parents it needs; on an error the folders made here disappear again.
+
+        Raises ValueError when `path` exists.
+        """
+        if path.exists():
+            raise ValueError(f"{path}: exists already; choose another --experiment or --output")
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        run = cls(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            yield run
+        except BaseException:
+            if not run.keep:
+                shutil.rmtree(path, ignore_errors=True)
+                for parent in made[1:]:
+                    with suppress(OSError):  # somebody else put something there
+                        parent.rmdir()
+            raise
+
+    def write(self, name: str, writer: Callable[[Path], object]) -> Path:
+        """The file `name`, made by `writer(path)`: the old one or the new one, at every moment, never a part."""
+        path = self.path / name
+        partial = path.with_name(f".partial-{name}")  # keeps the suffix, by which libraries choose the format
+        try:
+            writer(partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            # A failed write does not name its file by itself.
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        finally:
+            partial.unlink(missing_ok=True)
+        return path

@@ -1,0 +1,55 @@
+"""Weight files: safetensors, in which a tensor that is mostly zero is stored as a bit per element and its other values.
+
+That is what makes a pruned network a smaller file. The names say it: `fc.weight` becomes `fc.weight.bits` (packed,
+most significant bit first) and `fc.weight.values`; the shapes are in the file's metadata under "sparse", as JSON.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+MASK = "_mask"  # of nn.MaskedLinear and nn.MaskedConv2d: the positions that count are the mask's, not the nonzeros
+
+
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write a state_dict to `path`, each tensor in its smaller form."""
+    stored: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for name, tensor in weights.items():
+        pattern = weights.get(name + MASK, tensor != 0)
+        bits = torch.from_numpy(np.packbits(pattern.contiguous().cpu().numpy()))
+        values = tensor[pattern]
+        if tensor.dtype == torch.bool:
+            values = values[:0]  # the bits say it all
+        if bits.nbytes + values.nbytes < 0.9 * tensor.nbytes:
+            stored[f"{name}.bits"], stored[f"{name}.values"] = bits, values.contiguous()
+            shapes[name] = list(tensor.shape)
+        else:
+            stored[name] = tensor.contiguous()
+    # As bytes: safetensors' own writer reports a full disk as something else than an OSError.
+    path.write_bytes(save(stored, metadata={"format": "pt", "sparse": json.dumps(shapes)}))
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The state_dict in the file `path`; ValueError when it is not a whole safetensors file."""
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = json.loads((file.metadata() or {}).get("sparse", "{}"))
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a weight file: {error}") from error
+    weights = {name: tensor for name, tensor in stored.items() if name.rpartition(".")[0] not in shapes}
+    for name, shape in shapes.items():
+        count = int(np.prod(shape))
+        pattern = torch.from_numpy(np.unpackbits(stored[f"{name}.bits"].numpy(), count=count)).bool().reshape(shape)
+        values = stored[f"{name}.values"]
+        if values.dtype == torch.bool:
+            weights[name] = pattern
+        else:
+            weights[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(pattern, values)
+    return weights

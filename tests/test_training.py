@@ -1,0 +1,376 @@
+"""The training's parts, and the whole of it on a few images: files, determinism, resumption, errors."""
+
+import csv
+import dataclasses
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from imgopt_fast.augment import Compose, Normalize
+from imgopt_fast.data import Split
+from imgopt_fast.training import (
+    DivergedError,
+    InterruptedTrainingError,
+    TrainConfig,
+    evaluate,
+    load_weights,
+    resume,
+    save_weights,
+    train,
+)
+from imgopt_fast.training.checkpoint import interruptible
+from imgopt_fast.training.evaluate import accuracy, density, measure_speed
+from imgopt_fast.training.loop import Stage, learning_rate
+from imgopt_fast.training.run_folder import RunFolder
+
+# Seconds, not minutes: two epochs of a network of one stage on the images of `few_images`.
+TINY = TrainConfig(
+    model=f"{__name__}:tiny_network", epochs=2, prune_epochs=1, batch_size=16, calibration=32, warmup_epochs=1, lr=0.1
+)
+
+
+def tiny_network(num_classes: int, in_channels: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, num_classes),
+    )
+
+
+@pytest.fixture
+def few_images(tmp_path: Path) -> Path:
+    """A class folder of three classes that brightness tells apart."""
+    from PIL import Image
+
+    for c in range(3):
+        folder = tmp_path / "images" / f"class{c}"
+        folder.mkdir(parents=True)
+        for i in range(40):
+            Image.effect_noise((12, 12), 20).point(lambda v, c=c: v // 2 + 60 * c).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture(autouse=True)
+def _quick_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "LEAST_SECONDS", 0.01)
+
+
+def tiny(few_images: Path, name: str, **changes: Any) -> TrainConfig:
+    where = {"data": str(few_images), "output": str(few_images.parent / "runs"), "experiment": name}
+    return dataclasses.replace(TINY, **where, **changes)
+
+
+def results(folder: Path) -> list[list[str]]:
+    """The lines of summary.csv without its two timing columns."""
+    with (folder / "summary.csv").open(newline="") as file:
+        return [row[:-2] for row in csv.reader(file)]
+
+
+# ------------------------------------------------------------------------------------------------------- the whole
+
+
+def test_a_training_writes_its_folder_and_reports_three_networks(few_images: Path) -> None:
+    report = train(tiny(few_images, "run"))
+    assert sorted(path.name for path in report.path.iterdir()) == [
+        "checkpoint.pt",
+        "config.yaml",
+        "curves.png",
+        "dense.safetensors",
+        "model.safetensors",
+        "pruned.safetensors",
+        "report.md",
+        "summary.csv",
+    ]
+    assert [row.stage for row in report.epochs] == ["dense", "dense", "pruned"]
+    assert [row.stage for row in report.stages] == ["dense", "pruned", "int8"]
+    dense, pruned, int8 = report.stages
+    assert dense.density == 1
+    assert pruned.density == pytest.approx(int8.density, abs=0.05)
+    assert pruned.density < 0.3
+    assert int8.file_bytes < dense.file_bytes
+    assert report.reference_seconds is not None
+    table = report.table()
+    for word in ("accuracy", "density", "latency", "images/s", "dense float", "pruned", "int8", "plain PyTorch"):
+        assert word in table
+        assert table in (report.path / "report.md").read_text()
+    assert TrainConfig.load(report.path / "config.yaml") == report.config
+
+
+def test_same_seed_same_result_and_another_seed_another(few_images: Path) -> None:
+    def run(name: str, seed: int) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
+        folder = train(tiny(few_images, name, seed=seed, reference_epoch=False)).path
+        return results(folder), load_weights(folder / "pruned.safetensors")
+
+    first, first_weights = run("first", 0)
+    again, again_weights = run("again", 0)
+    other, _ = run("other", 1)
+    assert first == again
+    assert all(first_weights[name].equal(again_weights[name]) for name in first_weights)
+    assert first != other
+
+
+def test_the_test_images_decide_nothing(few_images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every accuracy before the end is measured on the validation images."""
+    from imgopt_fast.training import loop, recipe
+
+    asked: list[int] = []
+
+    def spy(model: nn.Module, split: Split, prepare: Compose) -> float:
+        asked.append(id(split))
+        return accuracy(model, split, prepare)
+
+    monkeypatch.setattr(loop, "accuracy", spy)
+    monkeypatch.setattr(recipe, "accuracy", spy)
+    report = train(tiny(few_images, "run", reference_epoch=False))
+    test = id(report.dataset.test)
+    assert asked.count(test) == 3
+    assert asked[-3:] == [test] * 3
+
+
+def test_stages_can_be_left_out(few_images: Path) -> None:
+    report = train(tiny(few_images, "dense", prune_epochs=0, quantize="none", reference_epoch=False))
+    assert [row.stage for row in report.stages] == ["dense"]
+    assert not (report.path / "pruned.safetensors").exists()
+    assert "dense" in report.table()
+
+
+# ------------------------------------------------------------------------------------------------------- what fails
+
+
+def test_a_diverged_training_says_so_and_leaves_whole_epochs(few_images: Path) -> None:
+    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) in epoch 1; try a lower --lr"):
+        train(tiny(few_images, "run", lr=1e30, warmup_epochs=0.0))
+    assert not (few_images.parent / "runs").exists()
+
+
+def press_ctrl_c_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """From step number `step` on, counted over all trainings, SIGINT arrives after the step."""
+    from imgopt_fast.training.progress import Progress
+
+    advance, steps = Progress.advance, 0
+
+    def press(self: Progress, images: int) -> None:
+        nonlocal steps
+        advance(self, images)
+        steps += 1
+        if steps == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Progress, "advance", press)
+
+
+def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint(few_images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    press_ctrl_c_at(monkeypatch, 2)
+    with pytest.raises(InterruptedTrainingError):
+        train(tiny(few_images, "run"))
+    assert sorted(path.name for path in (few_images.parent / "runs" / "run").iterdir()) == [
+        "checkpoint.pt",
+        "config.yaml",
+    ]
+
+
+STEPS = 6  # per epoch: 96 of the 120 images or a few less train, in batches of 16
+
+
+@pytest.mark.parametrize("step", [1, STEPS, STEPS + 2, 2 * STEPS, 2 * STEPS + 1, 3 * STEPS - 1])
+def test_a_resumed_training_ends_with_the_bits_of_one_never_stopped(
+    few_images: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole = train(tiny(few_images, "whole", reference_epoch=False)).path
+    press_ctrl_c_at(monkeypatch, step)
+    with pytest.raises(InterruptedTrainingError):
+        train(tiny(few_images, "stopped", reference_epoch=False))
+    stopped = few_images.parent / "runs" / "stopped"
+    assert not (stopped / "model.safetensors").exists()
+    report = resume(stopped)
+    assert len(report.epochs) == 3
+    assert results(stopped) == results(whole)
+    for name in ("dense", "pruned", "model"):
+        expected, got = (load_weights(folder / f"{name}.safetensors") for folder in (whole, stopped))
+        assert expected.keys() == got.keys()
+        assert all(expected[key].equal(got[key]) for key in expected), name
+
+
+def test_what_cannot_be_resumed_is_named(tmp_path: Path) -> None:
+    TINY.save(tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: no such checkpoint"):
+        resume(tmp_path)
+    for content in (b"", b"nothing", b"PK\x03\x04 cut short"):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt: not a checkpoint of imgopt-fast"):
+            resume(tmp_path)
+
+
+def test_the_second_ctrl_c_interrupts_at_once() -> None:
+    with interruptible() as interrupted:
+        assert not interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_run_folder_files_are_whole_or_not_there(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with RunFolder.create(tmp_path / "a" / "run") as run:
+        run.write("file.txt", lambda path: path.write_text("whole"))
+        with pytest.raises(OSError, match=r"No space left on device.*file\.txt"):
+            run.write("file.txt", fail)
+        assert [path.name for path in run.path.iterdir()] == ["file.txt"]
+        assert (run.path / "file.txt").read_text() == "whole"
+    with pytest.raises(ValueError, match="exists already"), RunFolder.create(tmp_path / "a" / "run"):
+        pass
+
+
+def fill_and_fail(path: Path, keep: bool) -> None:
+    with RunFolder.create(path) as run:
+        run.write("file.txt", lambda path: path.write_text("whole"))
+        run.keep = keep
+        raise RuntimeError
+
+
+def test_run_folder_leaves_nothing_when_nothing_was_worth_keeping(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        fill_and_fail(tmp_path / "a" / "b" / "run", keep=False)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RuntimeError):
+        fill_and_fail(tmp_path / "a" / "b" / "run", keep=True)
+    assert (tmp_path / "a" / "b" / "run" / "file.txt").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- the parts
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    stage = Stage("dense", 3, 10, 0.4, 2.0)
+    for sched in ("cosine", "linear"):
+        rates = [learning_rate(step, stage, 7, sched) for step in range(71)]
+        assert rates[:15] == sorted(rates[:15])
+        assert rates[14:] == sorted(rates[14:], reverse=True)
+        assert rates[14] == pytest.approx(1)
+        assert rates[70] == pytest.approx(0)
+        assert rates[42] == pytest.approx(0.5)
+    assert learning_rate(0, dataclasses.replace(stage, warmup_epochs=0.0), 7, "cosine") == 1
+
+
+def test_config_comes_back_from_its_file(tmp_path: Path) -> None:
+    config = TrainConfig(data="somewhere", epochs=3, scale=(0.5, 2.0), amp=False, experiment="x")
+    config.save(tmp_path / "config.yaml")
+    assert TrainConfig.load(tmp_path / "config.yaml") == config
+    (tmp_path / "config.yaml").write_text("lr: 1\nscale: [1, 2]\n")
+    assert TrainConfig.load(tmp_path / "config.yaml") == TrainConfig(lr=1.0, scale=(1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "there is no option 'epoch'"),
+        ("epochs: many", "epochs: expected int, got 'many'"),
+        ("epochs: true", "epochs: expected int, got True"),
+        ("scale: 1.0", "scale: expected a list of 2, got 1.0"),
+        ("- 1", "expected names and values, got list"),
+        ("a: [", "not a YAML file"),
+        ("epochs: 0", "epochs: expected at least 1, got 0"),
+    ],
+)
+def test_a_wrong_config_file_is_explained(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.load(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"batch_size": 0},
+        {"lr": 0.0},
+        {"lr": math.nan},
+        {"momentum": 1.0},
+        {"sparsity": 1.0},
+        {"hflip": 1.5},
+        {"weight_decay": -1.0},
+        {"scale": (2.0, 1.0)},
+        {"validation": 0.5},
+        {"img_size": 4},
+        {"sched": "step"},
+        {"experiment": "a/b"},
+    ],
+)
+def test_a_value_out_of_range_is_named(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(values))}: expected .*, got "):
+        TrainConfig(**values)
+
+
+def test_weights_come_back_bit_for_bit_and_zeros_cost_a_bit(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sparse = torch.randn(40, 30, generator=generator) * (torch.rand(40, 30, generator=generator) < 0.2)
+    mask = torch.rand(5, 7, 3, 3, generator=generator) < 0.1
+    masked = torch.randn(5, 7, 3, 3, generator=generator) * mask
+    masked[mask.nonzero()[0].tolist()[0], :, 0, 0] = 0.0  # a weight may be zero without being pruned
+    weights = {
+        "dense": torch.randn(17, 3, generator=generator),
+        "sparse": sparse,
+        "channels_last": sparse.view(4, 10, 6, 5).contiguous(memory_format=torch.channels_last),
+        "int8": (sparse * 50).to(torch.int8),
+        "conv": masked,
+        "conv_mask": mask,
+        "scalar": torch.tensor(3),
+        "empty": torch.empty(0, 4),
+        "zeros": torch.zeros(1000),
+    }
+    path = tmp_path / "weights.safetensors"
+    save_weights(weights, path)
+    loaded = load_weights(path)
+    assert loaded.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert loaded[name].equal(tensor), name
+    with safe_open(path, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert "dense" in stored
+    assert stored["sparse.bits"].nbytes + stored["sparse.values"].nbytes < 0.3 * sparse.nbytes
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"weights\.safetensors: not a weight file"):
+        load_weights(path)
+
+
+def test_accuracy_counts_what_is_right() -> None:
+    images = torch.arange(30, dtype=torch.uint8).view(30, 1, 1, 1).repeat(1, 1, 2, 2)
+
+    class Brightness(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            brighter = (x.mean(dim=(1, 2, 3)) > 19.5 / 255).float()
+            return torch.stack([1 - brighter, brighter], dim=1)
+
+    split = Split(images, (torch.arange(30) >= 14).long())
+    assert accuracy(Brightness(), split, Compose([Normalize((0.0,), (1.0,))]), batch_size=7) == 24 / 30
+
+
+def test_density_counts_weights_only() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(4, 4))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[1].weight.zero_()
+    assert density(model) == pytest.approx(16 / 20)
+
+
+def test_measured_speed_is_positive_and_consistent() -> None:
+    speed = measure_speed(nn.Flatten(), torch.rand(8, 1, 4, 4))
+    assert speed.latency > 0
+    assert speed.images_per_second > 0
