@@ -15,7 +15,8 @@ FLOORS = [
     {"data", "models", "augment", "compress"},
     {"training", "targets", "jax"},
     {"benchmarks"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 FLOOR_OF = {name: level for level, names in enumerate(FLOORS) for name in names}
 EMPTY_NAMES = {"utils", "util", "common", "core", "misc", "helpers", "legacy", "v2"}

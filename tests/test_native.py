@@ -55,7 +55,7 @@ def test_unknown_backend_is_an_error() -> None:
 @pytest.mark.parametrize("backend", ["numba", "reference"])
 def test_forced_backend_takes_effect(backend: str) -> None:
     code = (
-        "import imgopt_fast.ops, torch; from imgopt_fast import _native; print(_native.backend(), "
+        "import imgopt_fast.ops.affine_warp, torch; from imgopt_fast import _native; print(_native.backend(), "
         "torch._C._dispatch_has_kernel_for_dispatch_key('imgopt_fast::affine_warp', 'CPU'))"
     )
     assert python(code, IMGOPT_BACKEND=backend).stdout.split() == [backend, str(backend == "numba")]

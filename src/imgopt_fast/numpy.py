@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from imgopt_fast import _native
 from imgopt_fast._arguments import normalization, one_of, per_channel, uint8_fill
 
+_native.backend()  # a wrong IMGOPT_ISA or IMGOPT_BACKEND is an error at import, not in the first call
+
 # --- affine_warp ---------------------------------------------------------------------------------------------------
 
 _PIXELS = ("uint8", "float16", "float32", "float64")
