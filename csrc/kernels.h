@@ -110,7 +110,8 @@ struct AffineWarp {
 struct AffineWarpBackward {
     AffineWarp warp;
     const void* grad;
-    void* grad_images;    // dense N, C, H, W in the images' dtype, or null
+    void* grad_images;  // in the images' dtype, or null
+    int64_t grad_images_stride[4];
     double* grad_matrix;  // [batch][9], or null
 };
 

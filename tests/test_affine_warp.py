@@ -528,6 +528,12 @@ def test_backward_is_deterministic() -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
+def test_gradient_of_an_expanded_image() -> None:
+    pixel = torch.rand(1, 3, 1, 1, dtype=torch.float64, requires_grad=True)
+    matrix = rotation(2, 8, 9).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p, m: affine_warp(p.expand(2, 3, 8, 9), m), (pixel, matrix))
+
+
 def test_only_wanted_gradients() -> None:
     images, matrix = torch.rand(1, 2, 4, 5, requires_grad=True), torch.eye(3)[None, :2]
     affine_warp(images, matrix).sum().backward()

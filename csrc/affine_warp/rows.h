@@ -86,19 +86,20 @@ Point<R> point_at(const AffineWarp& p, const Map& map, const Base<R>& base, int6
     return point;
 }
 
-// Taps of one pixel along both axes, as offsets into the source; -1 is fill. `first` is the tap of index 0.
+// Taps of one pixel along both axes, as indices and as offsets into the source; -1 is fill.
 template <int taps>
 struct Taps {
+    int32_t column[taps], row[taps];
     int64_t x[taps], y[taps];
 
     template <class T>
     Taps(const Source<T>& source, int32_t ix, int32_t iy, Padding padding) {
         constexpr int first = taps == 4 ? -1 : 0;
         for (int i = 0; i < taps; ++i) {
-            const int32_t tx = tap_index(ix + first + i, source.width, padding);
-            const int32_t ty = tap_index(iy + first + i, source.height, padding);
-            x[i] = tx < 0 ? -1 : tx * source.column;
-            y[i] = ty < 0 ? -1 : ty * source.row;
+            column[i] = tap_index(ix + first + i, source.width, padding);
+            row[i] = tap_index(iy + first + i, source.height, padding);
+            x[i] = column[i] < 0 ? -1 : column[i] * source.column;
+            y[i] = row[i] < 0 ? -1 : row[i] * source.row;
         }
     }
 };

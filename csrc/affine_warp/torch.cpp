@@ -1,5 +1,8 @@
 // affine_warp on torch's CPU tensors. The Python side has validated the arguments and named them in its errors; here
 // only what memory safety rests on is checked again.
+#include <algorithm>
+#include <tuple>
+
 #include "../torch_stable.h"
 #include "binding.h"
 
@@ -135,7 +138,57 @@ Tensor affine_warp(Tensor images, Tensor matrix, std::vector<int64_t> size, std:
     return output;
 }
 
+// float64 sums per image, as the gradient of `matrix`: its shape and dtype, and the sum over the batch, in order, where
+// one matrix served all.
+Tensor matrix_gradient(const std::vector<double>& sums, const Tensor& matrix) {
+    const int64_t count = matrix.size(0), entries = matrix.size(1) * 3;
+    Tensor result = torch::stable::empty({count, matrix.size(1), 3}, ScalarType::Double, std::nullopt, matrix.device());
+    double* to = result.mutable_data_ptr<double>();
+    std::fill(to, to + count * entries, 0.0);
+    for (size_t image = 0; image < sums.size() / 9; ++image)
+        for (int64_t i = 0; i < entries; ++i) to[(count > 1 ? image : 0) * entries + i] += sums[image * 9 + i];
+    return torch::stable::to(result, matrix.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> affine_warp_backward(Tensor grad, Tensor images, Tensor matrix, std::string interpolation,
+                                                std::string padding_mode, std::vector<double> fill, bool antialias,
+                                                std::optional<Tensor> color_matrix, std::vector<double> std,
+                                                bool needs_images, bool needs_matrix) {
+    STD_TORCH_CHECK(images.dim() == 4 && grad.dim() == 4 && grad.size(0) == images.size(0) &&
+                        grad.size(1) == images.size(1) && grad.size(2) < (1 << 30) && grad.size(3) < (1 << 30),
+                    "grad, images: expected (N, C, H, W) of as many images and channels");
+    const int64_t batch = images.size(0);
+    check_factors({}, std, images.size(1));
+    const ChannelFactors factors({}, std, images.size(1));
+    const std::vector<double> matrices = homographies(matrix, batch);
+    const std::vector<double> colors =
+        color_matrix ? doubles(*color_matrix, batch, 4, 12, "color_matrix") : std::vector<double>();
+    STD_TORCH_CHECK(!color_matrix || color_matrix->size(1) == 3, "color_matrix: expected shape (N, 3, 4)");
+    AffineWarpBackward b{};
+    b.warp = describe(images, matrices, interpolation, padding_mode, fill, antialias, colors, factors);
+    b.warp.output_height = grad.size(2);
+    b.warp.output_width = grad.size(3);
+    b.warp.output_dtype = pixel_dtype(grad, "grad");
+    set_strides(grad, b.warp.output_stride);
+    STD_TORCH_CHECK(b.warp.images_dtype != DType::u8 && b.warp.output_dtype != DType::u8,
+                    "grad, images: expected floating dtypes");
+    b.grad = grad.const_data_ptr();
+    Tensor grad_images = needs_images ? torch::stable::empty_like(images) : torch::stable::new_empty(images, {0});
+    if (needs_images) {
+        b.grad_images = grad_images.mutable_data_ptr();
+        set_strides(grad_images, b.grad_images_stride);
+    }
+    std::vector<double> sums(needs_matrix ? batch * 9 : 0);
+    b.grad_matrix = needs_matrix ? sums.data() : nullptr;
+    const KernelTable& table_of_isa = kernels();
+    parallel_units(batch, 1, [&](int64_t begin, int64_t end) { table_of_isa.affine_warp_backward(b, begin, end); });
+    return {grad_images, needs_matrix ? matrix_gradient(sums, matrix) : torch::stable::new_empty(matrix, {0})};
+}
+
 }  // namespace
 }  // namespace imgopt
 
-STABLE_TORCH_LIBRARY_IMPL(imgopt_fast, CPU, m) { m.impl("affine_warp", TORCH_BOX(&imgopt::affine_warp)); }
+STABLE_TORCH_LIBRARY_IMPL(imgopt_fast, CPU, m) {
+    m.impl("affine_warp", TORCH_BOX(&imgopt::affine_warp));
+    m.impl("affine_warp_backward", TORCH_BOX(&imgopt::affine_warp_backward));
+}

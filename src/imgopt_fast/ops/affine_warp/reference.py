@@ -59,7 +59,7 @@ def affine_warp_backward(
         flow = torch.einsum("nij,nihw->njhw", color_matrix.to(flow.dtype).expand(len(flow), -1, -1)[:, :, :3], flow)
     wanted = [t for t, needed in ((source, needs_images), (theta, needs_matrix)) if needed]
     found = list(torch.autograd.grad(values, wanted, flow, materialize_grads=True)) if values.requires_grad else []
-    grad_images = found.pop(0) if needs_images else images.new_empty((0,))
+    grad_images = torch.empty_like(images).copy_(found.pop(0)) if needs_images else images.new_empty((0,))
     grad_matrix = found.pop(0) if needs_matrix else matrix.new_empty((0,))
     return grad_images, grad_matrix
 
