@@ -142,6 +142,14 @@ void tile(const Tile& t) {
     }
 }
 
+}  // namespace
+}  // namespace imgopt::avx512
+
+#include "depthwise_avx512.h"
+
+namespace imgopt::avx512 {
+namespace {
+
 struct Vnni {
     static constexpr int64_t kLanes = 16, kMaxVectors = 4;
     static int64_t rows(int64_t vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
@@ -164,14 +172,28 @@ struct Vnni {
     }
 };
 
+int64_t weight_bytes(const Int8Weight& w) {
+    return is_depthwise(w) ? depthwise_weight_bytes(w) : igemm_weight_bytes<Vnni>(w);
+}
+
+void weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* packed) {
+    is_depthwise(w) ? depthwise_weight_pack(w, weight, packed) : igemm_weight_pack<Vnni>(w, weight, packed);
+}
+
+int64_t units(const Int8Conv2d& p) { return is_depthwise(p.weight) ? depthwise_units(p) : igemm_units<Vnni>(p); }
+
+void kernel(const Int8Conv2d& p, int64_t begin, int64_t end) {
+    is_depthwise(p.weight) ? depthwise(p, begin, end) : igemm<Vnni>(p, begin, end);
+}
+
 }  // namespace
 
 void int8_conv2d(KernelTable& table) {
     table.int8_weight_layout = "avx512";
-    table.int8_weight_bytes = igemm_weight_bytes<Vnni>;
-    table.int8_weight_pack = igemm_weight_pack<Vnni>;
-    table.int8_conv2d_units = igemm_units<Vnni>;
-    table.int8_conv2d = igemm<Vnni>;
+    table.int8_weight_bytes = weight_bytes;
+    table.int8_weight_pack = weight_pack;
+    table.int8_conv2d_units = units;
+    table.int8_conv2d = kernel;
     fill_steps(table);
 }
 

@@ -128,8 +128,8 @@ inline void fill_strip(const Int8Weight& w, const uint8_t* const* table, int64_t
     for (int64_t m = 0; m < pixels; ++m) {
         uint8_t* out = strip + m * depth;
         for (int64_t t = 0; t < taps; ++t) {
-            const uint8_t* in = table[t * kBlockPixels + m] + offset;
-            for (int64_t c = 0; c < channels; ++c) *out++ = in[c];
+            memcpy(out, table[t * kBlockPixels + m] + offset, static_cast<size_t>(channels));
+            out += channels;
         }
     }
 }

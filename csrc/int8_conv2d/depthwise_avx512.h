@@ -1,0 +1,196 @@
+// Depthwise convolution on AVX-512 VNNI, 64 channels at a time. vpdpbusd wants the four products of a sum in one dword,
+// so up to four rows of an input column are interleaved to [r0 r1 r2 r3] per channel: once per column, however many
+// taps read it. Interleaving works within 128-bit lanes and leaves vector j with channels 16L + 4j + i in dword 4L + i,
+// which is exactly the order that packing to bytes undoes.
+#pragma once
+
+#include "igemm.h"
+
+namespace imgopt::avx512 {
+namespace {
+
+constexpr int64_t kDepthwiseChannels = 64;
+constexpr int64_t kColumnBytes = 256;  // one column of 64 channels, four rows
+constexpr int64_t kStripPixels = 16;   // output pixels whose columns are interleaved together; they stay in L1
+constexpr int kPixels = 4;             // output pixels that share a load of weights
+
+bool is_depthwise(const Int8Weight& w) { return w.group_channels == 1 && w.out_channels == w.groups; }
+
+int64_t depthwise_blocks(const Int8Weight& w) { return ceil_div(w.out_channels, kDepthwiseChannels); }
+int64_t row_groups(const Int8Weight& w) { return ceil_div(w.kernel_h, 4); }
+int64_t depthwise_block_bytes(const Int8Weight& w) { return w.kernel_w * row_groups(w) * kColumnBytes; }
+
+int64_t depthwise_weight_bytes(const Int8Weight& w) { return depthwise_blocks(w) * depthwise_block_bytes(w); }
+
+// (block of 64 channels, kernel_w, rows / 4, vector, dword, row % 4), zero where there is no row or channel.
+void depthwise_weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* packed) {
+    memset(packed, 0, static_cast<size_t>(depthwise_weight_bytes(w)));
+    for (int64_t c = 0; c < w.out_channels; ++c) {
+        const int64_t in_block = c % kDepthwiseChannels;
+        const int64_t lane = in_block / 16, vector = in_block % 16 / 4, dword = 4 * lane + in_block % 4;
+        uint8_t* block = packed + c / kDepthwiseChannels * depthwise_block_bytes(w);
+        for (int64_t ky = 0; ky < w.kernel_h; ++ky)
+            for (int64_t kx = 0; kx < w.kernel_w; ++kx)
+                block[(kx * row_groups(w) + ky / 4) * kColumnBytes + vector * 64 + dword * 4 + ky % 4] =
+                    static_cast<uint8_t>(weight[(c * w.kernel_h + ky) * w.kernel_w + kx]);
+    }
+}
+
+// Rows of a unit: enough pixels that the constants of the channels, gathered once per unit, weigh nothing.
+int64_t rows_per_unit(const Int8Conv2d& p) { return smaller(p.out_h, ceil_div(64, p.out_w)); }
+int64_t strips_of(const Int8Conv2d& p) { return ceil_div(p.out_h, rows_per_unit(p)); }
+int64_t depthwise_units(const Int8Conv2d& p) {
+    if (p.batch * p.out_h * p.out_w == 0) return 0;
+    return p.batch * strips_of(p) * depthwise_blocks(p.weight);
+}
+
+// One output row of one block of channels.
+struct DepthwiseRow {
+    const Int8Conv2d* conv;
+    const uint8_t* image;    // of the block's channels
+    const uint8_t* padding;  // 64 zero points, as stored
+    const int8_t* weight;
+    int64_t channel, channels, n, oy;
+    __m512i offset[4];
+    __m512 multiplier[4];
+};
+
+// Interleaves `count` input columns from x0 on, `dilation` = 1 apart, into the strip.
+void interleave_columns(const DepthwiseRow& r, int64_t x0, int64_t count, uint8_t* strip) {
+    const Int8Conv2d& p = *r.conv;
+    const int64_t groups = row_groups(p.weight);
+    const __mmask64 mask = r.channels >= 64 ? ~uint64_t{0} : (uint64_t{1} << r.channels) - 1;
+    const __m512i flip = _mm512_set1_epi8(static_cast<char>(p.input_flip));
+    const __m512i zero = _mm512_setzero_si512();
+    const __m512i zero_point = _mm512_set1_epi8(static_cast<char>(p.input_zero_point));
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t rows = smaller(4, p.weight.kernel_h - 4 * g);
+        const uint8_t* row[4];
+        int64_t step[4];
+        for (int64_t i = 0; i < 4; ++i) {
+            const int64_t y = r.oy * p.stride_h - p.pad_top + (4 * g + i) * p.dilation_h;
+            const bool inside = i < rows && y >= 0 && y < p.in_h;
+            row[i] = inside ? r.image + y * p.in_w * p.input_stride : r.padding;
+            step[i] = inside ? p.input_stride : 0;
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            __m512i* out = reinterpret_cast<__m512i*>(strip + (i * groups + g) * kColumnBytes);
+            const int64_t x = x0 + i;
+            if (x < 0 || x >= p.in_w) {
+                for (int j = 0; j < 4; ++j) _mm512_store_si512(out + j, zero_point);
+                continue;
+            }
+            const auto load = [&](int64_t k) {
+                return _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, row[k] + x * step[k]), flip);
+            };
+            const __m512i r0 = load(0);
+            const __m512i r1 = rows > 1 ? load(1) : zero, r2 = rows > 2 ? load(2) : zero;
+            const __m512i r3 = rows > 3 ? load(3) : zero;
+            const __m512i low01 = _mm512_unpacklo_epi8(r0, r1), high01 = _mm512_unpackhi_epi8(r0, r1);
+            const __m512i low23 = _mm512_unpacklo_epi8(r2, r3), high23 = _mm512_unpackhi_epi8(r2, r3);
+            _mm512_store_si512(out + 0, _mm512_unpacklo_epi16(low01, low23));
+            _mm512_store_si512(out + 1, _mm512_unpackhi_epi16(low01, low23));
+            _mm512_store_si512(out + 2, _mm512_unpacklo_epi16(high01, high23));
+            _mm512_store_si512(out + 3, _mm512_unpackhi_epi16(high01, high23));
+        }
+    }
+}
+
+// Sums of kPixels pixels, vector j; `taps` columns-times-groups, their distance and the pixels' in bytes.
+template <int TAPS>
+void depthwise_sums(const DepthwiseRow& r, const uint8_t* strip, int64_t pixel_bytes, int64_t tap_bytes, int64_t groups,
+                    int64_t taps, __m512i sums[kPixels][4]) {
+    const int64_t count = TAPS ? TAPS : taps;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        __m512i sum[kPixels];
+#pragma GCC unroll 4
+        for (int i = 0; i < kPixels; ++i) sum[i] = r.offset[j];
+#pragma GCC unroll 10
+        for (int64_t kx = 0; kx < count; ++kx) {
+            for (int64_t g = 0; g < groups; ++g) {
+                const __m512i w = _mm512_loadu_si512(r.weight + (kx * groups + g) * kColumnBytes + 64 * j);
+                const uint8_t* column = strip + kx * tap_bytes + g * kColumnBytes + 64 * j;
+#pragma GCC unroll 4
+                for (int i = 0; i < kPixels; ++i)
+                    sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_load_si512(column + i * pixel_bytes), w);
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kPixels; ++i) sums[i][j] = sum[i];
+    }
+}
+
+void depthwise_store(const DepthwiseRow& r, int64_t pixel, const __m512i* sums) {
+    const Int8Conv2d& p = *r.conv;
+    if (p.residual || p.float_output || p.shift) {
+        alignas(64) int32_t values[64];
+        for (int j = 0; j < 4; ++j) _mm512_store_si512(values + 16 * j, sums[j]);
+        for (int64_t c = 0; c < r.channels; ++c)
+            store_sum(p, pixel, r.channel + c, values[c % 16 / 4 * 16 + c / 16 * 4 + c % 4]);
+        return;
+    }
+    __m512i q[4];
+    for (int j = 0; j < 4; ++j) q[j] = round_to_int(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[j]), r.multiplier[j]));
+    const __m512i bytes = ByteEpilogue(p)(q[0], q[1], q[2], q[3]);
+    uint8_t* out = static_cast<uint8_t*>(p.output) + pixel * p.output_stride + r.channel;
+    if (r.channels == 64)
+        _mm512_storeu_si512(out, bytes);
+    else
+        _mm512_mask_storeu_epi8(out, (uint64_t{1} << r.channels) - 1, bytes);
+}
+
+void depthwise_row(const DepthwiseRow& r, uint8_t* strip) {
+    const Int8Conv2d& p = *r.conv;
+    const int64_t groups = row_groups(p.weight), taps = p.weight.kernel_w;
+    const int64_t column_bytes = groups * kColumnBytes;
+    const int64_t pixel_bytes = p.stride_w * column_bytes, tap_bytes = p.dilation_w * column_bytes;
+    for (int64_t ox = 0; ox < p.out_w; ox += kStripPixels) {
+        const int64_t pixels = smaller(kStripPixels, p.out_w - ox);
+        interleave_columns(r, ox * p.stride_w - p.pad_left, (pixels - 1) * p.stride_w + (taps - 1) * p.dilation_w + 1,
+                           strip);
+        for (int64_t i = 0; i < pixels; i += kPixels) {
+            __m512i sums[kPixels][4];
+            const uint8_t* columns = strip + i * pixel_bytes;
+            if (taps == 3 && groups == 1)
+                depthwise_sums<3>(r, columns, pixel_bytes, tap_bytes, 1, 3, sums);
+            else
+                depthwise_sums<0>(r, columns, pixel_bytes, tap_bytes, groups, taps, sums);
+            const int64_t pixel = (r.n * p.out_h + r.oy) * p.out_w + ox + i;
+            for (int64_t k = 0; k < smaller(kPixels, pixels - i); ++k) depthwise_store(r, pixel + k, sums[k]);
+        }
+    }
+}
+
+void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
+    const Int8Weight& w = p.weight;
+    // The last pixels of a strip are computed kPixels at a time: the columns they read beyond it hold old bytes.
+    const int64_t columns = (kStripPixels + kPixels) * p.stride_w + (w.kernel_w - 1) * p.dilation_w + 1;
+    const int64_t strip_bytes = columns * row_groups(w) * kColumnBytes;
+    uint8_t* strip = static_cast<uint8_t*>(thread_scratch(strip_bytes + 64));
+    uint8_t* padding = strip + strip_bytes;
+    memset(padding, p.input_zero_point ^ p.input_flip, 64);
+    const int64_t blocks = depthwise_blocks(w), rows = rows_per_unit(p), strips = strips_of(p);
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 32, 33, 34, 35, 48, 49, 50, 51);
+    for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t block = unit % blocks, strip_index = unit / blocks % strips;
+        DepthwiseRow r{};
+        r.conv = &p;
+        r.padding = padding;
+        r.n = unit / blocks / strips;
+        r.channel = block * kDepthwiseChannels;
+        r.channels = smaller(kDepthwiseChannels, w.out_channels - r.channel);
+        r.image = p.input + r.n * p.in_h * p.in_w * p.input_stride + r.channel;
+        r.weight = reinterpret_cast<const int8_t*>(p.packed) + block * depthwise_block_bytes(w);
+        for (int j = 0; j < 4; ++j) {
+            const __m512i index = _mm512_add_epi32(first, _mm512_set1_epi32(4 * j));
+            r.offset[j] = _mm512_i32gather_epi32(index, p.offset + r.channel, 4);
+            r.multiplier[j] = _mm512_i32gather_ps(index, p.multiplier + r.channel, 4);
+        }
+        for (r.oy = strip_index * rows; r.oy < smaller((strip_index + 1) * rows, p.out_h); ++r.oy)
+            depthwise_row(r, strip);
+    }
+}
+
+}  // namespace
+}  // namespace imgopt::avx512
