@@ -1,5 +1,6 @@
 // masked_matmul for NumPy: the structure of a mask, which both faces build here, and the product itself.
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -120,11 +121,64 @@ std::tuple<py::array, py::array, py::array> mask_structure(const Array<bool>& ma
     return {quads_out, narrow, position_out};
 }
 
+DType real_type(const py::array& array) {
+    switch (array.dtype().char_()) {
+        case 'e': return DType::f16;
+        case 'f': return DType::f32;
+        case 'd': return DType::f64;
+        default: throw py::type_error("input: expected float16, float32 or float64");
+    }
+}
+
+void require(bool condition, const char* message) {
+    if (!condition) throw py::value_error(message);
+}
+
+bool contiguous(const py::array& array) { return array.flags() & py::array::c_style; }
+
+constexpr int64_t kWorthThread = 1 << 18;  // multiply-adds, as in torch.cpp
+
+void matmul(const py::array& input, const py::array& values, const std::optional<py::array>& bias,
+            const py::array_t<int32_t>& quads, const py::array& columns, int64_t block, py::array& output) {
+    const DType dtype = real_type(input);
+    const char wide = dtype == DType::f64 ? 'd' : 'f';
+    require(input.ndim() == 2 && contiguous(input), "input: expected contiguous (samples, inputs)");
+    require(output.ndim() == 2 && contiguous(output) && output.writeable() && real_type(output) == dtype &&
+                output.shape(0) == input.shape(0),
+            "output: expected contiguous (samples, outputs) of the input's dtype");
+    require(values.ndim() == 1 && contiguous(values) && values.dtype().char_() == wide,
+            "values: expected contiguous float32, float64 for float64");
+    const int64_t samples = input.shape(0), width = input.shape(1), rows = output.shape(1);
+    require(quads.ndim() == 3 && contiguous(quads) && quads.shape(1) == (rows + 3) / 4 &&
+                quads.shape(2) == RowQuads::kFields && block > 0 && quads.shape(0) == (width + block - 1) / block,
+            "quads: expected contiguous int32 (blocks, ceil(outputs / 4), 9)");
+    const bool int32_columns = columns.dtype().itemsize() == 4;
+    require(contiguous(columns) && columns.dtype().kind() == (int32_columns ? 'i' : 'u'),
+            "columns: expected contiguous uint8 or int32");
+    require(!bias || (bias->ndim() == 1 && bias->shape(0) == rows && contiguous(*bias) && real_type(*bias) == dtype),
+            "bias: expected contiguous (outputs,) of the input's dtype");
+    const MaskedMatmul p{
+        {quads.data(), columns.data(), rows, quads.shape(0), block, int32_columns},
+        {dtype, input.data(), samples, width, width, {1, 1}, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, {1, 1}},
+        values.data(),
+        bias ? bias->data() : nullptr,
+        output.mutable_data()};
+    const int64_t windows = (rows + RowQuads::kWindow - 1) / RowQuads::kWindow;
+    const int64_t units = windows * ((samples + MaskedMatmul::kPanel - 1) / MaskedMatmul::kPanel);
+    const int64_t grain = 1 + kWorthThread * units / (values.size() * samples + 1);
+    const KernelTable& table = kernels();
+    const py::gil_scoped_release release;
+    parallel_units(units, grain, [&](int64_t begin, int64_t end) { table.masked.matmul(p, begin, end); });
+}
+
 }  // namespace
 
 void register_masked_matmul(py::module_& m) {
     m.def("mask_structure", mask_structure, py::arg("mask"), py::arg("block"),
           "Row quads of a mask (rows, columns): (quads, columns, position).");
+    m.def("masked_matmul", matmul, py::arg("input"), py::arg("values"), py::arg("bias").none(true),
+          py::arg("quads").noconvert(), py::arg("columns"), py::arg("block"), py::arg("output"),
+          "Product into `output`; imgopt_fast.numpy.masked_matmul has the checks.");
 }
 
 }  // namespace imgopt

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from imgopt_fast import _native
+from imgopt_fast._mask_blocks import block_columns
 from imgopt_fast.ops.masked_matmul import reference
-from imgopt_fast.ops.masked_matmul.table import block_columns
 
 MAX_COUNT = 2**31 - 1  # positions in the weight are int32
 
@@ -75,10 +75,10 @@ def mask_layout(mask: Tensor, *, groups: int = 1) -> MaskLayout:
     kept = int(mask.sum())
     index = _gather_index(mask, groups)
     rows, columns = index.flatten(1).shape
-    block = block_columns(rows, columns, kept)
+    block = block_columns(rows, columns, kept, _native.active_isa())
     transposed = index.permute(2, 1, 0)
     transposed_rows, transposed_columns = transposed.flatten(1).shape
-    transposed_block = block_columns(transposed_rows, transposed_columns, kept)
+    transposed_block = block_columns(transposed_rows, transposed_columns, kept, _native.active_isa())
     return MaskLayout(
         mask,
         *_structure(mask, index, block),
@@ -112,7 +112,7 @@ def pack_values(weight: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, Tens
     kept = int(mask.sum())
     index = _gather_index(mask, groups)
     rows, columns = index.flatten(1).shape
-    block = block_columns(rows, columns, kept)
+    block = block_columns(rows, columns, kept, _native.active_isa())
     quads, local_columns, source = _structure(mask, index, block)
     return reference.gather(weight.detach(), source), quads, local_columns, block, kept
 

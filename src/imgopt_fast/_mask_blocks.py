@@ -3,8 +3,6 @@
 The table is measured by `benchmarks/tune_masked_matmul.py`, which prints it.
 """
 
-from imgopt_fast import _native
-
 # Density of the mask up to which a block size is the fastest, per instruction set; 0 stands for one block.
 BLOCKS: dict[str, tuple[tuple[float, int], ...]] = {
     "scalar": ((0.04, 0), (1.0, 256)),
@@ -14,10 +12,10 @@ BLOCKS: dict[str, tuple[tuple[float, int], ...]] = {
 }
 
 
-def block_columns(rows: int, columns: int, count: int) -> int:
-    """Columns per block of a structure with `count` entries in `rows` × `columns`, on the active instruction set."""
+def block_columns(rows: int, columns: int, count: int, isa: str | None) -> int:
+    """Columns per block of a structure with `count` entries in `rows` × `columns`; `isa` None without kernels."""
     density = count / max(1, rows * columns)
-    isa = _native.active_isa() or "scalar"
-    isa = {"avxvnni": "avx2"}.get(isa, isa)
-    block = next(size for limit, size in BLOCKS[isa] if density <= limit)
+    known = {None: "scalar", "avxvnni": "avx2"}.get(isa, isa)
+    assert known is not None
+    block = next(size for limit, size in BLOCKS[known] if density <= limit)
     return max(1, min(block or columns, columns))
