@@ -3,6 +3,8 @@
 Half-precision inputs are multiplied and summed in float32 and rounded once, as the kernels do.
 """
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -176,7 +178,8 @@ def masked_matmul_weight_grad(
     dtype = sum_dtype(input.dtype)
     rows = (windows(input, window) if window else input).to(dtype)
     grad_rows = (grad.permute(0, 2, 3, 1) if window else grad).to(dtype)
-    rows, grad_rows = rows.reshape(-1, rows.shape[-1]), grad_rows.reshape(-1, grad_rows.shape[-1])
+    samples = math.prod(rows.shape[:-1])
+    rows, grad_rows = rows.reshape(samples, rows.shape[-1]), grad_rows.reshape(samples, grad_rows.shape[-1])
     dense = torch.matmul(grad_rows.t(), rows).to(input.dtype)
     row, column = entries(quads, columns, shape[2])
     real = source >= 0
