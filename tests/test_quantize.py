@@ -12,8 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from imgopt_fast.compress import Int8Config, quantize
-from imgopt_fast.compress.quantize.calibrate import Histogram, choose_scale
+from imgopt_fast.compress.quantize import qat, sensitivity
+from imgopt_fast.compress.quantize.calibrate import Histogram, Scale, choose_scale
+from imgopt_fast.compress.quantize.equalize import equalize
 from imgopt_fast.compress.quantize.fold import fold
+from imgopt_fast.compress.quantize.fuse import fuse
+from imgopt_fast.compress.quantize.model import to_int8
+from imgopt_fast.compress.quantize.prepare import make_plan
+from imgopt_fast.compress.quantize.simulate import Simulation, fake_quantize
 from imgopt_fast.compress.quantize.trace import trace
 from imgopt_fast.compress.quantize.weights import quantize_weight
 from imgopt_fast.nn import MaskedConv2d, MaskedLinear
@@ -403,3 +409,111 @@ def test_slow_backend_is_logged_once(monkeypatch, caplog):
         for _ in range(2):
             report.log_once(report.speed_note())
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_kernels_do_what_the_simulation_does(name):
+    """An oracle that shares no arithmetic with the kernels: float convolutions of rounded values."""
+    model, images = network(name)
+    plan = make_plan(model, [images], Int8Config())
+    with torch.no_grad():
+        simulated = Simulation(plan)(images)
+    # A value on a rounding boundary may fall to the other side, because float sums are not exact.
+    assert decibels(to_int8(plan)(images), simulated) > 60
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equalization_keeps_the_float_network(name):
+    model, images = network(name)
+    graph, _ = trace(model, images)
+    fold(graph)
+    fusion = fuse(graph)
+    before = [operation.weight for operation in fusion.operations.values()]
+    equalize(graph, fusion, images)
+    assert torch.allclose(graph(images), model(images), atol=1e-5)
+    moved = [old is not new.weight for old, new in zip(before, fusion.operations.values(), strict=True)]
+    assert any(moved)
+
+
+def uneven():
+    """A depthwise network whose channels differ by a factor of a thousand, as batch norms leave them."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 32, 1),
+        nn.ReLU6(),
+        nn.Conv2d(32, 32, 3, padding=1, groups=32),
+        nn.ReLU6(),
+        nn.Conv2d(32, 8, 1),
+    ]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval().requires_grad_(False)
+    factor = torch.logspace(-3, 0, 32)
+    model[0].weight *= factor.view(-1, 1, 1, 1)
+    model[0].bias *= factor
+    model[2].weight /= factor.view(-1, 1, 1, 1)
+    return model, torch.randn(32, 3, 12, 12)
+
+
+def test_equalization_and_bias_correction_help_uneven_channels():
+    model, images = uneven()
+    quality = {}
+    for equalize_, correct in ((False, False), (True, False), (True, True)):
+        config = Int8Config(equalize=equalize_, bias_correction=correct)
+        quality[equalize_, correct] = decibels(model(images), quantize(model, [images], config)(images))
+    assert quality[True, False] > quality[False, False] + 10
+    assert quality[True, True] > quality[True, False]
+
+
+def test_sensitivity_is_the_error_of_one_layer_alone():
+    model, images = network("residual")
+    ranked = sensitivity(model, [images], Int8Config(calibration="minmax", equalize=False, bias_correction=False))
+    assert {layer.name for layer in ranked} == {"stem", "conv1", "conv2", "conv3", "down.0", "fc"}
+    assert ranked == sorted(ranked, key=lambda layer: layer.decibels)
+
+    seen = []
+    hook = model.fc.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    exact = model(images)
+    hook.remove()
+    step, scale = seen[0].max() / 255, model.fc.weight.abs().amax(1, keepdim=True) / 127
+    alone = F.linear(torch.round(seen[0] / step) * step, torch.round(model.fc.weight / scale) * scale, model.fc.bias)
+    fc = next(layer for layer in ranked if layer.name == "fc")
+    assert fc.decibels == pytest.approx(decibels(exact, alone), abs=0.1)
+
+
+def test_qat_trains_and_converts_without_changing_a_bit():
+    model, images = network("inverted")
+    target = torch.randint(5, (len(images),))
+    trained = qat(model, [images]).train()
+    optimiser = torch.optim.SGD(trained.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(15):
+        loss = F.cross_entropy(trained(images), target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    trained.eval()
+    result = trained(images)
+    assert torch.equal(result, trained.convert()(images))
+    assert torch.equal(result, copy.deepcopy(trained)(images))
+    with torch.no_grad():
+        assert decibels(trained.train()(images), result) > 40
+
+
+def test_qat_state_restores_the_network():
+    model, images = network("residual")
+    trained, other = qat(model, [images]).eval(), qat(model, [images]).eval()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    assert not torch.equal(trained(images), other(images))
+    other.load_state_dict(trained.state_dict())
+    assert torch.equal(trained(images), other(images))
+
+
+def test_qat_gradient_is_straight_through_and_stops_at_saturation():
+    values = torch.tensor([-3.0, 0.26, 0.99, 30.0], requires_grad=True)
+    rounded = fake_quantize(values, Scale(0.1, 10))
+    assert rounded.tolist() == pytest.approx([-1.0, 0.3, 1.0, 24.5])
+    rounded.sum().backward()
+    assert values.grad.tolist() == [0.0, 1.0, 1.0, 0.0]

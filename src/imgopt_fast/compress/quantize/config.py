@@ -27,7 +27,7 @@ class Int8Config:
     calibration: Calibration = "mse"
     percentile: float = 99.99
     power_of_two: bool = False
-    equalize: bool = False
+    equalize: bool = True
     bias_correction: bool = True
     exclude: tuple[str, ...] = ()
 

@@ -13,98 +13,73 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from imgopt_fast.compress.quantize.calibrate import Scale
-from imgopt_fast.compress.quantize.config import Int8Config
-from imgopt_fast.compress.quantize.fuse import PASSING, Fusion, Operation
+from imgopt_fast.compress.quantize.fuse import PASSING, Operation
+from imgopt_fast.compress.quantize.plan import Plan
 from imgopt_fast.compress.quantize.weights import quantize_weight
 from imgopt_fast.nn.int8 import Int8Conv2d, Int8Linear, Requantize
 from imgopt_fast.nn.int8_segment import Int8Segment, Step
 
 
-def scaled_nodes(fusion: Fusion) -> list[Node]:
-    """The nodes whose values are quantized with a scale of their own."""
-    found: dict[Node, None] = {}
-    for node, operation in fusion.operations.items():
-        found |= {source: None for source in operation.sources if source not in fusion.operations}
-        if operation.kind not in PASSING and not fusion.gives_float(operation):
-            found[node] = None
-    return list(found)
-
-
-def scale_of(node: Node, fusion: Fusion, scales: dict[Node, Scale]) -> Scale:
-    """The quantization of a value, looked up through the operations that hand their input's on."""
-    while node in fusion.operations and fusion.operations[node].kind in PASSING:
-        node = fusion.operations[node].inputs[0]
-    return scales[node]
-
-
-def share_concat_scales(fusion: Fusion, scales: dict[Node, Scale]) -> None:
-    """Give what only a concat reads the scale of the concat: its values are then copied, not rounded again."""
-    for node, operation in fusion.operations.items():
-        for source in operation.inputs if operation.kind == "concat" else ():
-            if fusion.operations[source].kind not in PASSING and set(fusion.readers[source]) == {node}:
-                scales[source] = scales[node]
-
-
-def convert(graph: GraphModule, fusion: Fusion, scales: dict[Node, Scale], config: Int8Config) -> GraphModule:
+def convert(plan: Plan, attributes: nn.Module | None = None) -> GraphModule:
     """The network as a graph module of `Int8Segment`s and float operations.
 
-    `scales` has an entry for each of `scaled_nodes`. Raises ValueError, naming the layer, where sums could overflow.
+    `attributes`: where the parameters of the float parts are, by their names in the plan's graph (default: there).
+    Raises ValueError, naming the layer, where sums could overflow.
     """
     root, target = nn.Module(), Graph()
     floats: dict[Node, Node] = {}  # where the float value of a node is in the new graph
     stored: dict[Node, Node] = {}  # where its quantized value is
-    levels = _levels(graph, fusion)
-    order = {node: position for position, node in enumerate(graph.graph.nodes)}
-    ordered = sorted(fusion.readers, key=lambda node: (levels[node], order[node]))
+    levels = _levels(plan)
+    ordered = sorted(plan.order, key=levels.__getitem__)  # stable: order remains within a level
     for level, nodes in groupby(ordered, key=levels.__getitem__):
         if level % 2:
-            segment = _SegmentWriter(fusion, scales, config, {node: fusion.operations[node] for node in nodes})
+            segment = _SegmentWriter(plan, {node: plan.fusion.operations[node] for node in nodes})
             segment.call(f"segment_{level // 2}", root, target, floats, stored)
             continue
         for node in nodes:
             if node.op == "get_attr":
-                _copy_attribute(graph, root, str(node.target))
+                copy_attribute(attributes or plan.graph, root, str(node.target), trainable=False)
             floats[node] = target.node_copy(node, floats.__getitem__)
-    output = next(node for node in graph.graph.nodes if node.op == "output")
-    target.node_copy(output, floats.__getitem__)
+    target.node_copy(plan.output, floats.__getitem__)
     return GraphModule(root, target).eval()
 
 
-def _levels(graph: GraphModule, fusion: Fusion) -> dict[Node, int]:
-    """Even for float nodes, odd for int8 operations, never falling along a dependency."""
-    levels: dict[Node, int] = {}
-    for node in graph.graph.nodes:
-        if node not in fusion.readers:
-            continue
-        operation = fusion.operations.get(node)
-        sources = node.all_input_nodes if operation is None else operation.sources
-        level = max((levels[source] for source in sources), default=0)
-        levels[node] = level + (level % 2 != (operation is not None))
-    return levels
-
-
-def _copy_attribute(graph: GraphModule, root: nn.Module, path: str) -> None:
-    """Put the parameter or buffer `path` of the float graph at the same place under `root`."""
-    value = operator.attrgetter(path)(graph)
+def copy_attribute(source: nn.Module, root: nn.Module, path: str, *, trainable: bool) -> None:
+    """Put the parameter or buffer `path` of `source` at the same place under `root`, as a buffer unless `trainable`."""
+    value = operator.attrgetter(path)(source)
     *folders, leaf = path.split(".")
     for folder in folders:
         if not hasattr(root, folder):
             root.add_module(folder, nn.Module())
         root = root.get_submodule(folder)
-    if isinstance(value, Tensor):
+    if trainable and isinstance(value, nn.Parameter):
+        root.register_parameter(leaf, nn.Parameter(value.detach().clone()))
+    elif isinstance(value, Tensor):
         root.register_buffer(leaf, value.detach().clone())
     else:
         setattr(root, leaf, value)
 
 
+def key(name: str) -> str:
+    """A layer's name as an attribute of its segment."""
+    return name.replace(".", "_")
+
+
+def _levels(plan: Plan) -> dict[Node, int]:
+    """Even for float nodes, odd for int8 operations, never falling along a dependency."""
+    levels: dict[Node, int] = {}
+    for node in plan.order:
+        level = max((levels[source] for source in plan.sources(node)), default=0)
+        levels[node] = level + (level % 2 != (node in plan.fusion.operations))
+    return levels
+
+
 class _SegmentWriter:
     """Writes the steps of one segment."""
 
-    def __init__(
-        self, fusion: Fusion, scales: dict[Node, Scale], config: Int8Config, operations: dict[Node, Operation]
-    ) -> None:
-        self.fusion, self.scales, self.config, self.operations = fusion, scales, config, operations
-        self.requantize: Requantize = "shift" if config.power_of_two else "float"
+    def __init__(self, plan: Plan, operations: dict[Node, Operation]) -> None:
+        self.plan, self.operations = plan, operations
+        self.requantize: Requantize = "shift" if plan.config.power_of_two else "float"
         self.steps: list[Step] = []
         self.positions: dict[Node, int] = {}
         self.inputs: list[Node] = []
@@ -120,19 +95,19 @@ class _SegmentWriter:
         outputs: list[int] = []
         results: list[tuple[Node, dict[Node, Node]]] = []
         for node, operation in self.operations.items():
-            readers = self.fusion.readers[node]
-            if any(reader in self.fusion.operations and reader not in self.operations for reader in readers):
+            readers = self.plan.fusion.readers[node]
+            if any(reader in self.plan.fusion.operations and reader not in self.operations for reader in readers):
                 outputs.append(self.positions[node])
                 results.append((node, stored))
-            if any(reader not in self.fusion.operations for reader in readers):
+            if any(reader not in self.plan.fusion.operations for reader in readers):
                 position = self.positions[node]
-                if not self.fusion.gives_float(operation):
+                if not self.plan.fusion.gives_float(operation):
                     position = self._step("dequantize", f"{operation.name}_float", [node])
                 outputs.append(position)
                 results.append((node, floats))
         segment = Int8Segment(self.steps, outputs, self.layers, self.step_scales, self.requantize)
         root.add_module(name, segment)
-        where = {node: stored[node] if node in self.fusion.operations else floats[node] for node in self.inputs}
+        where = {node: stored[node] if node in self.plan.fusion.operations else floats[node] for node in self.inputs}
         call = target.call_module(name, tuple(where[node] for node in self.inputs))
         for index, (node, place) in enumerate(results):
             place[node] = target.call_function(operator.getitem, (call, index))
@@ -140,13 +115,13 @@ class _SegmentWriter:
     def _write(self, operation: Operation) -> None:
         attributes = dict(operation.attributes)
         if operation.kind in ("conv2d", "linear"):
-            self.layers[_key(operation.name)] = self._layer(operation)
+            self.layers[key(operation.name)] = self._layer(operation)
             attributes = {}
         elif operation.kind == "add":
             attributes = {"output_min": operation.minimum, "output_max": operation.maximum}
         flat = attributes.pop("flat", False)
         if operation.kind not in PASSING and operation.weight is None:
-            self.step_scales[_key(operation.name)] = self.scales[operation.output]
+            self.step_scales[key(operation.name)] = self.plan.scales[operation.output]
         position = self._step(operation.kind, operation.name, operation.inputs, operation.residual, attributes)
         self.positions[operation.output] = position
         if flat:
@@ -162,7 +137,7 @@ class _SegmentWriter:
     ) -> int:
         inputs = tuple(self._position(source) for source in sources)
         added = None if residual is None else self._position(residual)
-        self.steps.append(Step(kind, _key(name), inputs, added, attributes or {}))
+        self.steps.append(Step(kind, key(name), inputs, added, attributes or {}))
         return len(self.steps) - 1
 
     def _position(self, node: Node) -> int:
@@ -171,17 +146,17 @@ class _SegmentWriter:
             name = f"input_{len(self.inputs)}"
             value = node.meta["val"]
             self.inputs.append(node)
-            self.step_scales[name] = scale_of(node, self.fusion, self.scales)
+            self.step_scales[name] = self.plan.scale_of(node)
             attributes = {"channels": int(value.shape[1]), "rank": value.ndim}
-            kind = "input" if node in self.fusion.operations else "quantize"
+            kind = "input" if node in self.plan.fusion.operations else "quantize"
             self.positions[node] = self._step(kind, name, [], None, attributes)
         return self.positions[node]
 
     def _layer(self, operation: Operation) -> nn.Module:
-        source = scale_of(operation.inputs[0], self.fusion, self.scales)
+        source = self.plan.scale_of(operation.inputs[0])
         assert operation.weight is not None
-        weight, weight_scale = quantize_weight(operation.weight, operation.bias, source.scale, self.config)
-        result = None if self.fusion.gives_float(operation) else self.scales[operation.output]
+        weight, weight_scale = quantize_weight(operation.weight, operation.bias, source.scale, self.plan.config)
+        result = None if self.plan.fusion.gives_float(operation) else self.plan.scales[operation.output]
         make: Any = Int8Conv2d if operation.kind == "conv2d" else Int8Linear
         try:
             layer: nn.Module = make(
@@ -202,7 +177,3 @@ class _SegmentWriter:
                 f"{operation.name}: {refusal}; Int8Config(exclude=({operation.name!r},)) keeps the layer float"
             ) from refusal
         return layer
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "_")

@@ -49,6 +49,7 @@ class Operation:
 
     kind: Kind
     name: str
+    layer: Node  # the node that was matched, before anything was fused to it
     output: Node
     inputs: list[Node]
     weight: Tensor | None = None
@@ -136,7 +137,7 @@ def _match_layer(graph: GraphModule, node: Node, made: dict[Node, Operation]) ->
     if node.target is aten.linear.default:
         if _rank(source) != 2:
             return "a linear layer over more than one axis has no int8 form"
-        return Operation("linear", name, node, [source], weight, bias)
+        return Operation("linear", name, node, node, [source], weight, bias)
     padding = padding_of(node, weight)
     if padding is None or _rank(source) != 4:
         return "its padding or rank is not fixed"
@@ -153,7 +154,7 @@ def _match_layer(graph: GraphModule, node: Node, made: dict[Node, Operation]) ->
         "dilation": tuple(pair(values["dilation"])),
         "groups": values["groups"],
     }
-    return Operation("conv2d", name, node, [source], weight, bias, attributes=attributes)
+    return Operation("conv2d", name, node, node, [source], weight, bias, attributes=attributes)
 
 
 def _match_clamp(node: Node, made: dict[Node, Operation]) -> Operation | str:
@@ -169,7 +170,7 @@ def _match_clamp(node: Node, made: dict[Node, Operation]) -> Operation | str:
     if fusible:
         del made[source]
     else:
-        producer = Operation("rescale", layer_name(node), node, [source])
+        producer = Operation("rescale", layer_name(node), node, node, [source])
     producer.minimum = None if minimum is None else float(minimum)
     producer.maximum = None if maximum is None else float(maximum)
     producer.output = node
@@ -190,7 +191,7 @@ def _match_add(node: Node, made: dict[Node, Operation]) -> Operation | str:
             del made[source]
             producer.residual, producer.output = other, node
             return producer
-    return Operation("add", layer_name(node) or "add", node, [left, right])
+    return Operation("add", layer_name(node) or "add", node, node, [left, right])
 
 
 def _match_flatten(node: Node, made: dict[Node, Operation]) -> Operation | str:
@@ -253,7 +254,7 @@ def _passive(
     """An operation that is worth int8 only between int8 operations."""
     if any(source not in made for source in inputs):
         return _float_input(node)
-    return Operation(kind, layer_name(node) or kind, node, inputs, attributes=attributes or {})
+    return Operation(kind, layer_name(node) or kind, node, node, inputs, attributes=attributes or {})
 
 
 def _readers(graph: GraphModule, operations: dict[Node, Operation]) -> dict[Node, list[Node]]:
@@ -276,7 +277,7 @@ def _drop_unprofitable(graph: GraphModule, operations: dict[Node, Operation], re
         operation = operations[node]
         read_in_int8 = any(node in other.sources for other in operations.values())
         if operation.kind not in ("conv2d", "linear") and not read_in_int8:
-            reasons[node] = "nothing that runs in int8 reads it"
+            reasons[node] = reasons[operation.layer] = "nothing that runs in int8 reads it"
             del operations[node]
 
 

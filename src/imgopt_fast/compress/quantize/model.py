@@ -1,19 +1,16 @@
 """`quantize`, and the network that it returns."""
 
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from imgopt_fast.compress.quantize.calibrate import choose_scale, images_of, observe
 from imgopt_fast.compress.quantize.config import Int8Config
-from imgopt_fast.compress.quantize.convert import convert, scaled_nodes, share_concat_scales
-from imgopt_fast.compress.quantize.fold import fold
-from imgopt_fast.compress.quantize.fuse import fuse
+from imgopt_fast.compress.quantize.convert import convert
+from imgopt_fast.compress.quantize.plan import Plan
+from imgopt_fast.compress.quantize.prepare import make_plan
 from imgopt_fast.compress.quantize.report import QuantizationReport, describe, log_once, speed_note
-from imgopt_fast.compress.quantize.trace import trace
 from imgopt_fast.nn import Int8Segment
 
 
@@ -67,23 +64,16 @@ def quantize(model: nn.Module, calibration: Iterable[Any], config: Int8Config | 
             cannot be traced, or a layer whose sums could overflow; the message names the layer and the way out.
         TypeError: batches that are not floating tensors.
     """
-    config = config or Int8Config()
-    batches = images_of(calibration, model)
-    first = next(batches, None)
-    if first is None:
-        raise ValueError("calibration: expected at least one batch of images, got none")
-    graph, image_size = trace(model, first)
-    fold(graph)
-    fusion = fuse(graph, config.exclude)
-    names = {node: operation.name for node, operation in fusion.operations.items()}
-    histograms = observe(graph, scaled_nodes(fusion), chain([first], batches), names)
-    scales = {node: choose_scale(histogram, config) for node, histogram in histograms.items()}
-    share_concat_scales(fusion, scales)
-    network = convert(graph, fusion, scales, config)
+    return to_int8(make_plan(model, calibration, config or Int8Config()))
+
+
+def to_int8(plan: Plan, attributes: nn.Module | None = None) -> Int8Model:
+    """The network of a plan, with its report; `attributes` as for `convert`."""
+    network = convert(plan, attributes)
     segments = sum(isinstance(part, Int8Segment) for part in network.children())
-    report = describe(graph, fusion, segments)
+    report = describe(plan.graph, plan.fusion, segments)
     note = speed_note()
     if note is not None:
         report.notes.append(note)
         log_once(note)
-    return Int8Model(network, report, image_size)
+    return Int8Model(network, report, plan.image_size)

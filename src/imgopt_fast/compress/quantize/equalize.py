@@ -1,0 +1,114 @@
+"""Cross-layer equalization: channels of unlike range share one activation scale better when they are made alike.
+
+Between two layers with nothing but a ReLU or a pool in between, channel c may be divided by s[c] in the first and
+multiplied by s[c] in the second (Nagel et al. 2019). Weights have a scale per output channel here, so what there is to
+gain is the activation between the layers: s follows from its channel ranges. A depthwise second layer absorbs any s in
+its scales; a dense one shares a scale over its input channels, so there s balances activation and weight, each getting
+half of the unevenness (Xiao et al. 2023).
+"""
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from imgopt_fast.compress.quantize.fuse import Fusion, Operation
+from imgopt_fast.compress.quantize.trace import add_constant
+
+POOLS = ("max_pool2d", "avg_pool2d", "global_avg_pool2d", "flatten")
+LIMIT = 64.0  # a channel moves at most by this factor: beyond it a rarely active channel would set the scale for all
+
+
+@torch.no_grad()
+def equalize(graph: GraphModule, fusion: Fusion, images: Tensor) -> None:
+    """Equalize every pair of layers of `fusion`, in place, in it and in `graph`; the ranges are those on `images`.
+
+    A clamp from above, as in ReLU6, stays exact on `images`: channels that reach it are not moved.
+    """
+    pairs = [(first, second) for first in fusion.operations.values() if (second := _partner(first, fusion))]
+    for first, second in pairs:
+        assert first.weight is not None
+        assert second.weight is not None
+        factor = _factors(_channel_range(graph, first.output, images), first, second)
+        first.weight = first.weight / factor.view(-1, *[1] * (first.weight.ndim - 1))
+        first.bias = None if first.bias is None else first.bias / factor
+        second.weight = second.weight * _as_input(factor, second)
+        for operation in (first, second):
+            _store(graph, operation)
+    graph.recompile()
+
+
+def _partner(first: Operation, fusion: Fusion) -> Operation | None:
+    """The layer that alone reads `first`, through nothing but operations that commute with scaling a channel."""
+    if first.weight is None or first.residual is not None or (first.clamped and first.minimum != 0):
+        return None
+    node = first.output
+    while True:
+        readers = fusion.readers[node]
+        reader = fusion.operations.get(readers[0]) if len(readers) == 1 else None
+        if reader is None or reader.residual is node:
+            return None
+        if reader.weight is not None:
+            groups = reader.attributes.get("groups", 1)
+            return reader if reader.weight.shape[1] * groups == len(first.weight) else None
+        if reader.kind not in POOLS:
+            return None
+        node = reader.output
+
+
+def _channel_range(graph: GraphModule, node: Node, images: Tensor) -> Tensor:
+    """Largest magnitude of every channel of `node`."""
+    found: list[Tensor] = []
+
+    class Watch(Interpreter):
+        def run_node(self, n: Node) -> object:
+            result = super().run_node(n)
+            if n is node:
+                found.append(result.abs().amax([axis for axis in range(result.ndim) if axis != 1]))
+            return result
+
+    Watch(graph).run(images)
+    return found[0]
+
+
+def _factors(ranges: Tensor, first: Operation, second: Operation) -> Tensor:
+    """What to divide each channel by."""
+    assert second.weight is not None
+    relative = ranges / ranges.max().clamp(min=torch.finfo(ranges.dtype).tiny)
+    if second.attributes.get("groups", 1) == len(ranges):
+        factor = relative
+    else:
+        weight = _per_input(second.weight, second.attributes.get("groups", 1))
+        factor = torch.sqrt(relative / (weight / weight.max()).clamp(min=1e-6))
+    factor = factor.clamp(1 / LIMIT, LIMIT)
+    still = ranges == 0
+    if first.maximum is not None:
+        still |= ranges >= 0.999 * first.maximum
+        factor = torch.maximum(factor, ranges / first.maximum)
+    return torch.where(still, torch.ones_like(factor), factor)
+
+
+def _per_input(weight: Tensor, groups: int) -> Tensor:
+    """Largest magnitude among the weights that read each input channel."""
+    if weight.ndim == 2:
+        return weight.abs().amax(0)
+    return torch.flatten(weight.abs().amax((2, 3)).reshape(groups, -1, weight.shape[1]).amax(1))
+
+
+def _as_input(factor: Tensor, layer: Operation) -> Tensor:
+    """Per-channel factors in the shape that multiplies the weight of the layer that reads the channels."""
+    assert layer.weight is not None
+    if layer.weight.ndim == 2:
+        return factor
+    groups = layer.attributes["groups"]
+    rows = factor.view(groups, -1).repeat_interleave(len(layer.weight) // groups, 0)
+    return rows[:, :, None, None]
+
+
+def _store(graph: GraphModule, operation: Operation) -> None:
+    """Let the float graph compute with the operation's weight and bias."""
+    assert operation.weight is not None
+    node = operation.layer
+    arguments = list(node.args) + [None] * (3 - len(node.args))
+    arguments[1] = add_constant(graph, node, operation.weight)
+    arguments[2] = None if operation.bias is None else add_constant(graph, node, operation.bias)
+    node.args = tuple(arguments)

@@ -1,0 +1,50 @@
+"""From a model and calibration batches to a plan: trace, fold, fuse, equalize, observe, choose scales, correct."""
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+
+from imgopt_fast.compress.quantize.calibrate import Scale, choose_scale, images_of, observe
+from imgopt_fast.compress.quantize.config import Int8Config
+from imgopt_fast.compress.quantize.correct import correct_bias
+from imgopt_fast.compress.quantize.equalize import equalize
+from imgopt_fast.compress.quantize.fold import fold
+from imgopt_fast.compress.quantize.fuse import PASSING, Fusion, fuse
+from imgopt_fast.compress.quantize.plan import Plan, scaled_nodes
+from imgopt_fast.compress.quantize.trace import trace
+
+# Images of the first batch on which biases are corrected and channels equalized. Their activations are held in memory
+# for two networks at once; a channel's mean over 32 images is far closer than the rounding that it corrects.
+SAMPLE = 32
+
+
+def make_plan(model: nn.Module, calibration: Iterable[Any], config: Int8Config) -> Plan:
+    """Trace and calibrate `model`; arguments and errors are those of `quantize`."""
+    batches = images_of(calibration, model)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("calibration: expected at least one batch of images, got none")
+    graph, image_size = trace(model, first)
+    fold(graph)
+    fusion = fuse(graph, config.exclude)
+    names = {node: operation.name for node, operation in fusion.operations.items()}
+    if config.equalize:
+        equalize(graph, fusion, first[:SAMPLE])
+    histograms = observe(graph, scaled_nodes(fusion), chain([first], batches), names)
+    scales = {node: choose_scale(histogram, config) for node, histogram in histograms.items()}
+    _share_concat_scales(fusion, scales)
+    plan = Plan(graph, image_size, fusion, scales, config)
+    if config.bias_correction:
+        correct_bias(plan, first[:SAMPLE])
+    return plan
+
+
+def _share_concat_scales(fusion: Fusion, scales: dict[Node, Scale]) -> None:
+    """Give what only a concat reads the scale of the concat: its values are then copied, not rounded again."""
+    for node, operation in fusion.operations.items():
+        for source in operation.inputs if operation.kind == "concat" else ():
+            if fusion.operations[source].kind not in PASSING and set(fusion.readers[source]) == {node}:
+                scales[source] = scales[node]

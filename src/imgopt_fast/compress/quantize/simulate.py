@@ -1,0 +1,129 @@
+"""The float graph with its int8 operations rounding as the kernels do, in float arithmetic and differentiable.
+
+What quantization-aware training, bias correction and the sensitivity analysis share. Rounding passes gradients straight
+through, a value that saturates passes none (Bengio et al. 2013; Jacob et al. 2018). It differs from the kernels in the
+order of float sums only, so a value can land on the other side of a rounding boundary: one step.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Node, map_arg
+
+from imgopt_fast.compress.quantize.calibrate import LEVELS, Scale
+from imgopt_fast.compress.quantize.convert import copy_attribute, key
+from imgopt_fast.compress.quantize.fuse import PASSING, Operation
+from imgopt_fast.compress.quantize.plan import Plan
+from imgopt_fast.compress.quantize.weights import quantize_weight
+
+Values = dict[Node, Any]
+
+
+class Simulation(nn.Module):
+    """Runs a plan. Its parameters are the folded weights and biases of the int8 layers and those of the float parts.
+
+    `rounded` decides for each operation whether it rounds; at first all do.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.rounded: Callable[[Operation], bool] = _always
+        self.layers = nn.ModuleDict()
+        self.floats = nn.Module()
+        for node in plan.order:
+            operation = plan.fusion.operations.get(node)
+            if node.op == "get_attr":
+                copy_attribute(plan.graph, self.floats, str(node.target), trainable=True)
+            elif operation is not None and operation.weight is not None:
+                layer = self.layers[key(operation.name)] = nn.Module()
+                bias = operation.weight.new_zeros(len(operation.weight)) if operation.bias is None else operation.bias
+                layer.weight = nn.Parameter(operation.weight.detach().clone())
+                layer.bias = nn.Parameter(bias.detach().clone())
+
+    def forward(self, images: Tensor) -> Any:
+        values: Values = {}
+        for node in self.plan.order:
+            self.step(node, values, images)
+        return map_arg(self.plan.output.args[0], values.__getitem__)
+
+    def step(self, node: Node, values: Values, images: Tensor) -> None:
+        """Compute the value of `node`, and forget those that nothing reads any more."""
+        operation = self.plan.fusion.operations.get(node)
+        if operation is not None:
+            values[node] = self.finish(operation, self.sums(operation, values), values)
+        elif node.op == "placeholder":
+            values[node] = images
+        elif node.op == "get_attr":
+            values[node] = operator.attrgetter(str(node.target))(self.floats)
+        else:
+            function: Any = node.target
+            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = function(*args, **kwargs)
+        for dead in self.plan.last_read.get(node, ()):
+            values.pop(dead, None)
+
+    def sums(self, operation: Operation, values: Values) -> Tensor:
+        """What the operation computes before residual, clamp and rounding."""
+        inputs = [self._read(operation, source, values) for source in operation.inputs]
+        attributes = operation.attributes
+        if operation.weight is not None:
+            parameters = self._weights(operation)
+            if operation.kind == "linear":
+                return F.linear(inputs[0], *parameters)
+            (top, bottom), (left, right) = attributes["padding"]
+            padded = F.pad(inputs[0], (left, right, top, bottom))
+            stride, dilation, groups = (attributes[name] for name in ("stride", "dilation", "groups"))
+            return F.conv2d(padded, *parameters, stride, 0, dilation, groups)
+        if operation.kind == "add":
+            return torch.add(*inputs)
+        if operation.kind == "concat":
+            return torch.cat(inputs, 1)
+        if operation.kind == "max_pool2d":
+            pooled: Tensor = F.max_pool2d(inputs[0], **attributes)
+            return pooled
+        if operation.kind == "avg_pool2d":
+            return F.avg_pool2d(inputs[0], **attributes)
+        if operation.kind == "global_avg_pool2d":
+            return torch.mean(inputs[0], (2, 3), keepdim=not attributes["flat"])
+        return torch.flatten(inputs[0], 1) if operation.kind == "flatten" else inputs[0]
+
+    def finish(self, operation: Operation, sums: Tensor, values: Values) -> Tensor:
+        """Residual, clamp, and rounding to the output's scale."""
+        if operation.residual is not None:
+            sums = sums + self._read(operation, operation.residual, values)
+        if operation.minimum is not None or operation.maximum is not None:
+            sums = sums.clamp(operation.minimum, operation.maximum)
+        stays = operation.kind in PASSING or self.plan.fusion.gives_float(operation)
+        return sums if stays or not self.rounded(operation) else fake_quantize(sums, self.plan.scales[operation.output])
+
+    def _read(self, operation: Operation, source: Node, values: Values) -> Tensor:
+        value: Tensor = values[source]
+        producer = self.plan.fusion.operations.get(source)
+        if not self.rounded(operation) or (producer is not None and self.rounded(producer)):
+            return value
+        return fake_quantize(value, self.plan.scale_of(source))
+
+    def _weights(self, operation: Operation) -> tuple[Tensor, Tensor]:
+        layer: Any = self.layers[key(operation.name)]
+        if not self.rounded(operation):
+            return layer.weight, layer.bias
+        step = self.plan.scale_of(operation.inputs[0]).scale
+        stored, scale = quantize_weight(layer.weight, layer.bias, step, self.plan.config)
+        weight = stored.to(layer.weight.dtype) * scale.view(-1, *[1] * (stored.ndim - 1))
+        bias = torch.round(layer.bias.detach() / (step * scale)) * (step * scale)
+        return layer.weight + (weight - layer.weight).detach(), layer.bias + (bias - layer.bias).detach()
+
+
+def fake_quantize(values: Tensor, scale: Scale) -> Tensor:
+    """`values` as uint8 would hold them, in real units; the gradient is that of the clamp to the range."""
+    inside = values.clamp(-scale.zero_point * scale.scale, (LEVELS - scale.zero_point) * scale.scale)
+    return inside + (torch.round(inside / scale.scale) * scale.scale - inside).detach()
+
+
+def _always(operation: Operation) -> bool:
+    return True
