@@ -1,7 +1,8 @@
 // Times the probe kernels of the active instruction set. A rate is what the machine can do, so the best of several
 // short runs counts, and every run is checked: the arithmetic loops count their own multiply-adds (each product is
 // 1), the memory loops return a sum that only a complete pass gives.
-#include <chrono>
+#include <time.h>
+
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -18,11 +19,18 @@ constexpr int kMemoryRepeats = 4;
 constexpr int64_t kSmallest = 64 << 10;
 constexpr int64_t kDramLimit = 256 << 20;  // bytes; a last-level cache of more than a quarter of it is not outrun
 
+// The time that this thread has spent on a core: other programs on a busy machine do not count.
+double thread_seconds() {
+    timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
 template <class Run>
 double seconds(const Run& run) {
-    const auto start = std::chrono::steady_clock::now();
+    const double start = thread_seconds();
     run();
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    return thread_seconds() - start;
 }
 
 // Operations per second of an arithmetic loop; a multiply-add is two.
