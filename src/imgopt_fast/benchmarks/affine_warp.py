@@ -1,0 +1,278 @@
+"""affine_warp against affine_grid + grid_sample, OpenCV, kornia and albumentations.
+
+A batch of 64 uint8 RGB images of 224 x 224, each with its own rotation of up to 30 degrees about the centre and scale
+of 0.8 to 1.2, unless the name says otherwise. OpenCV runs in a loop over the batch, which is how it is used; the
+conversion to what a network takes is charged to every contestant of a case that ends there. The images are smooth
+with a little noise, as photographs are.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from imgopt_fast import _native
+from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
+from imgopt_fast.ops.affine_warp import affine_warp
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Their coordinates are float32 and their weights are rounded: a uint8 result may fall on the other side of a half.
+ONE_LEVEL = Agreement(1.0, outliers=1e-3)
+# 0.02 of 255 levels, over the smallest std; bfloat16 rounds a value of up to 2.7 by 2^-8 of itself.
+NORMALIZED = {torch.float32: Agreement(1e-3, outliers=1e-3), torch.bfloat16: Agreement(0.02, outliers=1e-3)}
+CV2_BORDER = {
+    "constant": "BORDER_CONSTANT",
+    "edge": "BORDER_REPLICATE",
+    "reflect": "BORDER_REFLECT_101",
+    "symmetric": "BORDER_REFLECT",
+}
+TORCH_PADDING = {"constant": "zeros", "edge": "border", "reflect": "reflection", "symmetric": "reflection"}
+
+
+@dataclass(eq=False)
+class WarpCase(Case):
+    """One warp of a batch; with `dtype` the result is normalised and NCHW, without it uint8 and channels_last."""
+
+    subject: ClassVar[str] = "affine_warp"
+    name: str
+    quick: bool = False
+    batch: int = 64
+    side: int = 224
+    channels: int = 3
+    interpolation: str = "bilinear"
+    padding_mode: str = "constant"
+    perspective: bool = False
+    dtype: torch.dtype | None = None
+    threads: int | None = None
+    isa: str | None = None
+    goals: Mapping[str, float] | None = None
+
+    @cached_property
+    def images(self) -> torch.Tensor:
+        return photographs(self.batch, self.channels, self.side)
+
+    @cached_property
+    def matrix(self) -> torch.Tensor:
+        return draw_matrices(self.batch, self.side, self.perspective)
+
+    @cached_property
+    def normalization(self) -> dict[str, Any]:
+        if self.dtype is None:
+            return {}
+        # Contiguous: the layout of the uint8 input is channels_last, that of the chains' results is NCHW.
+        return {"mean": MEAN, "std": STD, "dtype": self.dtype, "memory_format": torch.contiguous_format}
+
+    def ours(self) -> Runner:
+        images, matrix, more = self.images, self.matrix, self.normalization
+        options: dict[str, Any] = {"interpolation": self.interpolation, "padding_mode": self.padding_mode, **more}
+        return Runner(lambda: affine_warp(images, matrix, **options))
+
+    def work(self) -> Work:
+        # Every source pixel that a turned and scaled image touches is read once (about all of them), every output
+        # element written once. The arithmetic hides behind it only on a machine with wide vectors; no bound counts.
+        pixels = self.batch * self.channels * self.side**2
+        out_bytes = 1 if self.dtype is None else self.dtype.itemsize
+        return Work(bytes_read=pixels, bytes_written=pixels * out_bytes)
+
+    def peers(self) -> Mapping[str, Callable[[], Runner]]:
+        peers: dict[str, Callable[[], Runner]] = {"torch": self.with_torch, "opencv": self.with_opencv}
+        if self.perspective:
+            del peers["torch"]  # affine_grid knows no homography
+        elif self.dtype is not None:
+            peers["torch chain"] = self.with_torch_chain
+        if self.threads == 2:
+            peers["ours, one thread"] = self.one_thread
+        elif (self.interpolation, self.padding_mode, self.dtype, self.isa) == ("bilinear", "constant", None, None):
+            peers["kornia"] = self.with_kornia
+        return peers
+
+    @property
+    def reference(self) -> str:  # type: ignore[override]
+        return "opencv" if self.perspective else "torch"
+
+    def goal(self, name: str) -> float | None:
+        return (self.goals or {}).get(name)
+
+    def with_torch(self) -> Runner:
+        """affine_grid + grid_sample alone, on images that are float32 and NCHW already."""
+        images = self.images.float().contiguous()
+        sample = self.sampler()
+        agreement = self.agreement()
+        return Runner(lambda: sample(images), agreement, self.finish_levels, self.goal("torch"))
+
+    def with_torch_chain(self) -> Runner:
+        """From the same uint8 batch to the same normalised batch."""
+        images, sample, finish = self.images, self.sampler(), self.normalizer()
+        return Runner(lambda: finish(sample(images.float())), self.agreement(), goal=self.goal("torch chain"))
+
+    def sampler(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        theta = affine_grid_theta(self.matrix, self.side)
+        shape = [self.batch, self.channels, self.side, self.side]
+        # "symmetric" mirrors about the pixel's outer edge, which grid_sample does with align_corners=False.
+        aligned = self.padding_mode != "symmetric"
+        theta = theta if aligned else affine_grid_theta(self.matrix, self.side, aligned=False)
+
+        def sample(images: torch.Tensor) -> torch.Tensor:
+            grid = F.affine_grid(theta, shape, align_corners=aligned)
+            padding = TORCH_PADDING[self.padding_mode]
+            return F.grid_sample(images, grid, self.interpolation, padding, align_corners=aligned)
+
+        return sample
+
+    def normalizer(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Levels to normalised values in `dtype`, in place where it can be."""
+        scale = torch.tensor([1 / (255 * s) for s in STD]).view(1, 3, 1, 1)
+        offset = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)]).view(1, 3, 1, 1)
+        assert self.dtype is not None
+        dtype = self.dtype
+        return lambda levels: levels.mul_(scale).add_(offset).to(dtype)
+
+    def finish_levels(self, levels: torch.Tensor) -> torch.Tensor:
+        """Float levels as the result that ours is compared with."""
+        if self.dtype is None:
+            return levels.round().clamp(0, 255)
+        return self.normalizer()(levels.clone().contiguous())
+
+    def agreement(self) -> Agreement:
+        if self.dtype is not None:
+            return NORMALIZED[self.dtype]
+        # Nearest: a coordinate near a half picks another pixel.
+        return Agreement(1.0, outliers=5e-3) if self.interpolation == "nearest" else ONE_LEVEL
+
+    def with_opencv(self) -> Runner:
+        cv2 = import_module("cv2")
+        source = self.images.permute(0, 2, 3, 1).numpy()
+        matrices = self.matrix.double().numpy()
+        flags = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+        how = flags[self.interpolation] | cv2.WARP_INVERSE_MAP
+        border = getattr(cv2, CV2_BORDER[self.padding_mode])
+        warp = cv2.warpPerspective if self.perspective else cv2.warpAffine
+        target = torch.empty(source.shape, dtype=torch.uint8)
+        views = list(target.numpy())
+        size = (self.side, self.side)
+
+        def levels() -> torch.Tensor:
+            for image, matrix, view in zip(source, matrices, views, strict=True):
+                warp(image, matrix, size, dst=view, flags=how, borderMode=border)
+            return target.permute(0, 3, 1, 2)
+
+        # Its cubic kernel and its older linear one have weights in 1/32 pixel steps.
+        agreement = self.agreement() if self.interpolation != "bicubic" else Agreement(4.0, outliers=0.01)
+        if self.dtype is None:
+            return Runner(levels, agreement, goal=self.goal("opencv"))
+        finish, layout = self.normalizer(), torch.contiguous_format
+
+        def chain() -> torch.Tensor:
+            return finish(levels().to(torch.float32, memory_format=layout))
+
+        # Its warp has rounded to uint8 before the normalisation: half a level more.
+        rounded = Agreement(agreement.bound + 0.51 / (255 * min(STD)), agreement.outliers)
+        return Runner(chain, rounded, goal=self.goal("opencv"))
+
+    def with_kornia(self) -> Runner:
+        transform = import_module("kornia.geometry.transform")
+        images, size = self.images.float().contiguous(), (self.side, self.side)
+        matrix = torch.eye(3).repeat(self.batch, 1, 1)
+        matrix[:, : self.matrix.shape[1]] = self.matrix
+        forward = torch.linalg.inv(matrix.double()).float()  # kornia's maps input to output
+        if self.perspective:
+            return Runner(
+                lambda: transform.warp_perspective(images, forward, size, self.interpolation, align_corners=True),
+                Agreement(1.0, outliers=0.02),
+                self.finish_levels,
+            )
+        affine = forward[:, :2].contiguous()
+        return Runner(
+            lambda: transform.warp_affine(images, affine, size, self.interpolation, align_corners=True),
+            Agreement(self.agreement().bound, outliers=0.02),
+            self.finish_levels,
+        )
+
+    def one_thread(self) -> Runner:
+        ours = self.ours()
+
+        def call() -> Any:
+            torch.set_num_threads(1)
+            try:
+                return ours.call()
+            finally:
+                torch.set_num_threads(2)
+
+        return Runner(call, goal=self.goal("ours, one thread"))
+
+
+@dataclass(eq=False)
+class TwinCase(WarpCase):
+    """The Numba twin instead of the compiled kernel, called with the operation's positional arguments."""
+
+    def ours(self) -> Runner:
+        fallback = import_module("imgopt_fast.ops.affine_warp.fallback")
+        images, matrix, size = self.images, self.matrix, [self.side, self.side]
+        fill, layout = [0.0] * self.channels, torch.channels_last
+        how: tuple[Any, ...] = (self.interpolation, self.padding_mode, fill, False, None, None, [], [], None, layout)
+        return Runner(lambda: fallback.affine_warp(images, matrix, size, *how))
+
+
+def photographs(batch: int, channels: int, side: int) -> torch.Tensor:
+    """Smooth uint8 images with a little noise, channels_last."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand(batch, channels, max(2, side // 8), max(2, side // 8), generator=generator)
+    smooth = F.interpolate(coarse, (side, side), mode="bilinear", align_corners=True) * 240
+    noise = torch.rand(batch, channels, side, side, generator=generator) * 15
+    return (smooth + noise).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+
+
+def draw_matrices(batch: int, side: int, perspective: bool) -> torch.Tensor:
+    """Output-to-input matrices: rotation of up to 30 degrees about the centre, scale 0.8 to 1.2."""
+    generator = torch.Generator().manual_seed(2)
+    angle = (torch.rand(batch, generator=generator, dtype=torch.float64) * 2 - 1) * math.pi / 6
+    scale = 1 / (0.8 + 0.4 * torch.rand(batch, generator=generator, dtype=torch.float64))
+    cos, sin, centre = scale * angle.cos(), scale * angle.sin(), (side - 1) / 2
+    rows = [cos, -sin, centre - cos * centre + sin * centre, sin, cos, centre - sin * centre - cos * centre]
+    matrix = torch.stack(rows, dim=1).view(batch, 2, 3)
+    if perspective:
+        tilt = (torch.rand(batch, 1, 2, generator=generator, dtype=torch.float64) * 2 - 1) * 0.2 / side
+        matrix = torch.cat([matrix, torch.cat([tilt, torch.ones(batch, 1, 1, dtype=torch.float64)], dim=2)], dim=1)
+    return matrix.float()
+
+
+def affine_grid_theta(matrix: torch.Tensor, side: int, *, aligned: bool = True) -> torch.Tensor:
+    """`matrix`, which maps pixels to pixels, in the units of affine_grid, where the image spans [-1, 1]."""
+    half = (side - 1) / 2 if aligned else side / 2  # pixels per unit; the centre is at (side - 1) / 2 in both
+    centre = (side - 1) / 2
+    to_pixels = torch.tensor([[half, 0, centre], [0, half, centre], [0, 0, 1]], dtype=torch.float64)
+    full = torch.cat([matrix.double(), torch.tensor([[[0.0, 0.0, 1.0]]]).double().expand(len(matrix), 1, 3)], dim=1)
+    theta: torch.Tensor = torch.linalg.inv(to_pixels) @ full @ to_pixels
+    return theta[:, :2].float()
+
+
+def _cases() -> list[Case]:
+    four = {"opencv": 4.0}
+    found: list[Case] = [
+        WarpCase("bilinear uint8 -> uint8", quick=True, goals={"opencv": 8.0, "torch": 45.0}),
+        WarpCase("fused -> bfloat16 NCHW", dtype=torch.bfloat16, goals={"opencv": 10.0}),
+        WarpCase("fused -> float32 NCHW", quick=True, dtype=torch.float32, goals={"opencv": 7.0, "torch": 45.0}),
+        WarpCase("nearest", interpolation="nearest", goals=four),
+        WarpCase("bicubic", interpolation="bicubic", goals=four),
+        WarpCase("homography", perspective=True, goals=four),
+        WarpCase("edge border", padding_mode="edge", goals=four),
+        WarpCase("reflect border", padding_mode="reflect", goals=four),
+        WarpCase("symmetric border", padding_mode="symmetric", goals=four),
+        WarpCase("1 channel", channels=1, goals=four),
+        WarpCase("4 channels", channels=4, goals=four),
+        WarpCase("512 images of 32 x 32", batch=512, side=32, quick=True, goals=four),
+    ]
+    if "avx2" in _native.supported_isas():
+        found.append(WarpCase("AVX2 forced", isa="avx2", goals={"opencv": 3.0}))
+    if _native.core() is not None:
+        found.append(WarpCase("two threads", threads=2, goals={"ours, one thread": 1.8}))
+    found.append(TwinCase("Numba twin", batch=16, goals={"torch": 2.0}))
+    return found
+
+
+CASES = _cases()

@@ -1,0 +1,277 @@
+"""int8_conv2d against torch's quantized engines, onnxruntime and OpenVINO on the convolutions of real networks.
+
+Every contestant computes the same quantized layer: uint8 activations, int8 weights with a scale per output channel,
+int32 bias, ReLU by saturation, uint8 output. Each gets the layout that it likes best, untimed: channels_last for
+torch, OpenVINO and ours, NCHW for onnxruntime. OpenVINO quantizes its input inside (onnx_models.py says why), a few
+per cent of its time. Weights are packed before the clock starts, as in a deployed network.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from imgopt_fast import _native
+from imgopt_fast.benchmarks import onnx_models
+from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
+from imgopt_fast.ops.int8_conv2d import int8_conv2d, pack_int8_weight
+
+INPUT_SCALE = 0.02
+# The others round bias and product in another order: where the real result is near a half they may be one step off.
+ONE_STEP = Agreement(1.0)
+ENGINES = ("x86", "onednn", "fbgemm")
+
+
+class Layer(NamedTuple):
+    """A convolution: `channels` to `filters`, square kernel, `side` of the input, "same" padding for odd kernels."""
+
+    channels: int
+    filters: int
+    kernel: int
+    stride: int
+    side: int
+    groups: int = 1
+
+    @property
+    def padding(self) -> int:
+        return self.kernel // 2
+
+    @property
+    def out_side(self) -> int:
+        return (self.side + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.out_side**2 * self.filters * self.channels // self.groups * self.kernel**2
+
+    def __str__(self) -> str:
+        kind = f"dw {self.channels}" if self.groups == self.channels > 1 else f"{self.channels}->{self.filters}"
+        return f"{self.kernel}x{self.kernel} {kind} @{self.side}" + (f" /{self.stride}" if self.stride > 1 else "")
+
+
+@dataclass(eq=False)
+class ConvCase(Case):
+    """One layer at one batch size."""
+
+    subject: ClassVar[str] = "int8_conv2d"
+    layer: Layer
+    batch: int = 1
+    quick: bool = False
+    threads: int | None = None
+    isa: str | None = None
+    label: str = ""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.layer} N={self.batch}{self.label}"
+
+    @cached_property
+    def input(self) -> torch.Tensor:
+        shape = (self.batch, self.layer.channels, self.layer.side, self.layer.side)
+        generator = torch.Generator().manual_seed(1)
+        values = torch.randn(shape, generator=generator).mul_(60).clamp_(0, 255)  # what a ReLU leaves: half zeros
+        return values.to(torch.uint8).contiguous(memory_format=torch.channels_last)
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        layer, generator = self.layer, torch.Generator().manual_seed(2)
+        shape = (layer.filters, layer.channels // layer.groups, layer.kernel, layer.kernel)
+        return torch.randn(shape, generator=generator).mul_(40).round_().clamp_(-127, 127).to(torch.int8)
+
+    @cached_property
+    def weight_scale(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return 0.5e-3 * (1 + torch.rand(self.layer.filters, generator=generator))
+
+    @cached_property
+    def bias(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(4)
+        steps = torch.randint(-1000, 1000, (self.layer.filters,), generator=generator)
+        return steps * (INPUT_SCALE * self.weight_scale)  # whole steps, so that all round it to the same integers
+
+    @cached_property
+    def output_scale(self) -> float:
+        # Input and weights have root mean squares of about 42 and 40 steps; three deviations fill the range.
+        terms = self.layer.channels // self.layer.groups * self.layer.kernel**2
+        return 3 * 42 * 40 * math.sqrt(terms) * INPUT_SCALE * 0.75e-3 / 255
+
+    def ours(self) -> Runner:
+        layer, x, scale = self.layer, self.input, self.output_scale
+        packed = pack_int8_weight(
+            self.weight, self.weight_scale, self.bias, input_scale=INPUT_SCALE, groups=layer.groups
+        )
+        stride, padding = layer.stride, layer.padding
+        return Runner(lambda: int8_conv2d(x, packed, output_scale=scale, stride=stride, padding=padding))
+
+    def work(self) -> Work:
+        # Two operations per multiply-add of the layer as it is, without the padding of channels to a vector; the
+        # input that the stride reaches and the weights are read once, the output is written once.
+        layer = self.layer
+        reached = min(layer.side, layer.out_side * layer.stride if layer.kernel > 1 else layer.out_side) ** 2
+        outputs = self.batch * layer.filters * layer.out_side**2
+        weights = layer.filters * layer.channels // layer.groups * layer.kernel**2
+        return Work(
+            int8_ops=2.0 * self.batch * layer.multiply_adds,
+            bytes_read=self.batch * layer.channels * reached + weights,
+            bytes_written=outputs,
+        )
+
+    def peers(self) -> Mapping[str, Callable[[], Runner]]:
+        peers: dict[str, Callable[[], Runner]] = {"torch": self.with_torch_float}
+        if self.threads is not None:
+            return {**peers, "ours, one thread": self.one_thread}
+        for engine in ENGINES:
+            peers[f"torch {engine}"] = lambda engine=engine: self.with_torch_quantized(engine)  # type: ignore[misc]
+        return {**peers, "onnxruntime": self.with_onnxruntime, "openvino": self.with_openvino}
+
+    @property
+    def best_goal(self) -> float | None:
+        """Least ratio to the fastest quantized peer."""
+        if self.isa is not None or self.threads is not None:
+            return None
+        layer = self.layer
+        if layer.groups == layer.channels > 1:
+            return 2.5
+        if layer.kernel == 7:
+            return 1.5
+        return 1.3 if layer.kernel == 1 and layer.channels <= 64 else 0.95
+
+    def with_torch_float(self) -> Runner:
+        """F.conv2d in float32 on the dequantized values; its result is quantized for the comparison only."""
+        layer, scale = self.layer, self.output_scale
+        x = (self.input.float() * INPUT_SCALE).contiguous(memory_format=torch.channels_last)
+        weight = (self.weight.float() * self.weight_scale.view(-1, 1, 1, 1)).contiguous(
+            memory_format=torch.channels_last
+        )
+        bias, options = self.bias, {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
+        return Runner(
+            lambda: F.conv2d(x, weight, bias, **options),
+            ONE_STEP,
+            lambda real: (real / scale).round().clamp(0, 255),
+        )
+
+    def with_torch_quantized(self, engine: str) -> Runner:
+        layer, scale, before = self.layer, self.output_scale, torch.backends.quantized.engine
+        x = torch._make_per_tensor_quantized_tensor(self.input, INPUT_SCALE, 0)
+        scales, zeros = self.weight_scale.double(), torch.zeros(layer.filters, dtype=torch.long)
+        weight = torch._make_per_channel_quantized_tensor(self.weight, scales, zeros, 0)
+        torch.backends.quantized.engine = engine
+        try:
+            pair = [layer.stride] * 2, [layer.padding] * 2, [1, 1], layer.groups
+            packed = torch.ops.quantized.conv2d_prepack(weight, self.bias, *pair)
+        finally:
+            torch.backends.quantized.engine = before
+        conv = torch.ops.quantized.conv2d.new
+        return Runner(lambda: conv(x, packed, scale, 0), ONE_STEP, lambda quantized: quantized.int_repr())
+
+    def with_onnxruntime(self) -> Runner:
+        model = onnx_models.qlinear_conv(self.quantized_layer())
+        x = self.input.contiguous()
+        call = onnx_models.onnxruntime_call(model, x.numpy(), torch.get_num_threads())
+        return Runner(call, ONE_STEP, lambda output: torch.from_numpy(output))
+
+    def with_openvino(self) -> Runner:
+        model = onnx_models.qdq_conv(self.quantized_layer())
+        x = self.input.permute(0, 2, 3, 1).contiguous() * INPUT_SCALE
+        call = onnx_models.openvino_call(model, x.numpy(), torch.get_num_threads(), channels_last=True)
+        return Runner(call, ONE_STEP, lambda output: torch.from_numpy(output).permute(0, 3, 1, 2))
+
+    def quantized_layer(self) -> onnx_models.QuantizedConv:
+        layer = self.layer
+        steps = (self.bias.double() / (INPUT_SCALE * self.weight_scale.double())).round().to(torch.int32)
+        return onnx_models.QuantizedConv(
+            input_shape=tuple(self.input.shape),
+            weight=self.weight.numpy(),
+            weight_scale=self.weight_scale.numpy(),
+            bias=steps.numpy(),
+            input_scale=INPUT_SCALE,
+            output_scale=self.output_scale,
+            stride=layer.stride,
+            padding=layer.padding,
+            groups=layer.groups,
+        )
+
+    def one_thread(self) -> Runner:
+        ours = self.ours()
+
+        def call() -> Any:
+            torch.set_num_threads(1)
+            try:
+                return ours.call()
+            finally:
+                torch.set_num_threads(2)
+
+        return Runner(call, goal=1.7)
+
+
+def resnet50_layers() -> list[Layer]:
+    """The distinct convolutions of ResNet-50 at 224 x 224 (stride in the 3 x 3, as torchvision has it)."""
+    layers = [Layer(3, 64, 7, 2, 224)]
+    channels, side = 64, 56
+    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for block in range(min(blocks, 2)):  # later blocks repeat the second
+            step = stride if block == 0 else 1
+            layers.append(Layer(channels, width, 1, 1, side))
+            layers.append(Layer(width, width, 3, step, side))
+            layers.append(Layer(width, 4 * width, 1, 1, side // step))
+            if block == 0:
+                layers.append(Layer(channels, 4 * width, 1, step, side))
+            channels, side = 4 * width, side // step
+    return list(dict.fromkeys(layers))
+
+
+def mobilenet_v2_layers() -> list[Layer]:
+    """The distinct convolutions of MobileNetV2 at 224 x 224."""
+    layers = [Layer(3, 32, 3, 2, 224)]
+    channels, side = 32, 112
+    settings = (
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    )
+    for expansion, filters, blocks, stride in settings:
+        for block in range(blocks):
+            step, wide = (stride if block == 0 else 1), channels * expansion
+            if expansion > 1:
+                layers.append(Layer(channels, wide, 1, 1, side))
+            layers.append(Layer(wide, wide, 3, step, side, groups=wide))
+            layers.append(Layer(wide, filters, 1, 1, side // step))
+            channels, side = filters, side // step
+    layers.append(Layer(channels, 1280, 1, 1, side))
+    return list(dict.fromkeys(layers))
+
+
+# Depthwise 5 x 5 as EfficientNet-B0 has them.
+DEPTHWISE_5 = [Layer(144, 144, 5, 2, 56, groups=144), Layer(480, 480, 5, 1, 14, groups=480)]
+QUICK = {
+    Layer(3, 64, 7, 2, 224),
+    Layer(64, 64, 3, 1, 56),
+    Layer(64, 256, 1, 1, 56),
+    Layer(256, 256, 3, 1, 14),
+    Layer(512, 2048, 1, 1, 7),
+    Layer(96, 96, 3, 2, 112, groups=96),
+}
+
+
+def _cases() -> list[Case]:
+    layers = list(dict.fromkeys(resnet50_layers() + mobilenet_v2_layers())) + DEPTHWISE_5
+    found: list[Case] = [
+        ConvCase(layer, batch, quick=layer in QUICK and batch == 1) for batch in (1, 8) for layer in layers
+    ]
+    wide = Layer(128, 128, 3, 1, 28)
+    if "avx2" in _native.supported_isas():
+        found.append(ConvCase(wide, isa="avx2", label=", AVX2 forced"))
+    if _native.core() is not None:
+        found.append(ConvCase(wide, batch=8, threads=2, label=", two threads"))
+    return found
+
+
+CASES = _cases()

@@ -1,0 +1,352 @@
+"""masked_matmul against F.linear on w * m, torch's CSR (MKL) and scipy's CSR.
+
+Batch 256 and a 1024 x 1024 weight with a uniform random mask, unless the name says otherwise. "ideal dense" is an
+imagined float32 product at nine tenths of the FMA rate that the probe measures in the same run: on some processors
+torch's own F.linear is far from it, and beating a slow product is no achievement. Converting to a peer's sparse
+format is free for the peer, as packing is for ours; a product with w * m computed in every call is shown too, because
+that is what training with a mask costs otherwise.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch.nn import functional as F
+
+from imgopt_fast import _native
+from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
+from imgopt_fast.benchmarks.machine import Rates
+from imgopt_fast.ops.masked_matmul import mask_layout, masked_conv2d, masked_matmul, pack_masked_weight
+
+# Sums of a thousand float32 products in different orders, against the largest of them.
+FLOAT32 = Agreement(1e-5, relative=True)
+IDEAL_SHARE = 0.9
+
+PACKED_GOALS = {0.0: 0.97, 0.2: 1.1, 0.5: 1.5, 0.7: 2.0, 0.8: 2.7, 0.9: 4.8, 0.95: 7.8, 0.99: 20.0}
+TRAINING_GOALS = {0.5: 1.3, 0.8: 2.4, 0.9: 4.3, 0.95: 6.8, 0.99: 15.0}
+BLOCK_GOALS = {0.5: 1.9, 0.8: 4.6, 0.9: 8.5, 0.95: 14.0}
+WEIGHT_GRADIENT_GOALS = {0.8: 1.9, 0.9: 3.5, 0.95: 5.5}
+
+
+@dataclass(eq=False)
+class MatmulCase(Case):
+    """`input @ (weight * mask).T`: packed as for inference, or with a dense weight and a layout as in training."""
+
+    subject: ClassVar[str] = "masked_matmul"
+    form: Literal["packed", "training"]
+    sparsity: float
+    batch: int = 256
+    inputs: int = 1024
+    outputs: int = 1024
+    block: tuple[int, int] = (1, 1)
+    quick: bool = False
+    threads: int | None = None
+    isa: str | None = None
+    ideal_goal: float | None = None
+    never_slower: bool = False  # than F.linear on a weight that was masked before, within 5 % and 10 us
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        text = f"{self.form} {self.sparsity:.0%}"
+        if self.block != (1, 1):
+            text += f" blocks {self.block[0]}x{self.block[1]}"
+        if (self.batch, self.outputs, self.inputs) != (256, 1024, 1024):
+            text += f" {self.outputs}x{self.inputs} batch {self.batch}"
+        if self.isa:
+            text += f", {self.isa} forced"
+        return text + (", two threads" if self.threads == 2 else "")
+
+    @cached_property
+    def input(self) -> torch.Tensor:
+        return torch.randn(self.batch, self.inputs, generator=torch.Generator().manual_seed(1))
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        return torch.randn(self.outputs, self.inputs, generator=torch.Generator().manual_seed(2))
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        return random_mask(self.outputs, self.inputs, self.sparsity, self.block)
+
+    @cached_property
+    def masked_weight(self) -> torch.Tensor:
+        return self.weight * self.mask
+
+    def ours(self) -> Runner:
+        x, weight = self.input, self.weight
+        if self.form == "packed":
+            packed = pack_masked_weight(weight, self.mask)
+            return Runner(lambda: masked_matmul(x, packed))
+        layout = mask_layout(self.mask)
+        return Runner(lambda: masked_matmul(x, weight, layout))
+
+    def work(self) -> Work:
+        # A multiply-add per kept weight and sample; input and kept values are read once, the output is written once.
+        kept = int(self.mask.sum())
+        return Work(
+            flops=2.0 * kept * self.batch,
+            bytes_read=4.0 * (kept + self.batch * self.inputs),
+            bytes_written=4.0 * self.batch * self.outputs,
+        )
+
+    def ideals(self, rates: Rates) -> Mapping[str, tuple[float, float | None]]:
+        if self.threads == 2:
+            return {}
+        flops = 2.0 * self.batch * self.inputs * self.outputs
+        return {"ideal dense": (flops / (IDEAL_SHARE * rates.fma), self.ideal_goal)}
+
+    def peers(self) -> Mapping[str, Callable[[], Runner]]:
+        peers = {"torch": self.with_linear}
+        if self.threads == 2:
+            return {**peers, "ours, one thread": self.one_thread}
+        if self.form == "training":
+            peers["torch w*m"] = self.with_mask_product
+        if not self.never_slower:
+            peers |= {"torch csr": self.with_torch_csr, "scipy csr": self.with_scipy_csr}
+        return peers
+
+    def with_linear(self) -> Runner:
+        x, weight = self.input, self.masked_weight
+        slack = 10e-6 if self.never_slower else 0.0
+        goal = 1 / 1.05 if self.never_slower else None
+        return Runner(lambda: F.linear(x, weight), FLOAT32, goal=goal, slack=slack)
+
+    def with_mask_product(self) -> Runner:
+        x, weight, mask = self.input, self.weight, self.mask.float()
+        return Runner(lambda: F.linear(x, weight * mask), FLOAT32)
+
+    def with_torch_csr(self) -> Runner:
+        x, weight = self.input, self.masked_weight.to_sparse_csr()
+        return Runner(lambda: (weight @ x.t()).t(), FLOAT32, goal=4.0)
+
+    def with_scipy_csr(self) -> Runner:
+        weight = import_module("scipy.sparse").csr_array(self.masked_weight.numpy())
+        x = self.input.numpy()
+        return Runner(lambda: (weight @ x.T).T, FLOAT32, torch.from_numpy, goal=4.0)
+
+    def one_thread(self) -> Runner:
+        ours = self.ours()
+
+        def call() -> Any:
+            torch.set_num_threads(1)
+            try:
+                return ours.call()
+            finally:
+                torch.set_num_threads(2)
+
+        return Runner(call, goal=1.8)
+
+
+@dataclass(eq=False)
+class GradientCase(MatmulCase):
+    """One of the two products of the backward, by itself: the gradient of the input or of the weight."""
+
+    of: Literal["input", "weight"] = "input"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"gradient of the {self.of} {self.sparsity:.0%}"
+
+    @cached_property
+    def grad(self) -> torch.Tensor:
+        return torch.randn(self.batch, self.outputs, generator=torch.Generator().manual_seed(3))
+
+    def ours(self) -> Runner:
+        return self.gradient(lambda x, w: masked_matmul(x, w, mask_layout(self.mask)))
+
+    def peers(self) -> Mapping[str, Callable[[], Runner]]:
+        peers: dict[str, Callable[[], Runner]] = {"torch": self.with_dense_gradient}
+        if self.of == "input":
+            peers["ours, forward"] = self.with_own_forward
+        return peers
+
+    def gradient(self, forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Runner:
+        """A runner of the backward of `forward` alone."""
+        x = self.input.clone().requires_grad_(self.of == "input")
+        weight = self.weight.clone().requires_grad_(self.of == "weight")
+        output, target, grad = forward(x, weight), (x if self.of == "input" else weight), self.grad
+        return Runner(lambda: torch.autograd.grad(output, target, grad, retain_graph=True)[0], FLOAT32)
+
+    def with_dense_gradient(self) -> Runner:
+        """The dense product and, for the weight, the multiplication by the mask."""
+        mask = self.mask.float()
+        if self.of == "weight":
+            return self.gradient(lambda x, w: F.linear(x, w * mask))
+        masked = self.masked_weight
+        return self.gradient(lambda x, w: F.linear(x, masked))
+
+    def with_own_forward(self) -> Runner:
+        x, weight, layout = self.input, self.weight, mask_layout(self.mask)
+        expected = self.grad @ self.masked_weight
+        forward = masked_matmul(x, weight, layout)
+        FLOAT32.check(x @ self.masked_weight.t(), forward)
+        # Its result is another product; what agrees is checked above.
+        return Runner(lambda: masked_matmul(x, weight, layout), FLOAT32, lambda _: expected, goal=0.9)
+
+
+@dataclass(eq=False)
+class StepCase(Case):
+    """A training step at 90 %: forward, backward and masked SGD of an MLP 4096-4096-1000 at batch 256."""
+
+    subject: ClassVar[str] = "masked_matmul"
+    name: str = "training step 90% MLP 4096-4096-1000"
+    quick: bool = False
+    batch: int = 256
+    widths: tuple[int, ...] = (4096, 4096, 1000)
+    sparsity: float = 0.9
+    rate: float = 1e-3
+    momentum: float = 0.9
+
+    @cached_property
+    def input(self) -> torch.Tensor:
+        return torch.randn(self.batch, self.widths[0], generator=torch.Generator().manual_seed(1))
+
+    @cached_property
+    def label(self) -> torch.Tensor:
+        return torch.randint(0, self.widths[-1], (self.batch,), generator=torch.Generator().manual_seed(4))
+
+    @cached_property
+    def masks(self) -> list[torch.Tensor]:
+        pairs = zip(self.widths[1:], self.widths[:-1], strict=True)
+        return [random_mask(outputs, inputs, self.sparsity) for outputs, inputs in pairs]
+
+    def weights(self) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(2)
+        return [
+            (torch.randn(mask.shape, generator=generator) * mask / (0.1 * mask.shape[1]) ** 0.5).requires_grad_()
+            for mask in self.masks
+        ]
+
+    def step(self, product: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]) -> Runner:
+        weights = self.weights()
+        momenta = [torch.zeros_like(w) for w in weights]
+        masks = [mask.float() for mask in self.masks]
+
+        def call() -> torch.Tensor:
+            hidden = product(self.input, weights[0], 0).relu()
+            loss = F.cross_entropy(product(hidden, weights[1], 1), self.label)
+            grads = torch.autograd.grad(loss, weights)
+            with torch.no_grad():
+                for weight, momentum, grad, mask in zip(weights, momenta, grads, masks, strict=True):
+                    momentum.mul_(self.momentum).add_(grad)
+                    weight.sub_(momentum * mask, alpha=self.rate)
+            return loss.detach()
+
+        return Runner(call, Agreement(1e-4, relative=True))
+
+    def ours(self) -> Runner:
+        layouts = [mask_layout(mask) for mask in self.masks]
+        return self.step(lambda x, weight, layer: masked_matmul(x, weight, layouts[layer]))
+
+    def peers(self) -> Mapping[str, Callable[[], Runner]]:
+        return {"torch": self.with_torch}
+
+    def with_torch(self) -> Runner:
+        masks = [mask.float() for mask in self.masks]
+        runner = self.step(lambda x, weight, layer: F.linear(x, weight * masks[layer]))
+        return Runner(runner.call, runner.agreement, goal=4.0)
+
+    def work(self) -> Work:
+        # Three products per layer but for the first, whose input needs no gradient; weights, momenta and gradients
+        # are read and written once at the kept positions.
+        kept = [int(mask.sum()) for mask in self.masks]
+        products = 2 * kept[0] + 3 * kept[1]
+        return Work(flops=2.0 * self.batch * products, bytes_read=12.0 * sum(kept), bytes_written=8.0 * sum(kept))
+
+
+@dataclass(eq=False)
+class ConvolutionCase(Case):
+    """A pruned convolution of ResNet-50 at 90 %, batch 8, channels_last: inference with packed weights."""
+
+    subject: ClassVar[str] = "masked_matmul"
+    channels: int
+    filters: int
+    kernel: int
+    side: int
+    quick: bool = False
+    batch: int = 8
+    sparsity: float = 0.9
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return (
+            f"convolution 90% {self.kernel}x{self.kernel} {self.channels}->{self.filters} @{self.side} N={self.batch}"
+        )
+
+    @cached_property
+    def input(self) -> torch.Tensor:
+        shape = (self.batch, self.channels, self.side, self.side)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        shape = (self.filters, self.channels, self.kernel, self.kernel)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        return random_mask(self.filters, self.channels * self.kernel**2, self.sparsity).view(self.weight.shape)
+
+    def ours(self) -> Runner:
+        x, packed, padding = self.input, pack_masked_weight(self.weight, self.mask), self.kernel // 2
+        return Runner(lambda: masked_conv2d(x, packed, padding=padding))
+
+    def peers(self) -> Mapping[str, Callable[[], Runner]]:
+        return {"torch": self.with_torch}
+
+    def with_torch(self) -> Runner:
+        weight = (self.weight * self.mask).contiguous(memory_format=torch.channels_last)
+        x, padding = self.input, self.kernel // 2
+        return Runner(lambda: F.conv2d(x, weight, padding=padding), FLOAT32, goal=2.5)
+
+    def work(self) -> Work:
+        # A multiply-add per kept weight and output pixel (the border's fewer taps are not worth counting).
+        pixels, kept = self.batch * self.side**2, int(self.mask.sum())
+        return Work(
+            flops=2.0 * kept * pixels,
+            bytes_read=4.0 * (kept + pixels * self.channels),
+            bytes_written=4.0 * pixels * self.filters,
+        )
+
+
+def random_mask(outputs: int, inputs: int, sparsity: float, block: tuple[int, int] = (1, 1)) -> torch.Tensor:
+    """Boolean (outputs, inputs), a share `sparsity` of its blocks is False, uniformly at random."""
+    generator = torch.Generator().manual_seed(5)
+    rows, columns = outputs // block[0], inputs // block[1]
+    kept = torch.rand(rows, columns, generator=generator) >= sparsity
+    return kept.repeat_interleave(block[0], dim=0).repeat_interleave(block[1], dim=1)
+
+
+def _cases() -> list[Case]:
+    found: list[Case] = []
+    for sparsity, goal in PACKED_GOALS.items():
+        found.append(MatmulCase("packed", sparsity, ideal_goal=goal, quick=sparsity in (0.5, 0.9)))
+    for sparsity, goal in TRAINING_GOALS.items():
+        found.append(MatmulCase("training", sparsity, ideal_goal=goal, quick=sparsity == 0.9))
+    for sparsity, goal in BLOCK_GOALS.items():
+        found.append(MatmulCase("packed", sparsity, block=(4, 1), ideal_goal=goal, quick=sparsity == 0.9))
+    for sparsity, goal in WEIGHT_GRADIENT_GOALS.items():
+        found.append(GradientCase("training", sparsity, of="weight", ideal_goal=goal, quick=sparsity == 0.9))
+    found += [GradientCase("training", sparsity, of="input") for sparsity in WEIGHT_GRADIENT_GOALS]
+    found.append(StepCase())
+    found += [ConvolutionCase(256, 64, 1, 56), ConvolutionCase(1024, 256, 1, 14)]
+    found += [ConvolutionCase(64, 64, 3, 56), ConvolutionCase(256, 256, 3, 14)]
+    # The shapes of the Deep Learning Matrix Collection: packed is never slower than the dense product.
+    for outputs, inputs in ((512, 512), (2048, 512), (512, 2048), (33288, 512)):
+        for batch in (1, 8, 32, 64, 128, 256, 1024, 6272):
+            if outputs * batch > 10**7:
+                continue  # a second per call
+            for sparsity in (0.5, 0.9):
+                found.append(MatmulCase("packed", sparsity, batch, inputs, outputs, never_slower=True))
+    if "avx2" in _native.supported_isas():
+        found.append(MatmulCase("packed", 0.9, isa="avx2"))
+    if _native.core() is not None:
+        found.append(MatmulCase("packed", 0.9, threads=2))
+    return found
+
+
+CASES = _cases()
