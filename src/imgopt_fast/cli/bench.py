@@ -1,0 +1,91 @@
+"""`imgopt-fast bench`: ours and its peers side by side, verified before timed, losses shown too."""
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+# Seconds that every contestant of a case runs for.
+FULL_SECONDS, QUICK_SECONDS = 0.15, 0.1
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="time the operations against their peers on this machine",
+        description="Times every operation against PyTorch and the installed peers (OpenCV, kornia, albumentations, "
+        "onnxruntime, OpenVINO, scipy), each with the same number of threads, after checking that the results agree.",
+    )
+    parser.add_argument("--quick", action="store_true", help="a few cases only, under a minute")
+    parser.add_argument("--op", action="append", metavar="NAME", help="only this one; may be repeated")
+    parser.add_argument("--threads", type=int, default=1, help="of every contestant (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and results there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when every case ran and its result was right, 1 otherwise; ValueError for arguments that make no sense."""
+    from imgopt_fast.benchmarks import SUBJECTS, cases, machine, results
+
+    subjects = args.op or list(SUBJECTS)
+    unknown = [name for name in subjects if name not in SUBJECTS]
+    if unknown:
+        raise ValueError(f"--op: expected one of {', '.join(SUBJECTS)}, got {unknown[0]}")
+    machine.use_threads(1)
+    if not 1 <= args.threads <= machine.core_count():
+        raise ValueError(f"--threads: expected 1 to {machine.core_count()}, got {args.threads}")
+    if args.json is not None and (problem := unwritable(args.json)):
+        raise ValueError(f"--json: {problem}")
+    machine.use_threads(args.threads)
+    description = machine.describe()
+    print(*results.heading(description), sep="\n")
+
+    begin = time.monotonic()
+    found: list[results.Result] = []
+    for subject in subjects:
+        print(f"\n{subject}", flush=True)
+        for case in cases(subject, quick=args.quick):
+            seconds = QUICK_SECONDS if args.quick else FULL_SECONDS
+            found.append(results.run(case, threads=args.threads, seconds=seconds))
+            print(*(f"  {line}" for line in results.lines(found[-1])), sep="\n", flush=True)
+    print(f"\n{summary(found)} in {time.monotonic() - begin:.0f} s")
+    if args.json is not None:
+        write(args.json, {"machine": description, "results": [result.as_dict() for result in found]})
+    return 1 if any(result.failure for result in found) else 0
+
+
+def summary(found: list[Any]) -> str:
+    """How the run as a whole went."""
+    ran = [result for result in found if result.failure is None]
+    text = f"{len(ran)} cases"
+    if failed := len(found) - len(ran):
+        text += f", {failed} more FAILED"
+    best = [result.best.ratio for result in ran if result.best is not None]
+    if best:
+        mean = math.exp(sum(map(math.log, best)) / len(best))
+        text += f"; against the fastest peer of each: geometric mean {mean:.2f}x, ahead in {sum(r >= 1 for r in best)} "
+        text += f"of {len(best)}"
+    goals = [met for result in ran for row in result.peers if (met := row.met(result.seconds)) is not None]
+    goals += [r.best.ratio >= r.best_goal for r in ran if r.best is not None and r.best_goal is not None]
+    return text + (f"; {sum(goals)} of {len(goals)} goals met" if goals else "")
+
+
+def unwritable(path: Path) -> str | None:
+    """Why `path` cannot be written, None where it can: known before minutes of measuring, not after."""
+    if path.is_dir():
+        return f"{path} is a folder"
+    if not path.absolute().parent.is_dir():
+        return f"there is no folder {path.absolute().parent}"
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        return f"{path} cannot be written"
+    return None
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    """The whole file or none."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    part.replace(path)
