@@ -188,3 +188,22 @@ def test_benchmark_files_run() -> None:
     command += ["-p", "no:cacheprovider", "-k", "ours"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_report_puts_measured_figures_into_the_readme(tmp_path: Path) -> None:
+    data = {"machine": machine.describe(), "results": [results.run(Sum(), threads=1, seconds=0.01).as_dict()]}
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    readme = tmp_path / "README.md"
+    begin, end = "<!-- benchmarks: begin (python benchmarks/report.py) -->", "<!-- benchmarks: end -->"
+    readme.write_text(f"before\n{begin}\nold figures\n{end}\nafter\n")
+    command = [sys.executable, ROOT / "benchmarks" / "report.py", tmp_path / "run.json"]
+    command += ["--readme", readme, "--folder", tmp_path / "results"]
+    for _ in range(2):  # it may be repeated
+        subprocess.run(command, check=True, timeout=60)
+    text = readme.read_text()
+    assert text.startswith(f"before\n{begin}\n")
+    assert text.endswith(f"{end}\nafter\n")
+    assert "old figures" not in text
+    (page,) = (tmp_path / "results").glob("*.md")
+    assert "sum: sum" in page.read_text()
+    assert len(list((tmp_path / "results").glob("*.json"))) == 1

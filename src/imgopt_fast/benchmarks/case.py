@@ -118,6 +118,11 @@ class Case(ABC):
         """The least ratio against whichever peer is the fastest, where that is what counts."""
         return None
 
+    @property
+    def floor_goal(self) -> float | None:
+        """The least share of the floor, where that is what counts."""
+        return None
+
     def release(self) -> None:
         """Forget the inputs."""
         for name in [n for n in vars(self) if isinstance(getattr(type(self), n, None), cached_property)]:

@@ -140,6 +140,13 @@ class ConvCase(Case):
             return 1.5
         return 1.3 if layer.kernel == 1 and layer.channels <= 64 else 0.95
 
+    @property
+    def floor_goal(self) -> float | None:
+        """Plain 3 x 3 layers are all arithmetic."""
+        layer = self.layer
+        plain = layer.kernel == 3 and layer.groups == 1 and layer.stride == 1 and layer.channels >= 64
+        return 0.85 if plain and self.isa is None and self.threads is None else None
+
     def with_torch_float(self) -> Runner:
         """F.conv2d in float32 on the dequantized values; its result is quantized for the comparison only."""
         layer, scale = self.layer, self.output_scale

@@ -313,6 +313,43 @@ class ConvolutionCase(Case):
         )
 
 
+@dataclass(eq=False)
+class ConvolutionStepCase(ConvolutionCase):
+    """Forward and backward of such a layer, with a dense weight and a layout, as in training."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{super().name}, forward and backward"
+
+    def ours(self) -> Runner:
+        layout, padding = mask_layout(self.mask), self.kernel // 2
+        return self.gradients(lambda x, w: masked_conv2d(x, w, layout, padding=padding), None)
+
+    def with_torch(self) -> Runner:
+        mask, padding = self.mask.float(), self.kernel // 2
+        return self.gradients(lambda x, w: F.conv2d(x, w * mask, padding=padding), 2.0)
+
+    def gradients(self, forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], goal: float | None) -> Runner:
+        x = self.input.clone().requires_grad_()
+        weight = (self.weight * self.mask).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+        def call() -> tuple[torch.Tensor, ...]:
+            output = forward(x, weight)
+            return torch.autograd.grad(output, (x, weight), output.detach())
+
+        def result(grads: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            return torch.cat([(grad / grad.abs().max()).flatten() for grad in grads])
+
+        return Runner(call, FLOAT32, result, goal)
+
+    def work(self) -> Work:
+        # Three products instead of one; the output goes and its gradient comes, the input's gradient goes.
+        forward = super().work()
+        pixels = self.batch * self.side**2
+        moved = 4.0 * pixels * (self.channels + self.filters)
+        return Work(3 * forward.flops, bytes_read=forward.bytes_read + moved, bytes_written=moved)
+
+
 def random_mask(outputs: int, inputs: int, sparsity: float, block: tuple[int, int] = (1, 1)) -> torch.Tensor:
     """Boolean (outputs, inputs), a share `sparsity` of its blocks is False, uniformly at random."""
     generator = torch.Generator().manual_seed(5)
@@ -335,6 +372,7 @@ def _cases() -> list[Case]:
     found.append(StepCase())
     found += [ConvolutionCase(256, 64, 1, 56), ConvolutionCase(1024, 256, 1, 14)]
     found += [ConvolutionCase(64, 64, 3, 56), ConvolutionCase(256, 256, 3, 14)]
+    found += [ConvolutionStepCase(1024, 256, 1, 14), ConvolutionStepCase(256, 256, 3, 14)]
     # The shapes of the Deep Learning Matrix Collection: packed is never slower than the dense product.
     for outputs, inputs in ((512, 512), (2048, 512), (512, 2048), (33288, 512)):
         for batch in (1, 8, 32, 64, 128, 256, 1024, 6272):

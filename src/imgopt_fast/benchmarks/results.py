@@ -41,9 +41,19 @@ class Result:
     samples: int = 0
     floor: float | None = None
     best_goal: float | None = None
+    floor_goal: float | None = None
     peers: tuple[Row, ...] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
     failure: str | None = None
+
+    def goals(self) -> list[bool]:
+        """Which of the case's goals are met."""
+        met = [row.met(self.seconds) for row in self.peers if row.goal is not None]
+        if self.best is not None and self.best_goal is not None:
+            met.append(self.best.ratio >= self.best_goal)
+        if self.floor is not None and self.floor_goal is not None:
+            met.append(self.floor / self.seconds >= self.floor_goal)
+        return [bool(m) for m in met]
 
     @property
     def best(self) -> Row | None:
@@ -84,7 +94,7 @@ def run(case: Case, *, threads: int, seconds: float) -> Result:
         return Result(
             case.subject, case.name, threads, isa, ours.median, ours.spread, len(ours.samples),
             None if rates is None else case.work().floor(rates, threads),
-            case.best_goal, tuple(rows), contest.absent,
+            case.best_goal, case.floor_goal, tuple(rows), contest.absent,
         )  # fmt: skip
     except Disagreement as error:
         return Result(case.subject, case.name, threads, isa, failure=f"WRONG RESULT, not timed: {first_line(error)}")
@@ -129,6 +139,9 @@ def lines(result: Result) -> Iterator[str]:
         yield f"{result.case:<46} {result.failure}  [{where}]"
         return
     floor = "" if result.floor is None else f"{result.floor / result.seconds:5.0%} of the floor"
+    if result.floor is not None and result.floor_goal is not None:
+        met = result.floor / result.seconds >= result.floor_goal
+        floor += f" (goal {result.floor_goal:.0%}: {'met' if met else 'MISSED'})"
     yield f"{result.case:<46} {duration(result.seconds)} ±{result.spread:4.0%}  {floor}  [{where}]"
     for row in sorted(result.peers, key=lambda row: row.seconds):
         spread = "      " if row.spread is None else f"±{row.spread:4.0%}"

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             seconds = QUICK_SECONDS if args.quick else FULL_SECONDS
             found.append(results.run(case, threads=args.threads, seconds=seconds))
             print(*(f"  {line}" for line in results.lines(found[-1])), sep="\n", flush=True)
-    print(f"\n{summary(found)} in {time.monotonic() - begin:.0f} s")
+    print(f"\n{time.monotonic() - begin:.0f} s: {summary(found)}")
     if args.json is not None:
         write(args.json, {"machine": description, "results": [result.as_dict() for result in found]})
     return 1 if any(result.failure for result in found) else 0
@@ -63,14 +63,15 @@ def summary(found: list[Any]) -> str:
     text = f"{len(ran)} cases"
     if failed := len(found) - len(ran):
         text += f", {failed} more FAILED"
-    best = [result.best.ratio for result in ran if result.best is not None]
-    if best:
-        mean = math.exp(sum(map(math.log, best)) / len(best))
-        text += f"; against the fastest peer of each: geometric mean {mean:.2f}x, ahead in {sum(r >= 1 for r in best)} "
-        text += f"of {len(best)}"
-    goals = [met for result in ran for row in result.peers if (met := row.met(result.seconds)) is not None]
-    goals += [r.best.ratio >= r.best_goal for r in ran if r.best is not None and r.best_goal is not None]
-    return text + (f"; {sum(goals)} of {len(goals)} goals met" if goals else "")
+    for subject in dict.fromkeys(result.subject for result in ran):
+        best = [result.best.ratio for result in ran if result.subject == subject and result.best is not None]
+        if best:
+            mean = math.exp(sum(map(math.log, best)) / len(best))
+            ahead = sum(ratio >= 1 for ratio in best)
+            text += f"\n  {subject:<14} geometric mean {mean:5.2f}x the fastest peer of each case, "
+            text += f"ahead in {ahead} of {len(best)}"
+    goals = [met for result in ran for met in result.goals()]
+    return text + (f"\n  {sum(goals)} of {len(goals)} goals met" if goals else "")
 
 
 def unwritable(path: Path) -> str | None:
