@@ -76,9 +76,9 @@ def page(machine: dict[str, Any], results: list[Result]) -> str:
 
 def circumstances(machine: dict[str, Any]) -> Iterator[str]:
     """What was measured how, on what."""
-    yield "`imgopt-fast bench`: every result is checked against PyTorch's before it is timed; contestants take turns, with"
-    yield "the same number of threads. Time: median ± median absolute deviation. Floor: the share of what the machine's"
-    yield "measured rates allow. `peer 3.1×`: the peer takes 3.1 times as long as ours; **bold** where ours is the slower."
+    yield "`imgopt-fast bench`: every result is checked against PyTorch's before it is timed; contestants take turns,"
+    yield "with the same number of threads. Time: median ± median absolute deviation. Floor: share of what the rates"
+    yield "measured in the same run allow. `peer 3.1x`: it takes 3.1 times as long as ours; **bold** where ours is the slower."
     yield ""
     yield "```"
     yield from heading(machine)
@@ -97,7 +97,7 @@ def table(results: list[Result]) -> Iterator[str]:
 
 
 def cell(row: Row) -> str:
-    text = f"{row.name} {row.ratio:.2f}×" if row.ratio < 10 else f"{row.name} {row.ratio:.0f}×"
+    text = f"{row.name} {row.ratio:.2f}x" if row.ratio < 10 else f"{row.name} {row.ratio:.0f}x"
     return text if row.ratio >= 1 else f"**{text}**"
 
 
