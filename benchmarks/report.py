@@ -77,8 +77,9 @@ def page(machine: dict[str, Any], results: list[Result]) -> str:
 def circumstances(machine: dict[str, Any]) -> Iterator[str]:
     """What was measured how, on what."""
     yield "`imgopt-fast bench`: every result is checked against PyTorch's before it is timed; contestants take turns,"
-    yield "with the same number of threads. Time: median ± median absolute deviation. Floor: share of what the rates"
-    yield "measured in the same run allow. `peer 3.1x`: it takes 3.1 times as long as ours; **bold** where ours is the slower."
+    yield "with the same number of threads. Time: median ± median absolute deviation. Floor: share of what the machine"
+    yield "could do by rates measured in the same run. `peer 3.1x`: the peer takes 3.1 times as long as ours; **bold**"
+    yield "where ours is the slower."
     yield ""
     yield "```"
     yield from heading(machine)
