@@ -21,7 +21,6 @@ OPTIONAL = {
     "scipy": "a peer in `imgopt-fast bench`",
 }
 DISTRIBUTION = {"cv2": "opencv-python-headless"}
-WHEELS = "https://download.pytorch.org/whl"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -177,7 +176,7 @@ def matching_index(name: str) -> str:
     import torch
 
     tag = torch.__version__.partition("+")[2]
-    return f" --index-url {WHEELS}/{tag}" if name == "torchvision" and tag else ""
+    return f" (the build for +{tag}, from the index that torch came from)" if name == "torchvision" and tag else ""
 
 
 def missing() -> Iterator[str]:
