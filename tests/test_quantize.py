@@ -1,6 +1,7 @@
 """quantize: the traced, folded and converted network against the float one, and against integer arithmetic."""
 
 import copy
+import dataclasses
 import functools
 import logging
 import pickle
@@ -12,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from imgopt_fast.compress import Int8Config, quantize
-from imgopt_fast.compress.quantize import qat, sensitivity
-from imgopt_fast.compress.quantize.calibrate import Histogram, Scale, choose_scale
+from imgopt_fast.compress.quantize import QatModel, qat, sensitivity
+from imgopt_fast.compress.quantize.calibrate import Histogram, Scale, choose_scale, observe
 from imgopt_fast.compress.quantize.equalize import equalize
 from imgopt_fast.compress.quantize.fold import fold
 from imgopt_fast.compress.quantize.fuse import fuse
@@ -137,10 +138,16 @@ def network(name):
 
 
 @functools.cache
-def quantized(name):
-    """Its int8 form: tracing costs seconds, so the tests share it and copy it before they change it."""
+def planned(name):
+    """Its plan: tracing costs seconds, so the tests share it."""
     model, images = network(name)
-    return quantize(model, images.split(16))
+    return make_plan(model, images.split(16), Int8Config())
+
+
+@functools.cache
+def quantized(name):
+    """Its int8 form; tests copy it before they change it."""
+    return to_int8(planned(name))
 
 
 def decibels(expected, got):
@@ -150,12 +157,19 @@ def decibels(expected, got):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_tracing_and_folding_keep_the_output(name):
+def test_tracing_folding_and_equalizing_keep_the_output(name):
     model, images = network(name)
+    expected = model(images)
     graph, _ = trace(model, images)
+    assert torch.allclose(graph(images), expected, atol=1e-5)
     fold(graph)
-    assert torch.allclose(graph(images), model(images), atol=1e-5)
+    assert torch.allclose(graph(images), expected, atol=1e-5)
     assert not any("batch_norm" in str(node.target) for node in graph.graph.nodes)
+    fusion = fuse(graph)
+    before = [operation.weight for operation in fusion.operations.values()]
+    equalize(graph, fusion, images)
+    assert torch.allclose(graph(images), expected, atol=1e-5)
+    assert any(old is not new.weight for old, new in zip(before, fusion.operations.values(), strict=True))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -166,19 +180,24 @@ def test_int8_is_close_to_float(name):
     assert decibels(model(images), got) > 30
 
 
-@pytest.mark.parametrize("calibration", ["minmax", "percentile", "entropy"])
-def test_every_calibration_serves(calibration):
+def test_every_calibration_serves():
     model, images = network("inverted")
-    result = quantize(model, images.split(16), Int8Config(calibration=calibration))
-    assert decibels(model(images), result(images)) > 28
+    plan = planned("inverted")
+    histograms = observe(plan.graph, plan.scales, images.split(16), {})
+    for calibration in ("minmax", "percentile", "entropy"):
+        config = Int8Config(calibration=calibration)
+        scales = {node: choose_scale(histogram, config) for node, histogram in histograms.items()}
+        result = to_int8(dataclasses.replace(plan, scales=scales, config=config))
+        assert decibels(model(images), result(images)) > 28
 
 
 def test_power_of_two_scales():
     model, images = network("residual")
-    result = quantize(model, [images], Int8Config(power_of_two=True))
+    result = quantize(model.train(), [images], Int8Config(power_of_two=True))
+    assert model.training, "the model is not changed"
     scales = [value for name, value in result.named_buffers() if name.endswith("scale")]
     assert all(torch.equal(torch.frexp(scale)[0], torch.full_like(scale, 0.5)) for scale in scales)
-    assert decibels(model(images), result(images)) > 20
+    assert decibels(model.eval()(images), result(images)) > 20
 
 
 @pytest.mark.parametrize(
@@ -219,15 +238,6 @@ def test_any_batch_and_size_where_the_model_has_none_of_its_own():
         assert got.shape == model(images).shape
     images = torch.randn(8, 3, 40, 24)
     assert decibels(model(images), quantized("residual")(images)) > 30
-
-
-def test_model_is_not_changed():
-    model, images = network("residual")
-    before = copy.deepcopy(model.state_dict())
-    quantize(model.train(), [images])
-    assert model.training
-    model.eval()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_masked_layers_quantize_like_dense_ones():
@@ -369,13 +379,13 @@ def squared_error(values, chosen):
 
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_mse_beats_minmax_on_long_tails_and_is_near_the_best(shift):
-    values = torch.distributions.Laplace(shift, 1.0).sample((4000, 16))
+    values = torch.distributions.Laplace(shift, 1.0).sample((1000, 16))
     values = values.clamp(min=0) if shift == 0 else values
     histogram = histogram_of(values)
     mse, minmax = (choose_scale(histogram, Int8Config(calibration=name)) for name in ("mse", "minmax"))
     assert squared_error(values, mse) < squared_error(values, minmax)
     if shift == 0:
-        best = min(squared_error(values, mse._replace(scale=float(end) / 255)) for end in torch.linspace(2, 20, 200))
+        best = min(squared_error(values, mse._replace(scale=float(end) / 255)) for end in torch.linspace(2, 20, 60))
         assert squared_error(values, mse) < 1.02 * best
 
 
@@ -414,25 +424,11 @@ def test_slow_backend_is_logged_once(monkeypatch, caplog):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_kernels_do_what_the_simulation_does(name):
     """An oracle that shares no arithmetic with the kernels: float convolutions of rounded values."""
-    model, images = network(name)
-    plan = make_plan(model, [images], Int8Config())
+    _, images = network(name)
     with torch.no_grad():
-        simulated = Simulation(plan)(images)
+        simulated = Simulation(planned(name))(images)
     # A value on a rounding boundary may fall to the other side, because float sums are not exact.
-    assert decibels(to_int8(plan)(images), simulated) > 60
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_equalization_keeps_the_float_network(name):
-    model, images = network(name)
-    graph, _ = trace(model, images)
-    fold(graph)
-    fusion = fuse(graph)
-    before = [operation.weight for operation in fusion.operations.values()]
-    equalize(graph, fusion, images)
-    assert torch.allclose(graph(images), model(images), atol=1e-5)
-    moved = [old is not new.weight for old, new in zip(before, fusion.operations.values(), strict=True)]
-    assert any(moved)
+    assert decibels(quantized(name)(images), simulated) > 60
 
 
 def uneven():
@@ -481,11 +477,12 @@ def test_sensitivity_is_the_error_of_one_layer_alone():
 
 def test_qat_trains_and_converts_without_changing_a_bit():
     model, images = network("inverted")
+    images = images[:16]
     target = torch.randint(5, (len(images),))
     trained = qat(model, [images]).train()
     optimiser = torch.optim.SGD(trained.parameters(), lr=0.05, momentum=0.9)
     losses = []
-    for _ in range(15):
+    for _ in range(12):
         loss = F.cross_entropy(trained(images), target)
         optimiser.zero_grad()
         loss.backward()
@@ -501,8 +498,8 @@ def test_qat_trains_and_converts_without_changing_a_bit():
 
 
 def test_qat_state_restores_the_network():
-    model, images = network("residual")
-    trained, other = qat(model, [images]).eval(), qat(model, [images]).eval()
+    _, images = network("residual")
+    trained, other = QatModel(planned("residual")).eval(), QatModel(planned("residual")).eval()
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
