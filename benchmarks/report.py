@@ -2,8 +2,9 @@
 
     imgopt-fast bench --json results.json                measure
     python benchmarks/report.py results.json             keep it as benchmarks/results/<machine>.json, with all rows as
-                                                         a table in <machine>.md, and put the quick cases, which stand
-                                                         for the rest, into README.md between its benchmark markers
+                                                         a table in <machine>.md; put the quick cases, which stand for
+                                                         the rest, into README.md between its benchmark markers, and
+                                                         draw them in docs/benchmarks.svg
 
 Losses stand in the tables like wins. A run with failures is refused.
 """
@@ -15,6 +16,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import matplotlib.pyplot as plt
 
 from imgopt_fast.benchmarks import SUBJECTS, cases
 from imgopt_fast.benchmarks.results import Result, Row, duration, from_dict, heading
@@ -38,6 +41,7 @@ def main() -> int:
     stem = arguments.folder / machine_name(data["machine"])
     stem.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
     stem.with_suffix(".md").write_text(page(data["machine"], results))
+    draw(representative(results), ROOT / "docs" / "benchmarks.svg")
     readme = arguments.readme.read_text()
     if BEGIN not in readme or END not in readme:
         print(f"report: {arguments.readme} has no lines {BEGIN} and {END}", file=sys.stderr)
@@ -56,11 +60,30 @@ def machine_name(machine: dict[str, Any]) -> str:
 
 def summary(machine: dict[str, Any], results: list[Result]) -> str:
     """The README's section: the cases that stand for the rest, and where the rest is."""
-    quick = {(subject, str(case)) for subject in SUBJECTS for case in cases(subject, quick=True)}
-    chosen = [result for result in results if (result.subject, result.case) in quick]
-    lines = [*table(chosen), "", *circumstances(machine)]
+    lines = [*table(representative(results)), "", *circumstances(machine)]
     lines.append(f"All {len(results)} cases: `benchmarks/results/{machine_name(machine)}.md`.")
     return "\n".join(lines) + "\n"
+
+
+def representative(results: list[Result]) -> list[Result]:
+    """The results of the quick cases."""
+    quick = {(subject, str(case)) for subject in SUBJECTS for case in cases(subject, quick=True)}
+    return [result for result in results if (result.subject, result.case) in quick]
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """A bar per peer: how many times our time it takes, on a logarithmic axis; grey where ours is the slower."""
+    plt.rcParams["svg.hashsalt"] = "imgopt_fast"  # the same figure from the same results
+    bars = [(f"{r.case}: {row.name}", row.ratio) for r in results for row in sorted(r.peers, key=lambda row: row.ratio)]
+    labels, ratios = zip(*bars, strict=True)
+    figure, axes = plt.subplots(figsize=(9, 0.22 * len(bars) + 0.8), layout="constrained")
+    axes.barh(labels, ratios, color=["tab:blue" if ratio >= 1 else "tab:gray" for ratio in ratios])
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="time of the peer / time of imgopt_fast")
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def page(machine: dict[str, Any], results: list[Result]) -> str:
