@@ -245,28 +245,6 @@ inline void nearest_samples(const Window& w, const Points& at, __m512* to) {
 
 // --- epilogue and stores -------------------------------------------------------------------------------------------
 
-template <int C>
-struct Epilogue {
-    float fill[C];  // a sample that is fill
-    float unit;     // takes a sample to [0, 1], before the colour matrix
-    float color[12];
-    float factor[C], add[C];  // floating output
-    float levels;             // uint8 output
-    bool colored;
-
-    Epilogue(const AffineWarp& p, int64_t image, double whole) : color{}, colored(p.color_matrix != nullptr) {
-        unit = static_cast<float>(to_unit(p, whole));
-        levels = static_cast<float>(colored ? 255 : 1 / whole);
-        for (int c = 0; c < C; ++c) {
-            fill[c] = static_cast<float>(p.fill[c]) * static_cast<float>(whole);
-            factor[c] = static_cast<float>(p.scale[c] * (colored ? 1 : to_unit(p, whole)));
-            add[c] = static_cast<float>(p.offset[c]);
-        }
-        for (int i = 0; colored && i < 12; ++i)
-            color[i] = static_cast<float>(p.color_matrix[image * p.color_stride + i]);
-    }
-};
-
 inline void apply_color(const float* m, float unit, __m512* v) {
     const __m512 factor = _mm512_set1_ps(unit);
     const __m512 r = _mm512_mul_ps(v[0], factor), g = _mm512_mul_ps(v[1], factor), b = _mm512_mul_ps(v[2], factor);
@@ -297,13 +275,6 @@ struct InterleaveIndices {
             bytes[e] = static_cast<uint8_t>(pixel / 4 * 16 + 4 * c + pixel % 4);
         }
     }
-};
-
-// Where 16 pixels go. `planar`: channel by channel, `channel` elements apart; otherwise pixel by pixel.
-struct Target {
-    int64_t channel;
-    bool planar;
-    int count;
 };
 
 template <int C>
@@ -387,46 +358,22 @@ inline void store(T* to, const Target& at, const Epilogue<C>& e, const __m512* v
                                  _mm512_permutex2var_epi16(low, _mm512_load_si512(kIndices.words[i]), high));
 }
 
-// --- rows ----------------------------------------------------------------------------------------------------------
-
-template <int C, bool bilinear, class T>
-void warp_window(const AffineWarp& p, const Map& map, const Source<uint8_t>& source, const Window& w, int64_t image,
-                 int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
-    const Epilogue<C> epilogue(p, image, bilinear ? kWeightSum : 1);
-    const bool mirrored = p.padding >= Padding::reflect;
-    Target target{p.output_stride[1], p.output_stride[3] == 1, kLanes};
-    for (int64_t y = y0; y < y1; ++y) {
-        T* row = static_cast<T*>(p.output) + image * p.output_stride[0] + y * p.output_stride[2];
-        for (int64_t block = x0; block < x1; block += kBlock) {
-            Base<float> base{};
-            if (map.affine) base = affine_base<float>(map.m, block, y);
-            const int64_t last = block + kBlock < x1 ? block + kBlock : x1;
-            for (int64_t x = block; x < last; x += kLanes) {
-                Points at =
-                    map.affine ? affine_points(base, static_cast<int>(x - block)) : perspective_points(map.m, x, y);
-                if constexpr (!bilinear) round_to_nearest(at);
-                if (mirrored) {
-                    fold_axis(at.x, at.fx, source.width, p.padding);
-                    fold_axis(at.y, at.fy, source.height, p.padding);
-                }
-                __m512 samples[C];
-                if constexpr (bilinear)
-                    bilinear_samples<C>(w, at, samples);
-                else
-                    nearest_samples<C>(w, at, samples);
-                if (at.finite != 0xffff)
-                    for (int c = 0; c < C; ++c)
-                        samples[c] = _mm512_mask_mov_ps(_mm512_set1_ps(epilogue.fill[c]), at.finite, samples[c]);
-                if constexpr (C == 3)
-                    if (epilogue.colored) apply_color(epilogue.color, epilogue.unit, samples);
-                target.count = static_cast<int>(last - x < kLanes ? last - x : kLanes);
-                store<C>(row + x * p.output_stride[3], target, epilogue, samples);
-            }
-        }
-    }
-}
-
 struct Isa {
+    using Vector = __m512;
+    static constexpr int kLanes = avx512::kLanes;
+    static constexpr __mmask16 kAllFinite = 0xffff;
+
+    static Points affine(const Base<float>& base, int lane) { return affine_points(base, lane); }
+    static Points perspective(const double* m, int64_t x, int64_t y) { return perspective_points(m, x, y); }
+
+    template <int C, bool bilinear>
+    static void samples(const Window& w, const Points& at, __m512* to) {
+        if constexpr (bilinear)
+            bilinear_samples<C>(w, at, to);
+        else
+            nearest_samples<C>(w, at, to);
+    }
+
     template <int C, bool bilinear>
     static void pack(const Source<uint8_t>& source, const uint8_t* first, const uint8_t* second, int32_t count,
                      uint8_t* to) {
@@ -435,15 +382,19 @@ struct Isa {
         else
             pack_pixels<C, bilinear, true>(source, first, second, count, to);
     }
+    static void round(Points& at) { round_to_nearest(at); }
+    static void fold(Points& at, const Source<uint8_t>& source, Padding padding) {
+        fold_axis(at.x, at.fx, source.width, padding);
+        fold_axis(at.y, at.fy, source.height, padding);
+    }
+    static void blend(float fill, __mmask16 finite, __m512& v) {
+        v = _mm512_mask_mov_ps(_mm512_set1_ps(fill), finite, v);
+    }
+    static void color(const float* m, float unit, __m512* v) { apply_color(m, unit, v); }
 
-    template <int C, bool bilinear, class... Rest>
-    static void rows(const AffineWarp& p, const Rest&... rest) {
-        switch (p.output_dtype) {
-            case DType::u8: return warp_window<C, bilinear, uint8_t>(p, rest...);
-            case DType::f16: return warp_window<C, bilinear, Half>(p, rest...);
-            case DType::bf16: return warp_window<C, bilinear, BFloat16>(p, rest...);
-            default: return warp_window<C, bilinear, float>(p, rest...);
-        }
+    template <int C, class T>
+    static void put(T* to, const Target& at, const Epilogue<C>& epilogue, const __m512* v) {
+        store<C>(to, at, epilogue, v);
     }
 };
 

@@ -96,7 +96,7 @@ void fill_window_row(const AffineWarp& p, const Source<uint8_t>& source, const u
     for (int32_t i = right; i < window.width; ++i) put(i);
 }
 
-// Whether the vector units serve this call; Isa then brings pack() and rows().
+// Whether the vector units serve this call.
 inline bool has_window(const AffineWarp& p) {
     const int64_t* in = p.images_stride;
     const int64_t* out = p.output_stride;
@@ -107,6 +107,79 @@ inline bool has_window(const AffineWarp& p) {
            p.interpolation != Interpolation::bicubic && in_dense && out_dense && p.width < (1 << 24) &&
            p.height < (1 << 24);
 }
+
+// --- one tile ------------------------------------------------------------------------------------------------------
+
+template <int C>
+struct Epilogue {
+    float fill[C];  // a sample that is fill
+    float unit;     // takes a sample to [0, 1], before the colour matrix
+    float color[12];
+    float factor[C], add[C];  // floating output
+    float levels;             // uint8 output
+    bool colored;
+
+    Epilogue(const AffineWarp& p, int64_t image, double whole) : color{}, colored(p.color_matrix != nullptr) {
+        unit = static_cast<float>(to_unit(p, whole));
+        levels = static_cast<float>(colored ? 255 : 1 / whole);
+        for (int c = 0; c < C; ++c) {
+            fill[c] = static_cast<float>(p.fill[c]) * static_cast<float>(whole);
+            factor[c] = static_cast<float>(p.scale[c] * (colored ? 1 : to_unit(p, whole)));
+            add[c] = static_cast<float>(p.offset[c]);
+        }
+        for (int i = 0; colored && i < 12; ++i)
+            color[i] = static_cast<float>(p.color_matrix[image * p.color_stride + i]);
+    }
+};
+
+// Where a vector of pixels goes. `planar`: channel by channel, `channel` elements apart; otherwise pixel by pixel.
+struct Target {
+    int64_t channel;
+    bool planar;
+    int count;
+};
+
+// The vector loop. Isa brings the steps on Isa::kLanes pixels at a time: coordinates, folding, sampling, colour, store.
+template <class Isa, int C, bool bilinear, class T>
+void warp_window(const AffineWarp& p, const Map& map, const Source<uint8_t>& source, const Window& w, int64_t image,
+                 int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
+    const Epilogue<C> epilogue(p, image, bilinear ? kWeightSum : 1);
+    const bool mirrored = p.padding >= Padding::reflect;
+    Target target{p.output_stride[1], p.output_stride[3] == 1, Isa::kLanes};
+    for (int64_t y = y0; y < y1; ++y) {
+        T* row = static_cast<T*>(p.output) + image * p.output_stride[0] + y * p.output_stride[2];
+        for (int64_t block = x0; block < x1; block += kBlock) {
+            Base<float> base{};
+            if (map.affine) base = affine_base<float>(map.m, block, y);
+            const int64_t last = block + kBlock < x1 ? block + kBlock : x1;
+            for (int64_t x = block; x < last; x += Isa::kLanes) {
+                auto at = map.affine ? Isa::affine(base, static_cast<int>(x - block)) : Isa::perspective(map.m, x, y);
+                if constexpr (!bilinear) Isa::round(at);
+                if (mirrored) Isa::fold(at, source, p.padding);
+                typename Isa::Vector samples[C];
+                Isa::template samples<C, bilinear>(w, at, samples);
+                if (at.finite != Isa::kAllFinite)
+                    for (int c = 0; c < C; ++c) Isa::blend(epilogue.fill[c], at.finite, samples[c]);
+                if constexpr (C == 3)
+                    if (epilogue.colored) Isa::color(epilogue.color, epilogue.unit, samples);
+                target.count = static_cast<int>(last - x < Isa::kLanes ? last - x : Isa::kLanes);
+                Isa::template put<C>(row + x * p.output_stride[3], target, epilogue, samples);
+            }
+        }
+    }
+}
+
+template <class Isa, int C, bool bilinear, class... Rest>
+void warp_window_to(const AffineWarp& p, const Rest&... rest) {
+    switch (p.output_dtype) {
+        case DType::u8: return warp_window<Isa, C, bilinear, uint8_t>(p, rest...);
+        case DType::f16: return warp_window<Isa, C, bilinear, Half>(p, rest...);
+        case DType::bf16: return warp_window<Isa, C, bilinear, BFloat16>(p, rest...);
+        default: return warp_window<Isa, C, bilinear, float>(p, rest...);
+    }
+}
+
+// --- images and tiles ----------------------------------------------------------------------------------------------
 
 template <int C, bool bilinear, class Isa>
 void warp_windowed(const AffineWarp& p, int64_t begin, int64_t end) {
@@ -142,7 +215,7 @@ void warp_windowed(const AffineWarp& p, int64_t begin, int64_t end) {
             if (!fits(w, (y1 - y0) * (x1 - x0))) return false;
             for (int32_t row = 0; row < w.height; ++row)
                 fill_window_row<C, bilinear, Isa>(p, source, fill, w, row, w.data + row * w.pitch);
-            Isa::template rows<C, bilinear>(p, map, source, w, image, y0, y1, x0, x1);
+            warp_window_to<Isa, C, bilinear>(p, map, source, w, image, y0, y1, x0, x1);
             return true;
         };
         if (warp(y_begin, y_end, 0, p.output_width)) return;
