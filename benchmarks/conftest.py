@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import pytest
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in imgopt_fast/cli/bench.py, before torch is loaded
+
 from imgopt_fast.benchmarks import cases, machine
 from imgopt_fast.benchmarks.case import PEER_FAILURES, Case, assemble, first_line
 from imgopt_fast.benchmarks.results import heading

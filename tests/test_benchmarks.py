@@ -168,6 +168,7 @@ def test_a_result_file_that_cannot_be_written_is_known_before_the_run(tmp_path: 
 def test_bench_prints_and_writes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # set by the verb for its whole process; not for the tests after it
     monkeypatch.setattr("imgopt_fast.benchmarks.cases", lambda subject, quick: [Sum(), Sum("bad", True, False)])
     file = tmp_path / "results.json"
     assert bench.run(parse("--quick", "--op", "affine_warp", "--json", str(file))) == 1

@@ -151,6 +151,7 @@ def describe() -> dict[str, object]:
         "backend": _native.backend(),
         "isa": _native.active_isa(),
         "threads": torch.get_num_threads(),
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "versions": {
             "imgopt_fast": __version__,
             "torch": torch.__version__,

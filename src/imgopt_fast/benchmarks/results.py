@@ -130,6 +130,7 @@ def heading(description: Mapping[str, Any]) -> Iterator[str]:
         yield f"one core  {arithmetic}; read | copy in GB/s: {', '.join(memory)}; measured now"
     clock = "CPU time" if description["threads"] == 1 else "wall time"
     yield f"threads   {description['threads']}, pinned to as many cores; {clock}, warm, in turns, median ± MAD"
+    yield f"memory    torch allocates large tensors in {'huge' if description['huge_pages'] else 'small'} pages"
 
 
 def lines(result: Result) -> Iterator[str]:
