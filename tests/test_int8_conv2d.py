@@ -2,14 +2,18 @@
 
 import itertools
 import math
+import pickle
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import BACKEND
 
 import imgopt_fast
+from imgopt_fast import _native
 from imgopt_fast.ops import int8_conv2d as op
+from imgopt_fast.ops.int8_conv2d import fallback, reference
 
 DTYPES = (torch.uint8, torch.int8)
 F32 = np.float32
@@ -185,3 +189,266 @@ def test_matches_integer_oracle(isa: str, rng: np.random.Generator, geometry: di
         out = check(*layer(rng, input_dtype=input_dtype, output_dtype=output_dtype, **geometry))
         assert out.dtype == output_dtype
         assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("requantize", ["float", "shift"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_epilogues(isa: str, rng: np.random.Generator, requantize: str, with_residual: bool) -> None:
+    """Clamp, residual, float output and shifts, on a wide tile, a tail of channels, and depthwise."""
+    shift = requantize == "shift"
+    for geometry in ({"c": 64, "o": 64}, {"c": 12, "o": 37}, {"c": 70, "o": 70, "groups": 70}):
+        for output_dtype in DTYPES:
+            bounds = {"output_min": -1.3, "output_max": 3.7} if output_dtype == torch.int8 else {"output_min": 0.0}
+            check(
+                *layer(
+                    rng, **geometry, output_dtype=output_dtype, with_residual=with_residual, power_of_two=shift,
+                    requantize=requantize, **bounds,
+                )
+            )  # fmt: skip
+        keywords = {"output_scale": None, "output_zero_point": 0, "output_dtype": None, "output_max": 11.5}
+        found = check(*layer(rng, **geometry, with_residual=with_residual, power_of_two=shift, **keywords))
+        assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("input_dtype", DTYPES)
+def test_extreme_values_do_not_saturate_in_16_bits(isa: str, input_dtype: torch.dtype) -> None:
+    """All-maximal products: pairs leave int16, which instructions that saturate there get wrong."""
+    for weight_value, zero_point in ((127, 0), (-128, 0), (-127, 0), (127, 255), (-128, 255)):
+        for c, groups, o in ((64, 1, 64), (20, 1, 33), (6, 1, 5), (64, 64, 64)):
+            zero = zero_point - 128 if input_dtype == torch.int8 else zero_point
+            value = op.INTEGER_RANGE[input_dtype][1 if zero_point == 0 else 0]
+            x = torch.full((1, c, 5, 6), value, dtype=input_dtype)
+            weight = torch.full((o, c // groups, 3, 3), weight_value, dtype=torch.int8)
+            weight[::2, :, 1:] = -1 - weight_value if weight_value < 0 else -weight_value
+            settings = {
+                "input_scale": 0.5, "input_zero_point": zero, "weight_scale": torch.full((o,), 0.25),
+                "groups": groups, "padding": ((1, 1), (1, 1)),
+            }  # fmt: skip
+            check(x, weight, None, settings)
+            # Sums of a million steps each way: conversion to an integer must not overflow to the wrong side.
+            extreme = settings | {"input_scale": 2.0**20, "weight_scale": torch.full((o,), 2.0**20)}
+            check(x, weight, None, extreme | {"output_scale": 2.0**-20, "output_dtype": torch.uint8})
+
+
+def test_large_sums_round_once(isa: str, rng: np.random.Generator) -> None:
+    """Above 2^24 a sum is rounded to float32 before it is scaled."""
+    x, weight, _, settings = layer(rng, n=1, c=2048, o=32, k=(3, 3), h=4, w=4)
+    x.fill_(255)
+    weight = (weight.abs() | 64).clamp(max=127).to(torch.int8)
+    bias = torch.full((32,), 1e4)
+    check(x, weight, bias, settings | {"output_scale": 1e5, "input_zero_point": 1})
+
+
+def test_memory_formats_and_strides(isa: str, rng: np.random.Generator) -> None:
+    x, weight, bias, settings = layer(rng, c=8, o=16, with_residual=True)
+    expected = imgopt_fast.int8_conv2d(x, weight, bias, **settings)
+    wide = torch.zeros(2, 16, 14, 9, dtype=torch.uint8)
+    strided = wide[:, ::2, ::2]
+    strided.copy_(x)
+    for image in (x.contiguous(), strided, x.transpose(2, 3).contiguous().transpose(2, 3)):
+        assert torch.equal(imgopt_fast.int8_conv2d(image, weight, bias, **settings), expected)
+    turned = weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    assert torch.equal(imgopt_fast.int8_conv2d(x, turned, bias, **settings), expected)
+
+
+@pytest.mark.parametrize("implementation", [reference.int8_conv2d, fallback.int8_conv2d], ids=["reference", "numba"])
+def test_python_implementations(implementation: Any, rng: np.random.Generator) -> None:
+    """Called directly, so that they are tested whatever backend is chosen."""
+    for geometry in GEOMETRIES[:1] + GEOMETRIES[5:21]:
+        for shift in (False, True):
+            x, weight, bias, settings = layer(rng, **geometry, with_residual=True, power_of_two=shift)
+            settings |= {"output_min": -2.0, "requantize": "shift" if shift else "float"}
+            expected = oracle(x, weight, bias, **settings)
+            packed = imgopt_fast.pack_int8_weight(
+                weight, settings["weight_scale"], bias, input_scale=settings["input_scale"],
+                input_zero_point=settings["input_zero_point"], groups=settings["groups"],
+            )  # fmt: skip
+            found = implementation(*operation_arguments(x, packed, settings))
+            np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def operation_arguments(x: torch.Tensor, packed: Any, settings: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of the schema."""
+    (top, bottom), (left, right) = settings.get("padding", ((0, 0), (0, 0)))
+    return (
+        x, packed.weight, packed.bias, packed.weight_scale, packed.packed, settings.get("residual"),
+        packed.input_scale, packed.input_zero_point, settings["output_scale"], settings["output_zero_point"],
+        settings["output_dtype"], list(settings.get("stride", (1, 1))), [top, bottom, left, right],
+        list(settings.get("dilation", (1, 1))), packed.groups, settings.get("output_min"), settings.get("output_max"),
+        settings.get("residual_scale", 1.0), settings.get("residual_zero_point", 0),
+        settings.get("requantize") == "shift",
+    )  # fmt: skip
+
+
+def test_numpy_face(rng: np.random.Generator) -> None:
+    import imgopt_fast.numpy as face
+
+    for geometry in GEOMETRIES[:1] + GEOMETRIES[5:10]:
+        for shift in (False, True):
+            x, weight, bias, settings = layer(
+                rng, **geometry, with_residual=True, power_of_two=shift, input_dtype=torch.int8
+            )
+            settings |= {"output_min": -2.0, "requantize": "shift" if shift else "float"}
+            expected = imgopt_fast.int8_conv2d(x, weight, bias, **settings).permute(0, 2, 3, 1).numpy()
+            settings |= {
+                "weight_scale": settings["weight_scale"].numpy(), "output_dtype": "uint8",
+                "residual": settings["residual"].permute(0, 2, 3, 1).numpy(),
+            }  # fmt: skip
+            found = face.int8_conv2d(x.permute(0, 2, 3, 1).numpy(), weight.numpy(), bias.numpy(), **settings)
+            np.testing.assert_array_equal(found, expected)
+    image = np.zeros((1, 2, 2, 4), np.uint8)
+    kernel = np.ones((3, 4, 1, 1), np.int8)
+    assert face.int8_conv2d(image, kernel, input_scale=1.0, weight_scale=1.0).dtype == np.float32
+    with pytest.raises(ValueError, match=r"weight_scale: .* output channel 1"):
+        face.int8_conv2d(image, kernel, input_scale=1.0, weight_scale=np.array([1.0, 0.0, 1.0]))
+    with pytest.raises(TypeError, match="input: expected a uint8 or int8 array"):
+        face.int8_conv2d(image.astype(np.int32), kernel, input_scale=1.0, weight_scale=1.0)
+
+
+def test_threads_do_not_change_bits(rng: np.random.Generator) -> None:
+    x, weight, bias, settings = layer(rng, n=3, c=64, o=128, h=30, w=31)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(imgopt_fast.int8_conv2d(x, weight, bias, **settings))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_packed_weight_of_another_isa_is_packed_anew(isa: str, rng: np.random.Generator) -> None:
+    x, weight, bias, settings = layer(rng, c=32, o=48)
+    expected = imgopt_fast.int8_conv2d(x, weight, bias, **settings)
+    own = ("input_scale", "input_zero_point", "weight_scale", "groups")
+    rest = {name: value for name, value in settings.items() if name not in own}
+    packed = imgopt_fast.pack_int8_weight(
+        weight, settings["weight_scale"], bias, input_scale=settings["input_scale"],
+        input_zero_point=settings["input_zero_point"],
+    )  # fmt: skip
+    packed = pickle.loads(pickle.dumps(packed))
+    assert packed.packed.numel() > weight.numel()
+    for other in _native.supported_isas():
+        _native.set_isa(other)
+        assert torch.equal(imgopt_fast.int8_conv2d(x, packed, **rest), expected)
+    truncated = packed._replace(packed=packed.packed[:-1].clone())
+    assert torch.equal(imgopt_fast.int8_conv2d(x, truncated, **rest), expected)
+
+
+def test_opcheck_compile_and_export(rng: np.random.Generator) -> None:
+    x, weight, bias, settings = layer(rng, c=8, o=16, with_residual=True)
+    packed = imgopt_fast.pack_int8_weight(
+        weight, settings["weight_scale"], bias, input_scale=settings["input_scale"],
+        input_zero_point=settings["input_zero_point"],
+    )  # fmt: skip
+    arguments = operation_arguments(x, packed, settings)
+    torch.library.opcheck(torch.ops.imgopt_fast.int8_conv2d.default, arguments)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = imgopt_fast.int8_conv2d(x, packed, output_scale=0.7, output_zero_point=9, padding=(1, 2), stride=2)
+            return imgopt_fast.int8_conv2d(  # unpacked: the checks of values are left out while tracing
+                y, weight.view(8, 16, 3, 3), input_scale=0.7, input_zero_point=9, weight_scale=0.5
+            )
+
+    expected = Layer()(x)
+    compiled = torch.compile(Layer(), fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(x), expected)
+    exported = torch.export.export(Layer(), (x,), dynamic_shapes={"x": {0: torch.export.Dim("n")}})
+    more = torch.cat([x, x.flip(0)])
+    assert torch.equal(exported.module()(more), Layer()(more))
+
+
+GOOD: dict[str, Any] = {"input_scale": 0.5, "weight_scale": 0.5, "output_scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "changes"),
+    [
+        (TypeError, "input: expected uint8 or int8, got torch.float32", {"input": torch.zeros(1, 8, 5, 5)}),
+        (ValueError, r"input: expected \(N, 8, H, W\)", {"input": torch.zeros(1, 7, 5, 5, dtype=torch.uint8)}),
+        (ValueError, "input: expected at least 3 rows", {"input": torch.zeros(1, 8, 2, 5, dtype=torch.uint8)}),
+        (TypeError, "weight: expected an int8 tensor", {"weight": torch.zeros(4, 8, 3, 3)}),
+        (ValueError, "weight: expected .O, C/groups", {"weight": torch.zeros(8, 3, 3, dtype=torch.int8)}),
+        (ValueError, "groups: expected a divisor of the 4", {"groups": 3}),
+        (ValueError, "weight_scale: .* got -1.0 for output channel 2", {"weight_scale": torch.tensor([1.0, 1, -1, 1])}),
+        (ValueError, "weight_scale: expected 1 or 4 numbers", {"weight_scale": torch.ones(3)}),
+        (ValueError, "weight_scale: .* inf", {"weight_scale": torch.tensor([1.0, 1, 1, math.inf])}),
+        (ValueError, "input_scale: expected a positive finite", {"input_scale": 0.0}),
+        (ValueError, "input_scale: expected a positive finite", {"input_scale": math.nan}),
+        (ValueError, "output_scale: expected a positive finite", {"output_scale": math.inf}),
+        (ValueError, r"input_zero_point: expected an integer in \[0, 255\], got -1", {"input_zero_point": -1}),
+        (ValueError, "output_zero_point: expected an integer", {"output_zero_point": 256}),
+        (ValueError, "output_dtype: expected", {"output_dtype": torch.float16}),
+        (ValueError, "stride: expected", {"stride": 0}),
+        (ValueError, "padding: expected", {"padding": (1, 2, 3)}),
+        (ValueError, "dilation: expected", {"dilation": (1, -1)}),
+        (ValueError, "output_min: expected at most", {"output_min": 2.0, "output_max": 1.0}),
+        (ValueError, "output_max: expected a number", {"output_max": math.nan}),
+        (ValueError, "residual_scale: expected", {"residual": torch.zeros(1, 4, 3, 3, dtype=torch.uint8)}),
+        (ValueError, "residual: expected a tensor", {"residual_scale": 1.0}),
+        (
+            ValueError,
+            "residual: expected the output's shape",
+            {"residual": torch.zeros(1, 4, 4, 3, dtype=torch.uint8), "residual_scale": 1.0},
+        ),
+        (ValueError, "bias: .* output channel 1 .* int32", {"bias": torch.tensor([0.0, 1e10, 0, 0])}),
+        (ValueError, "bias: .* output channel 3", {"bias": torch.tensor([0.0, 0, 0, math.nan])}),
+        (TypeError, "bias: expected floats", {"bias": torch.zeros(4, dtype=torch.int32)}),
+        (ValueError, r"bias: expected \(4,\)", {"bias": torch.zeros(5)}),
+        (ValueError, "requantize: expected", {"requantize": "round"}),
+        (ValueError, "output_scale: expected a power of two", {"requantize": "shift", "output_scale": 3.0}),
+        (
+            ValueError,
+            "weight_scale: .* output channel 1",
+            {"requantize": "shift", "weight_scale": torch.tensor([1.0, 0.3, 1, 1])},
+        ),
+    ],
+)
+def test_errors_name_the_argument(error: type[Exception], message: str, changes: dict[str, Any]) -> None:
+    settings = GOOD | {
+        "input": torch.zeros(1, 8, 5, 5, dtype=torch.uint8),
+        "weight": torch.ones(4, 8, 3, 3, dtype=torch.int8),
+    }
+    with pytest.raises(error, match=message):
+        imgopt_fast.int8_conv2d(**settings | changes)
+
+
+def test_sums_that_could_overflow_are_refused() -> None:
+    """The bound of kernels.h, on both sides of its edge."""
+    weight = torch.full((2, 66_000, 1, 1), 127, dtype=torch.int8)
+    imgopt_fast.pack_int8_weight(weight, 1.0, input_scale=1.0)
+    weight[1] = -128
+    with pytest.raises(ValueError, match="output channel 1"):
+        imgopt_fast.pack_int8_weight(weight, 1.0, input_scale=1.0)
+    limit = weight[:1, :8].contiguous()
+    edge = float(2**31 - 1 - 127 * 8 * 255)
+    imgopt_fast.pack_int8_weight(limit, 1.0, torch.tensor([edge], dtype=torch.float64), input_scale=1.0)
+    with pytest.raises(ValueError, match="output channel 0"):
+        imgopt_fast.pack_int8_weight(limit, 1.0, torch.tensor([edge + 1], dtype=torch.float64), input_scale=1.0)
+
+
+def test_packed_weight_refuses_its_own_arguments() -> None:
+    packed = imgopt_fast.pack_int8_weight(torch.ones(4, 8, 3, 3, dtype=torch.int8), 0.5, input_scale=0.5)
+    x = torch.zeros(1, 8, 5, 5, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="weight: is packed"):
+        imgopt_fast.int8_conv2d(x, packed, input_scale=0.5, output_scale=1.0)
+    with pytest.raises(ValueError, match="input_zero_point"):
+        imgopt_fast.int8_conv2d(x, packed._replace(input_zero_point=-3), output_scale=1.0)
+
+
+@pytest.mark.skipif(BACKEND != "native", reason="peers are compared with the kernels")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per")  # torch warns that its own quantized tensors are old
+def test_agrees_with_torch_quantized(rng: np.random.Generator) -> None:
+    """torch's own quantized convolution, whose bias and rounding differ by at most one step."""
+    x, weight, bias, settings = layer(rng, c=16, o=32, h=9, w=9)
+    weight.clamp_(-63, 63)  # fbgemm without VNNI saturates beyond seven bits
+    scale = settings["weight_scale"]
+    quantized = torch._make_per_channel_quantized_tensor(weight, scale.double(), torch.zeros(32, dtype=torch.long), 0)
+    packed = torch.ops.quantized.conv2d_prepack(quantized, bias, [1, 1], [1, 1], [1, 1], 1)
+    image = torch._make_per_tensor_quantized_tensor(x, settings["input_scale"], settings["input_zero_point"])
+    theirs = torch.ops.quantized.conv2d(image, packed, settings["output_scale"], settings["output_zero_point"])
+    ours = imgopt_fast.int8_conv2d(x, weight, bias, padding=1, **settings)
+    assert (ours.int() - theirs.int_repr().int()).abs().max() <= 1

@@ -50,3 +50,95 @@ def normalization(
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"std: expected positive finite values, got {value}")
     return means, stds
+
+
+# --- int8_conv2d ------------------------------------------------------------------------------------------------------
+
+Padding = int | Sequence[int] | Sequence[Sequence[int]]
+# Scales outside of this range are refused: inside of it no multiplier input_scale·weight_scale/output_scale is
+# subnormal (2^-120 ≥ 2^-126), and no product with an int32 sum overflows float32 (2^(24+24+48+31) < 2^128).
+SCALE_MIN, SCALE_MAX = 2.0**-48, 2.0**24
+# requantize="shift": how far the sum (below 2^31) and the residual (below 2^9) may move left to meet each other's
+# scale; together they then stay below 2^61, and adding the rounding half stays within int64.
+SUM_LEFT_MAX, RESIDUAL_LEFT_MAX = 29, 51
+
+
+def check_scale(name: str, scale: float) -> None:
+    """ValueError unless `scale` can be the scale of a quantized tensor."""
+    if not SCALE_MIN <= scale <= SCALE_MAX:
+        raise ValueError(f"{name}: expected a positive finite number in [2^-48, 2^24], got {scale}")
+
+
+def check_zero_point(name: str, zero_point: int, low: int, high: int) -> None:
+    """ValueError unless `zero_point` is an integer in [low, high]."""
+    if zero_point != int(zero_point) or not low <= zero_point <= high:
+        raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {zero_point}")
+
+
+def check_shift_scales(**scales: float | None) -> None:
+    """ValueError unless every scale that is given is a power of two."""
+    for name, scale in scales.items():
+        if scale is not None and math.frexp(scale)[0] != 0.5:
+            raise ValueError(f"{name}: expected a power of two with requantize='shift', got {scale}")
+
+
+def check_shift_span(input_scale: float, least: int, most: int, residual_scale: float | None) -> None:
+    """ValueError unless sum and residual fit one scale; `least`..`most` are the weight scales' frexp exponents."""
+    if residual_scale is None:
+        return
+    base = math.frexp(input_scale)[1] - 1 - math.frexp(residual_scale)[1]  # log2 of input_scale / residual_scale / 2
+    if base + most > SUM_LEFT_MAX or base + least < -RESIDUAL_LEFT_MAX:
+        raise ValueError(
+            f"residual_scale: expected between 2^-{SUM_LEFT_MAX} and 2^{RESIDUAL_LEFT_MAX} times "
+            f"input_scale*weight_scale with requantize='shift', got 2^{-(base + most)} to 2^{-(base + least)} times"
+        )
+
+
+def check_clamp(output_min: float | None, output_max: float | None) -> None:
+    """ValueError unless the bounds, where there are any, are ordered numbers."""
+    for name, value in (("output_min", output_min), ("output_max", output_max)):
+        if value is not None and math.isnan(value):
+            raise ValueError(f"{name}: expected a number, got nan")
+    if output_min is not None and output_max is not None and output_min > output_max:
+        raise ValueError(f"output_min: expected at most output_max={output_max}, got {output_min}")
+
+
+def as_pair(name: str, value: int | Sequence[int], low: int) -> list[int]:
+    """`value` as [h, w]; a single integer serves both."""
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= low for v in pair):
+        raise ValueError(f"{name}: expected an integer of at least {low} or a pair of them, got {value}")
+    return pair
+
+
+def as_sides(padding: Padding) -> list[int]:
+    """[top, bottom, left, right]."""
+    if isinstance(padding, int):
+        sides = [padding] * 4
+    else:
+        axes = [(axis, axis) if isinstance(axis, int) else tuple(axis) for axis in padding]
+        sides = [side for axis in axes for side in axis]
+        if len(axes) != 2:
+            sides = []
+    if len(sides) != 4 or not all(isinstance(side, int) and side >= 0 for side in sides):
+        raise ValueError(
+            f"padding: expected an integer, (h, w) or ((top, bottom), (left, right)), none negative, got {padding}"
+        )
+    return sides
+
+
+def output_size(
+    input: Sequence[int], weight: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Shape of the output; ValueError where the window does not fit into the padded input."""
+    size = [input[0], weight[0]]
+    for axis in (0, 1):
+        padded = input[2 + axis] + padding[2 * axis] + padding[2 * axis + 1]
+        window = dilation[axis] * (weight[2 + axis] - 1) + 1
+        if padded < window:
+            raise ValueError(
+                f"input: expected at least {window} {('rows', 'columns')[axis]} with padding for the dilated kernel, "
+                f"got {padded}"
+            )
+        size.append((padded - window) // stride[axis] + 1)
+    return size

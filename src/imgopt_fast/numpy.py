@@ -11,7 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imgopt_fast import _native
-from imgopt_fast._arguments import normalization, one_of, per_channel, uint8_fill
+from imgopt_fast._arguments import (
+    SCALE_MAX,
+    SCALE_MIN,
+    Padding,
+    as_pair,
+    as_sides,
+    check_clamp,
+    check_scale,
+    check_shift_scales,
+    check_shift_span,
+    check_zero_point,
+    normalization,
+    one_of,
+    output_size,
+    per_channel,
+    uint8_fill,
+)
 from imgopt_fast._mask_blocks import block_columns
 
 _native.backend()  # a wrong IMGOPT_ISA or IMGOPT_BACKEND is an error at import, not in the first call
@@ -282,4 +298,168 @@ def _masked_matmul_by_torch(input: NDArray[Any], weight: PackedMaskedWeight, bia
         None if bias is None else torch.from_numpy(np.ascontiguousarray(bias)),
     )  # fmt: skip
     found: NDArray[Any] = result.numpy()
+    return found
+
+
+# --- int8_conv2d -----------------------------------------------------------------------------------------------------
+
+_RANGES = {"uint8": (0, 255), "int8": (-128, 127)}
+
+
+def int8_conv2d(
+    input: NDArray[Any],
+    weight: NDArray[np.int8],
+    bias: NDArray[np.floating[Any]] | None = None,
+    *,
+    input_scale: float,
+    input_zero_point: int = 0,
+    weight_scale: float | NDArray[np.floating[Any]],
+    output_scale: float | None = None,
+    output_zero_point: int = 0,
+    output_dtype: Any = None,
+    stride: int | Sequence[int] = 1,
+    padding: Padding = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    output_min: float | None = None,
+    output_max: float | None = None,
+    residual: NDArray[Any] | None = None,
+    residual_scale: float | None = None,
+    residual_zero_point: int = 0,
+    requantize: str = "float",
+) -> NDArray[Any]:
+    """`imgopt_fast.int8_conv2d` for arrays: (N, H, W, C) uint8 or int8 to (N, OH, OW, O), the same bits.
+
+    `weight` is int8 (O, C/groups, kH, kW), as in torch; it is packed in every call. The other arguments, the
+    arithmetic and the errors are those of the torch function.
+    """
+    if not isinstance(input, np.ndarray) or input.dtype.name not in _RANGES:
+        raise TypeError(f"input: expected a uint8 or int8 array, got {getattr(input, 'dtype', type(input).__name__)}")
+    if not isinstance(weight, np.ndarray) or weight.dtype != np.int8:
+        raise TypeError(f"weight: expected an int8 array, got {getattr(weight, 'dtype', type(weight).__name__)}")
+    if weight.ndim != 4 or 0 in weight.shape:
+        raise ValueError(f"weight: expected (O, C/groups, kH, kW) with no empty axis, got {weight.shape}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}")
+    if input.ndim != 4 or input.shape[3] != weight.shape[1] * groups:
+        raise ValueError(f"input: expected (N, H, W, {weight.shape[1] * groups}), got {input.shape}")
+    check_scale("input_scale", input_scale)
+    check_zero_point("input_zero_point", input_zero_point, *_RANGES[input.dtype.name])
+    scale = _channel_scales(weight_scale, weight.shape[0])
+    bias_int32 = _quantized_bias(bias, scale, input_scale)
+    _check_sums(weight, bias_int32, input_zero_point, _RANGES[input.dtype.name])
+    strides, sides, dilations = as_pair("stride", stride, 1), as_sides(padding), as_pair("dilation", dilation, 1)
+    check_clamp(output_min, output_max)
+    if output_scale is None:
+        dtype = np.dtype(np.float32)
+        if output_zero_point:
+            raise ValueError(f"output_zero_point: expected 0 without output_scale, got {output_zero_point}")
+    else:
+        dtype = input.dtype if output_dtype is None else np.dtype(output_dtype)
+        if dtype.name not in _RANGES:
+            raise ValueError(f"output_dtype: expected uint8 or int8 with output_scale, got {dtype}")
+        check_scale("output_scale", output_scale)
+        check_zero_point("output_zero_point", output_zero_point, *_RANGES[dtype.name])
+    n, channels, height, width = output_size(
+        (input.shape[0], input.shape[3], *input.shape[1:3]), weight.shape, strides, sides, dilations
+    )
+    if residual is not None:
+        if not isinstance(residual, np.ndarray) or residual.dtype.name not in _RANGES:
+            got = getattr(residual, "dtype", type(residual).__name__)
+            raise TypeError(f"residual: expected a uint8 or int8 array, got {got}")
+        if residual.shape != (n, height, width, channels):
+            raise ValueError(f"residual: expected shape {(n, height, width, channels)}, got {residual.shape}")
+        check_scale("residual_scale", math.nan if residual_scale is None else residual_scale)
+        check_zero_point("residual_zero_point", residual_zero_point, *_RANGES[residual.dtype.name])
+    elif residual_scale is not None or residual_zero_point:
+        raise ValueError("residual: expected an array beside residual_scale or residual_zero_point, got None")
+    if one_of("requantize", requantize, ("float", "shift")) == "shift":
+        check_shift_scales(input_scale=input_scale, output_scale=output_scale, residual_scale=residual_scale)
+        mantissa, exponent = np.frexp(scale)
+        if not (mantissa == 0.5).all():
+            raise ValueError(f"weight_scale: expected powers of two with requantize='shift', got {scale}")
+        check_shift_span(input_scale, int(exponent.min()), int(exponent.max()), residual_scale)
+    if _native.backend() != "native":
+        return _int8_conv2d_by_torch(
+            input, weight, bias, scale, residual, input_scale=input_scale, input_zero_point=input_zero_point,
+            output_scale=output_scale, output_zero_point=output_zero_point, output_dtype=dtype, stride=strides,
+            padding=(sides[:2], sides[2:]), dilation=dilations, groups=groups, output_min=output_min,
+            output_max=output_max, residual_scale=residual_scale, residual_zero_point=residual_zero_point,
+            requantize=requantize,
+        )  # fmt: skip
+    core = _native.core()
+    assert core is not None
+    result: NDArray[Any] = core.int8_conv2d(
+        np.ascontiguousarray(input), np.ascontiguousarray(weight), bias_int32, scale,
+        None if residual is None else np.ascontiguousarray(residual), input_scale, input_zero_point, output_scale,
+        output_zero_point, dtype == np.int8, strides, sides, dilations, groups, output_min, output_max,
+        1.0 if residual_scale is None else residual_scale, residual_zero_point, requantize == "shift",
+    )  # fmt: skip
+    return result
+
+
+def _channel_scales(weight_scale: float | NDArray[Any], channels: int) -> NDArray[np.float32]:
+    scale = np.asarray(weight_scale, np.float32)
+    if scale.ndim > 1 or scale.size not in (1, channels):
+        raise ValueError(f"weight_scale: expected 1 or {channels} numbers, got shape {scale.shape}")
+    for channel, value in enumerate(scale.reshape(-1)):
+        if not SCALE_MIN <= value <= SCALE_MAX:
+            raise ValueError(
+                f"weight_scale: expected positive finite numbers in [2^-48, 2^24], got {value} for output channel "
+                f"{channel}"
+            )
+    return np.array(np.broadcast_to(scale, channels))
+
+
+def _quantized_bias(bias: NDArray[Any] | None, scale: NDArray[np.float32], input_scale: float) -> NDArray[np.int32]:
+    if bias is None:
+        return np.zeros(len(scale), np.int32)
+    if bias.dtype.kind != "f":
+        raise TypeError(f"bias: expected floats in real units, got {bias.dtype}")
+    if bias.shape != scale.shape:
+        raise ValueError(f"bias: expected {scale.shape}, got {bias.shape}")
+    steps = bias.astype(np.float64) / (float(input_scale) * scale.astype(np.float64))
+    for channel, value in enumerate(steps):
+        if not abs(value) <= 2**31 - 1:
+            raise ValueError(
+                f"bias: {bias[channel]} of output channel {channel} is {value:.3g} steps of input_scale*weight_scale, "
+                f"which int32 cannot hold; use a larger weight_scale for this channel"
+            )
+    return np.rint(steps).astype(np.int32)
+
+
+def _check_sums(weight: NDArray[np.int8], bias: NDArray[np.int32], zero_point: int, values: tuple[int, int]) -> None:
+    w = weight.reshape(len(weight), -1).astype(np.int64)
+    positive, negative = np.maximum(w, 0).sum(1), np.maximum(-w, 0).sum(1)
+    above, below = values[1] - zero_point, zero_point - values[0]
+    highest = bias + positive * above + negative * below
+    lowest = bias - positive * below - negative * above
+    for channel in np.flatnonzero((highest > 2**31 - 1) | (lowest < -(2**31))):
+        raise ValueError(
+            f"weight: the sum of output channel {channel} could reach {highest[channel]} or {lowest[channel]}, outside "
+            f"of int32; expected fewer than {w.shape[1]} weights, smaller ones, or a smaller bias"
+        )
+
+
+def _int8_conv2d_by_torch(
+    input: NDArray[Any], weight: NDArray[np.int8], bias: NDArray[Any] | None, scale: NDArray[np.float32],
+    residual: NDArray[Any] | None, *, output_dtype: Any, **settings: Any,
+) -> NDArray[Any]:  # fmt: skip
+    import torch
+
+    from imgopt_fast.ops.int8_conv2d import int8_conv2d as convolve
+
+    def image(array: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).permute(0, 3, 1, 2)
+
+    result = convolve(
+        image(input),
+        torch.from_numpy(np.ascontiguousarray(weight)),
+        None if bias is None else torch.from_numpy(np.ascontiguousarray(bias)),
+        weight_scale=torch.from_numpy(scale),
+        residual=None if residual is None else image(residual),
+        output_dtype=getattr(torch, output_dtype.name),
+        **settings,
+    )
+    found: NDArray[Any] = result.permute(0, 2, 3, 1).numpy()
     return found

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from imgopt_fast.ops.int8_conv2d import PackedInt8Weight, Padding, int8_conv2d, pack_int8_weight
+from imgopt_fast._arguments import Padding
+from imgopt_fast.ops.int8_conv2d import PackedInt8Weight, int8_conv2d, pack_int8_weight
 
 Requantize = Literal["float", "shift"]
 

@@ -5,7 +5,6 @@ weights alone is done once by `pack_int8_weight`; an unpacked weight is packed a
 the operation has no autograd registration, because that alone costs microseconds per call.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -13,19 +12,24 @@ import torch
 from torch import Tensor
 
 from imgopt_fast import _native
+from imgopt_fast._arguments import (
+    SCALE_MAX,
+    SCALE_MIN,
+    Padding,
+    as_pair,
+    as_sides,
+    check_clamp,
+    check_scale,
+    check_shift_scales,
+    check_shift_span,
+    check_zero_point,
+    output_size,
+)
 from imgopt_fast.ops import registration
 from imgopt_fast.ops.int8_conv2d import reference
 
-Padding = int | Sequence[int] | Sequence[Sequence[int]]
-
 # The values of a quantized tensor, and the zero points that it may have.
 INTEGER_RANGE = reference.INTEGER_RANGE
-# Scales outside of this range are refused: inside of it no multiplier input_scale·weight_scale/output_scale is
-# subnormal (2^-120 ≥ 2^-126), and no product with an int32 sum overflows float32 (2^(24+24+48+31) < 2^128).
-SCALE_MIN, SCALE_MAX = 2.0**-48, 2.0**24
-# requantize="shift": how far the sum (below 2^31) and the residual (below 2^9) may move left to meet each other's
-# scale; together they then stay below 2^61, and adding the rounding half stays within int64.
-SUM_LEFT_MAX, RESIDUAL_LEFT_MAX = 29, 51
 INT32_MAX = 2**31 - 1
 
 
@@ -189,23 +193,6 @@ def int8_conv2d(
     return output
 
 
-def output_size(
-    input: Sequence[int], weight: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> list[int]:
-    """Shape of the output; ValueError where the window does not fit into the padded input."""
-    size = [input[0], weight[0]]
-    for axis in (0, 1):
-        padded = input[2 + axis] + padding[2 * axis] + padding[2 * axis + 1]
-        window = dilation[axis] * (weight[2 + axis] - 1) + 1
-        if padded < window:
-            raise ValueError(
-                f"input: expected at least {window} {('rows', 'columns')[axis]} with padding for the dilated kernel, "
-                f"got {padded}"
-            )
-        size.append((padded - window) // stride[axis] + 1)
-    return size
-
-
 def pack_bytes(weight: Tensor, groups: int) -> Tensor:
     """`weight` in the order of the active kernel, behind its header; empty where no compiled kernel will read it."""
     core = _native.core()
@@ -273,16 +260,6 @@ def _check_weight(weight: Tensor, groups: int) -> None:
         raise ValueError(f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}")
 
 
-def check_scale(name: str, scale: float) -> None:
-    if not SCALE_MIN <= scale <= SCALE_MAX:
-        raise ValueError(f"{name}: expected a positive finite number in [2^-48, 2^24], got {scale}")
-
-
-def check_zero_point(name: str, zero_point: int, low: int, high: int) -> None:
-    if zero_point != int(zero_point) or not low <= zero_point <= high:
-        raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {zero_point}")
-
-
 def _check_scale_values(scale: Tensor) -> None:
     good = (scale >= SCALE_MIN) & (scale <= SCALE_MAX)
     if not bool(good.all()):
@@ -345,14 +322,6 @@ def _check_input(input: Tensor, layer: PackedInt8Weight) -> None:
     check_zero_point("input_zero_point", layer.input_zero_point, *INTEGER_RANGE[input.dtype])
 
 
-def check_clamp(output_min: float | None, output_max: float | None) -> None:
-    for name, value in (("output_min", output_min), ("output_max", output_max)):
-        if value is not None and math.isnan(value):
-            raise ValueError(f"{name}: expected a number, got nan")
-    if output_min is not None and output_max is not None and output_min > output_max:
-        raise ValueError(f"output_min: expected at most output_max={output_max}, got {output_min}")
-
-
 def _check_residual(
     residual: Tensor | None, scale: float | None, zero_point: int, size: Sequence[int], input: Tensor
 ) -> None:
@@ -373,10 +342,8 @@ def _check_residual(
 
 
 def check_powers_of_two(layer: PackedInt8Weight, output_scale: float | None, residual_scale: float | None) -> None:
-    scales = (("input_scale", layer.input_scale), ("output_scale", output_scale), ("residual_scale", residual_scale))
-    for name, scale in scales:
-        if scale is not None and math.frexp(scale)[0] != 0.5:
-            raise ValueError(f"{name}: expected a power of two with requantize='shift', got {scale}")
+    """ValueError unless requantize='shift' can serve these scales; compiled graphs skip the tensor's values."""
+    check_shift_scales(input_scale=layer.input_scale, output_scale=output_scale, residual_scale=residual_scale)
     if torch.compiler.is_compiling():
         return
     mantissa, exponent = torch.frexp(layer.weight_scale)
@@ -387,15 +354,7 @@ def check_powers_of_two(layer: PackedInt8Weight, output_scale: float | None, res
             f"weight_scale: expected powers of two with requantize='shift', got {float(layer.weight_scale[channel])} "
             f"for output channel {channel}"
         )
-    if residual_scale is None:
-        return
-    finer = exponent + (math.frexp(layer.input_scale)[1] - 1 - math.frexp(residual_scale)[1])  # log2 of the ratio
-    if int(finer.max()) > SUM_LEFT_MAX or int(finer.min()) < -RESIDUAL_LEFT_MAX:
-        raise ValueError(
-            f"residual_scale: expected between 2^-{SUM_LEFT_MAX} and 2^{RESIDUAL_LEFT_MAX} times "
-            f"input_scale*weight_scale with requantize='shift', got 2^{-int(finer.max())} to "
-            f"2^{-int(finer.min())} times"
-        )
+    check_shift_span(layer.input_scale, int(exponent.min()), int(exponent.max()), residual_scale)
 
 
 def _output_dtype(dtype: torch.dtype | None, output_scale: float | None, input: torch.dtype) -> torch.dtype:
@@ -408,29 +367,6 @@ def _output_dtype(dtype: torch.dtype | None, output_scale: float | None, input: 
             f"output_dtype: expected {names} {'without' if output_scale is None else 'with'} output_scale, got {dtype}"
         )
     return dtype
-
-
-def as_pair(name: str, value: int | Sequence[int], low: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= low for v in pair):
-        raise ValueError(f"{name}: expected an integer of at least {low} or a pair of them, got {value}")
-    return pair
-
-
-def as_sides(padding: Padding) -> list[int]:
-    """[top, bottom, left, right]."""
-    if isinstance(padding, int):
-        sides = [padding] * 4
-    else:
-        axes = [(axis, axis) if isinstance(axis, int) else tuple(axis) for axis in padding]
-        sides = [side for axis in axes for side in axis]
-        if len(axes) != 2:
-            sides = []
-    if len(sides) != 4 or not all(isinstance(side, int) and side >= 0 for side in sides):
-        raise ValueError(
-            f"padding: expected an integer, (h, w) or ((top, bottom), (left, right)), none negative, got {padding}"
-        )
-    return sides
 
 
 def _fake(

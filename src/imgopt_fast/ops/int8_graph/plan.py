@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from imgopt_fast import _arguments as arguments
 from imgopt_fast.ops import int8_conv2d as conv
 from imgopt_fast.ops.int8_conv2d import reference as arithmetic
 
@@ -253,7 +254,7 @@ class Int8GraphBuilder:
         bias: Tensor | None = None,
         *,
         stride: int | Sequence[int] = 1,
-        padding: conv.Padding = 0,
+        padding: arguments.Padding = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         output_scale: float | None,
@@ -269,11 +270,11 @@ class Int8GraphBuilder:
             raise ValueError("x: expected a (N, C, H, W) value for conv2d; linear takes (N, C)")
         window = _window(
             weight.shape[2:] if weight.dim() == 4 else (0, 0),
-            conv.as_pair("stride", stride, 1),
-            conv.as_sides(padding),
+            arguments.as_pair("stride", stride, 1),
+            arguments.as_sides(padding),
         )
         return self._convolve(
-            x, weight, weight_scale, bias, window, conv.as_pair("dilation", dilation, 1), groups, output_scale,
+            x, weight, weight_scale, bias, window, arguments.as_pair("dilation", dilation, 1), groups, output_scale,
             output_zero_point, output_dtype, output_min, output_max, residual,
         )  # fmt: skip
 
@@ -320,8 +321,10 @@ class Int8GraphBuilder:
         low, high = arithmetic.clamp_range(output_dtype, output_scale, output_zero_point, output_min, output_max)
         fine_a, fine_b, fine = (_exponent(s) for s in (left.scale, right.scale, output_scale))
         finest = max(fine_a, fine_b)
-        if self._shift and abs(fine_a - fine_b) > conv.RESIDUAL_LEFT_MAX:
-            raise ValueError(f"b: expected a scale within 2^{conv.RESIDUAL_LEFT_MAX} of a's with requantize='shift'")
+        if self._shift and abs(fine_a - fine_b) > arguments.RESIDUAL_LEFT_MAX:
+            raise ValueError(
+                f"b: expected a scale within 2^{arguments.RESIDUAL_LEFT_MAX} of a's with requantize='shift'"
+            )
         value = _Value(left.rank, left.channels, output_dtype, output_scale, output_zero_point, left.source)
         value.windows, value.flattened = left.windows, left.flattened
         parameters = [_f32(left.scale / output_scale), _f32(right.scale / output_scale), finest - fine_a,
@@ -333,7 +336,7 @@ class Int8GraphBuilder:
         x: int,
         kernel_size: int | Sequence[int],
         stride: int | Sequence[int] | None = None,
-        padding: conv.Padding = 0,
+        padding: arguments.Padding = 0,
     ) -> int:
         """Maximum over each window; padded taps are left out. The quantization stays."""
         given = self._image("x", x)
@@ -345,7 +348,7 @@ class Int8GraphBuilder:
         x: int,
         kernel_size: int | Sequence[int],
         stride: int | Sequence[int] | None = None,
-        padding: conv.Padding = 0,
+        padding: arguments.Padding = 0,
         *,
         count_include_pad: bool = True,
         output_scale: float | None = None,
@@ -452,7 +455,7 @@ class Int8GraphBuilder:
         channels = layer.weight.shape[0]
         if given.channels is not None and given.channels != layer.weight.shape[1] * groups:
             raise ValueError(f"weight: expected {given.channels} input channels, got {layer.weight.shape[1] * groups}")
-        conv.check_clamp(output_min, output_max)
+        arguments.check_clamp(output_min, output_max)
         added = None if residual is None else self._quantized("residual", residual)
         if added is not None and (added.rank, added.channels) != (given.rank, channels):
             raise ValueError(f"residual: expected rank {given.rank} with {channels} channels, got {added}")
@@ -538,8 +541,8 @@ class Int8GraphBuilder:
     def _check_quantization(self, prefix: str, scale: float, zero_point: int, dtype: torch.dtype) -> None:
         if dtype not in conv.INTEGER_RANGE:
             raise TypeError(f"{prefix}dtype: expected torch.uint8 or torch.int8, got {dtype}")
-        conv.check_scale(f"{prefix}scale", scale)
-        conv.check_zero_point(f"{prefix}zero_point", zero_point, *conv.INTEGER_RANGE[dtype])
+        arguments.check_scale(f"{prefix}scale", scale)
+        arguments.check_zero_point(f"{prefix}zero_point", zero_point, *conv.INTEGER_RANGE[dtype])
         if self._shift and math.frexp(scale)[0] != 0.5:
             raise ValueError(f"{prefix}scale: expected a power of two with requantize='shift', got {scale}")
 
@@ -581,8 +584,8 @@ def shifts(layer: conv.PackedInt8Weight, output_scale: float, residual_scale: fl
     right = (finest - _exponent(output_scale)).clamp(-31, 62)
     fields = (
         right,
-        (finest - fine).clamp(max=conv.SUM_LEFT_MAX),
-        (finest - residual_fine).clamp(max=conv.RESIDUAL_LEFT_MAX),
+        (finest - fine).clamp(max=arguments.SUM_LEFT_MAX),
+        (finest - residual_fine).clamp(max=arguments.RESIDUAL_LEFT_MAX),
         torch.zeros_like(fine),
     )
     return torch.stack(fields, 1).to(torch.int8)
@@ -598,11 +601,11 @@ def _window(kernel: Sequence[int], stride: list[int], sides: list[int]) -> list[
 
 
 def _pool_window(
-    kernel_size: int | Sequence[int], stride: int | Sequence[int] | None, padding: conv.Padding
+    kernel_size: int | Sequence[int], stride: int | Sequence[int] | None, padding: arguments.Padding
 ) -> list[int]:
-    kernel = conv.as_pair("kernel_size", kernel_size, 1)
-    strides = kernel if stride is None else conv.as_pair("stride", stride, 1)
-    sides = conv.as_sides(padding)
+    kernel = arguments.as_pair("kernel_size", kernel_size, 1)
+    strides = kernel if stride is None else arguments.as_pair("stride", stride, 1)
+    sides = arguments.as_sides(padding)
     if max(sides[:2]) >= kernel[0] or max(sides[2:]) >= kernel[1]:
         raise ValueError(f"padding: expected less than kernel_size={kernel}, got {padding}")
     return _window(kernel, strides, sides)

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from imgopt_fast._arguments import check_clamp, check_scale, check_zero_point
 from imgopt_fast.ops import registration
-from imgopt_fast.ops.int8_conv2d import check_clamp, check_scale, check_zero_point, pack_int8_weight
+from imgopt_fast.ops.int8_conv2d import pack_int8_weight
 from imgopt_fast.ops.int8_conv2d.reference import INTEGER_RANGE, clamp_range, clamp_real
 from imgopt_fast.ops.masked_matmul import reference
 from imgopt_fast.ops.masked_matmul.layout import pack_values
