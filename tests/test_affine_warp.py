@@ -23,6 +23,15 @@ backward_op = torch.ops.imgopt_fast.affine_warp_backward.default
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The tensors are small: two threads on a busy machine only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=_native.supported_isas() if BACKEND == "native" else [BACKEND])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set, or the backend that is forced: the results are the same, so the tests are too."""
@@ -382,6 +391,15 @@ def test_batch_is_its_images(isa: str) -> None:
     assert torch.equal(one, affine_warp(images, matrix[:1].expand(4, -1, -1)))
 
 
+def test_vanishing_w_at_a_corner(isa: str) -> None:
+    """Found by the property test: no bound on the touched pixels may come from a corner at infinity."""
+    images = random_images((1, 1, 4, 4))
+    matrix = torch.tensor([[[1.0, 1, 1], [1, 1, 1], [1, 0, 0]]])
+    actual = affine_warp(images, matrix, size=(3, 2), fill=7, interpolation="nearest")
+    expected = [[7, images[0, 0, 2, 2]], [7, images[0, 0, 3, 3]], [7, 7]]
+    assert actual[0, 0].tolist() == expected
+
+
 def test_large_images_keep_their_last_columns(isa: str) -> None:
     """float32 coordinates without a base would be off by half a pixel at column 2^24."""
     width = (1 << 24) + 77
@@ -501,7 +519,8 @@ def test_backward_matches_the_reference(dtype: torch.dtype, interpolation: str, 
     matrix = rotation(n, h, w, scale=0.45 if antialias else 1.1)
     colors = torch.rand(n, 3, 4) * 0.6 - 0.1
     grad = torch.rand(n, 3, *size, dtype=torch.float64).to(dtype).contiguous(memory_format=torch.channels_last)
-    for padding_mode, color, one in itertools.product(PADDING_MODES, (None, colors), (False, True)):
+    cases = [(mode, colors if i % 2 else None, i >= 2) for i, mode in enumerate(PADDING_MODES)]
+    for padding_mode, color, one in cases:
         m = matrix[:1] if one else matrix
         rest = (interpolation, padding_mode, [0.1, 0.2, 0.3], antialias, color, [0.5, 0.6, 0.7], True, True)
         found = backward_op(grad, images, m, *rest)

@@ -60,7 +60,7 @@ inline void tile_spans(const Map& map, const Source<uint8_t>& source, Padding pa
             if (!finite(v)) positive = negative = false;
         }
     }
-    if (!map.affine && !positive && !negative) low[0] = low[1] = 1, high[0] = high[1] = 0;
+    if (!map.affine && !positive && !negative) low[0] = low[1] = __builtin_nan("");  // whole axes
     const double slack[2] = {1 + __builtin_fabs(m[0]) * 1e-4, 1 + __builtin_fabs(m[3]) * 1e-4};
     *columns = span_of(floor_of(low[0] - slack[0]), floor_of(high[0] + slack[0] + 1), source.width, padding);
     *rows = span_of(floor_of(low[1] - slack[1]), floor_of(high[1] + slack[1] + 1), source.height, padding);
