@@ -92,7 +92,7 @@ void tile(const Tile& t) {
         for (int i = 0; i < MR; ++i) sums[i][j] = offset;
     }
     const __m512i flip = _mm512_set1_epi8(static_cast<char>(p.input_flip));
-    const int8_t* weight = t.weight;
+    const uint8_t* weight = t.weight;
     for (int64_t tap = 0; tap < t.taps; ++tap) {
         const uint8_t* row[MR];
 #pragma GCC unroll 16
@@ -151,7 +151,9 @@ namespace imgopt::avx512 {
 namespace {
 
 struct Vnni {
+    using Product = int8_t;
     static constexpr int64_t kLanes = 16, kMaxVectors = 4;
+    static constexpr int64_t kBlockPixels = 96;  // 9 taps of 96 pointers are 7 KB
     static int64_t rows(int64_t vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
     static TileFunction tile(int64_t rows, int64_t vectors) {
         static constexpr TileFunction one[] = {avx512::tile<1, 1>,  avx512::tile<2, 1>,  avx512::tile<3, 1>,

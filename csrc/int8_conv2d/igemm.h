@@ -6,8 +6,10 @@
 // and stays in L1; a panel's weights are read once per block.
 //
 // A unit supplies an `Isa` with
+//   Product             type in which the operands are multiplied: int8_t (four per dword) or int16_t (two)
 //   kLanes              output channels of one vector
 //   kMaxVectors         vectors of the widest tile
+//   kBlockPixels        output pixels of a block
 //   rows(vectors)       output pixels of the tallest tile of that width
 //   tile(rows, vectors) the function that computes one tile
 #pragma once
@@ -19,9 +21,6 @@
 namespace imgopt {
 namespace {
 
-// Pixels of a block: 9 taps of 96 pointers are 7 KB.
-constexpr int64_t kBlockPixels = 96;
-
 // One tile: `pixels` consecutive output pixels (known to the function) times up to `channels` output channels.
 struct Tile {
     const Int8Conv2d* conv;
@@ -29,7 +28,7 @@ struct Tile {
     int64_t row_stride, taps;
     int64_t row_offset;  // where the group's channels begin in a pixel
     int64_t inner;       // bytes of one row, a multiple of 4
-    const int8_t* weight;
+    const uint8_t* weight;
     int64_t pixel, channel, channels;
 };
 using TileFunction = void (*)(const Tile&);
@@ -49,33 +48,46 @@ struct Panels {
 };
 
 inline int64_t taps_of(const Int8Weight& w) { return w.kernel_h * w.kernel_w; }
-// Products of one output value, in whole groups of four.
-inline int64_t depth_of(const Int8Weight& w) { return round_up(taps_of(w) * w.group_channels, 4); }
-// Rows of whole dwords are read where they lie; others are first collected in a strip.
-inline bool reads_in_place(const Int8Weight& w) { return w.group_channels % 4 == 0; }
+
+// Products in a dword.
+template <class Isa>
+constexpr int64_t kGroup = 4 / static_cast<int64_t>(sizeof(typename Isa::Product));
+
+// Products of one output value, in whole dwords.
+template <class Isa>
+int64_t depth_of(const Int8Weight& w) {
+    return round_up(taps_of(w) * w.group_channels, kGroup<Isa>);
+}
+
+// Bytes whose rows are whole dwords are read where they lie; others, and words, are first collected in a strip.
+template <class Isa>
+bool reads_in_place(const Int8Weight& w) {
+    return kGroup<Isa> == 4 && w.group_channels % 4 == 0;
+}
 
 template <class Isa>
 int64_t igemm_weight_bytes(const Int8Weight& w) {
-    return w.groups * Panels<Isa>(w).vectors * Isa::kLanes * depth_of(w);
+    return w.groups * Panels<Isa>(w).vectors * Isa::kLanes * depth_of<Isa>(w) * sizeof(typename Isa::Product);
 }
 
-// (group, panel, depth / 4, channel of the panel, 4), zero where there is no channel or tap.
+// (group, panel, dword, channel of the panel, product of the dword), zero where there is no channel or tap.
 template <class Isa>
 void igemm_weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* packed) {
+    using Product = typename Isa::Product;
     const Panels<Isa> panels(w);
-    const int64_t per_group = w.out_channels / w.groups, taps = taps_of(w), depth = depth_of(w);
+    const int64_t per_group = w.out_channels / w.groups, taps = taps_of(w), depth = depth_of<Isa>(w);
     memset(packed, 0, static_cast<size_t>(igemm_weight_bytes<Isa>(w)));
     for (int64_t o = 0; o < w.out_channels; ++o) {
         const int64_t group = o / per_group, channel = o % per_group, vector = channel / Isa::kLanes;
         int64_t panel = 0;
         while (panels.begin(panel + 1) <= vector) ++panel;
         const int64_t first = panels.begin(panel), width = (panels.begin(panel + 1) - first) * Isa::kLanes;
-        uint8_t* out = packed + (group * panels.vectors + first) * Isa::kLanes * depth;
+        Product* out = reinterpret_cast<Product*>(packed) + (group * panels.vectors + first) * Isa::kLanes * depth;
         for (int64_t t = 0; t < taps; ++t) {
             for (int64_t c = 0; c < w.group_channels; ++c) {
                 const int64_t k = t * w.group_channels + c;
-                out[((k / 4) * width + channel - first * Isa::kLanes) * 4 + k % 4] =
-                    static_cast<uint8_t>(weight[(o * w.group_channels + c) * taps + t]);
+                out[(k / kGroup<Isa> * width + channel - first * Isa::kLanes) * kGroup<Isa> + k % kGroup<Isa>] =
+                    weight[(o * w.group_channels + c) * taps + t];
             }
         }
     }
@@ -85,18 +97,18 @@ void igemm_weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* packe
 struct Blocks {
     int64_t pixels, blocks;
 
-    explicit Blocks(const Int8Conv2d& p)
-        : pixels(p.batch * p.out_h * p.out_w), blocks(ceil_div(pixels, kBlockPixels)) {}
+    Blocks(const Int8Conv2d& p, int64_t most) : pixels(p.batch * p.out_h * p.out_w), blocks(ceil_div(pixels, most)) {}
     int64_t begin(int64_t block) const { return pixels * block / blocks; }
 };
 
 template <class Isa>
 int64_t igemm_units(const Int8Conv2d& p) {
-    return Blocks(p).blocks * p.weight.groups * Panels<Isa>(p.weight).panels;
+    return Blocks(p, Isa::kBlockPixels).blocks * p.weight.groups * Panels<Isa>(p.weight).panels;
 }
 
-// Pointers to the input pixels of output pixels [begin, end), table[tap * kBlockPixels + pixel - begin].
-inline void fill_table(const Int8Conv2d& p, int64_t begin, int64_t end, const uint8_t* padding, const uint8_t** table) {
+// Pointers to the input pixels of output pixels [begin, end), table[tap * row_stride + pixel - begin].
+inline void fill_table(const Int8Conv2d& p, int64_t begin, int64_t end, const uint8_t* padding, const uint8_t** table,
+                       int64_t row_stride) {
     const int64_t step = p.stride_w * p.input_stride;
     for (int64_t m = begin; m < end;) {
         const int64_t row = m / p.out_w, ox = m % p.out_w;
@@ -106,7 +118,7 @@ inline void fill_table(const Int8Conv2d& p, int64_t begin, int64_t end, const ui
         for (int64_t ky = 0; ky < p.weight.kernel_h; ++ky) {
             const int64_t y = oy * p.stride_h - p.pad_top + ky * p.dilation_h;
             const bool inside = y >= 0 && y < p.in_h;
-            for (int64_t kx = 0; kx < p.weight.kernel_w; ++kx, out += kBlockPixels) {
+            for (int64_t kx = 0; kx < p.weight.kernel_w; ++kx, out += row_stride) {
                 const int64_t x0 = ox * p.stride_w - p.pad_left + kx * p.dilation_w;
                 int64_t first = x0 < 0 ? smaller(ceil_div(-x0, p.stride_w), run) : 0;
                 int64_t last = x0 >= p.in_w ? 0 : smaller(ceil_div(p.in_w - x0, p.stride_w), run);
@@ -121,15 +133,47 @@ inline void fill_table(const Int8Conv2d& p, int64_t begin, int64_t end, const ui
     }
 }
 
-// Collects the products' left operands of a block, (pixel, depth), from the table; every tap is a few bytes.
-inline void fill_strip(const Int8Weight& w, const uint8_t* const* table, int64_t offset, int64_t pixels,
-                       uint8_t* strip) {
-    const int64_t depth = depth_of(w), taps = taps_of(w), channels = w.group_channels;
+// Copies n bytes in pieces that may overlap; a call of memcpy for a few bytes costs more than the copy.
+inline void copy_bytes(uint8_t* out, const uint8_t* in, int64_t n) {
+    if (n >= 8) {
+        for (int64_t i = 0; i < n - 8; i += 8) memcpy(out + i, in + i, 8);
+        memcpy(out + n - 8, in + n - 8, 8);
+    } else if (n >= 4) {
+        memcpy(out, in, 4);
+        memcpy(out + n - 4, in + n - 4, 4);
+    } else {
+        for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+    }
+}
+
+inline void append(int8_t* out, const uint8_t* in, int64_t n, uint8_t) {
+    copy_bytes(reinterpret_cast<uint8_t*>(out), in, n);
+}
+
+// Words hold the flipped byte; bytes stay as they are, for the tile to flip.
+inline void append(int16_t* out, const uint8_t* in, int64_t n, uint8_t flip) {
+    for (int64_t i = 0; i < n; ++i) out[i] = in[i] ^ flip;
+}
+
+// Collects the left operands of a block, (pixel, depth), through the table. Taps that lie side by side in memory, as
+// those of a kernel's row do away from the border, are copied together.
+template <class Product>
+void fill_strip(const Int8Conv2d& p, const uint8_t* const* table, int64_t row_stride, const uint8_t* padding,
+                int64_t offset, int64_t pixels, int64_t depth, Product* strip) {
+    const int64_t channels = p.weight.group_channels, kernel_w = p.weight.kernel_w;
+    const bool dense = p.dilation_w == 1 && channels == p.input_stride;
     for (int64_t m = 0; m < pixels; ++m) {
-        uint8_t* out = strip + m * depth;
-        for (int64_t t = 0; t < taps; ++t) {
-            memcpy(out, table[t * kBlockPixels + m] + offset, static_cast<size_t>(channels));
-            out += channels;
+        Product* out = strip + m * depth;
+        for (int64_t ky = 0; ky < p.weight.kernel_h; ++ky) {
+            const uint8_t* const* taps = table + ky * kernel_w * row_stride + m;
+            const uint8_t* last = taps[(kernel_w - 1) * row_stride];
+            if (dense && taps[0] != padding && last != padding) {
+                append(out, taps[0] + offset, kernel_w * channels, p.input_flip);
+                out += kernel_w * channels;
+                continue;
+            }
+            for (int64_t kx = 0; kx < kernel_w; ++kx, out += channels)
+                append(out, taps[kx * row_stride] + offset, channels, p.input_flip);
         }
     }
 }
@@ -138,16 +182,20 @@ template <class Isa>
 void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
     const Int8Weight& w = p.weight;
     const Panels<Isa> panels(w);
-    const Blocks blocks(p);
-    const int64_t depth = depth_of(w), taps = taps_of(w), per_group = w.out_channels / w.groups;
-    const bool in_place = reads_in_place(w);
-    const int64_t table_bytes = taps * kBlockPixels * 8, row_bytes = round_up(w.groups * w.group_channels, 64);
-    const int64_t strip_bytes = in_place ? 0 : kBlockPixels * (depth + 8);
+    using Product = typename Isa::Product;
+    constexpr int64_t most = Isa::kBlockPixels;
+    const Blocks blocks(p, most);
+    const int64_t depth = depth_of<Isa>(w), taps = taps_of(w), per_group = w.out_channels / w.groups;
+    const int64_t depth_bytes = depth * static_cast<int64_t>(sizeof(Product));
+    const bool in_place = reads_in_place<Isa>(w);
+    const int64_t table_bytes = (taps + 1) * most * 8, row_bytes = round_up(w.groups * w.group_channels, 64);
+    const int64_t strip_bytes = in_place ? 0 : most * depth_bytes;
     char* scratch = static_cast<char*>(thread_scratch(table_bytes + row_bytes + strip_bytes));
     const uint8_t** table = reinterpret_cast<const uint8_t**>(scratch);
     uint8_t* padding = reinterpret_cast<uint8_t*>(scratch + table_bytes);
     uint8_t* strip = padding + row_bytes;
-    const uint8_t** strip_rows = reinterpret_cast<const uint8_t**>(strip + kBlockPixels * depth);
+    const uint8_t** strip_rows = table + taps * most;
+    for (int64_t m = 0; m < most; ++m) strip_rows[m] = strip + m * depth_bytes;
     memset(padding, p.input_zero_point ^ p.input_flip, static_cast<size_t>(row_bytes));
 
     int64_t block_done = -1, group_done = -1;
@@ -156,26 +204,24 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
         const int64_t block = unit / panels.panels / w.groups;
         const int64_t first_pixel = blocks.begin(block), pixels = blocks.begin(block + 1) - first_pixel;
         if (block != block_done) {
-            fill_table(p, first_pixel, first_pixel + pixels, padding, table);
+            fill_table(p, first_pixel, first_pixel + pixels, padding, table, most);
             group_done = -1;
         }
         block_done = block;
-        if (!in_place && group != group_done) {
-            fill_strip(w, table, group * w.group_channels, pixels, strip);
-            for (int64_t m = 0; m < pixels; ++m) strip_rows[m] = strip + m * depth;
-        }
+        if (!in_place && group != group_done)
+            fill_strip(p, table, most, padding, group * w.group_channels, pixels, depth,
+                       reinterpret_cast<Product*>(strip));
         group_done = group;
 
         const int64_t vector = panels.begin(panel), vectors = panels.begin(panel + 1) - vector;
         const int64_t channel = vector * Isa::kLanes;
         Tile tile{};
         tile.conv = &p;
-        tile.row_stride = kBlockPixels;
+        tile.row_stride = most;
         tile.taps = in_place ? taps : 1;
         tile.row_offset = in_place ? group * w.group_channels : 0;
-        tile.inner = in_place ? w.group_channels : depth;
-        tile.weight =
-            reinterpret_cast<const int8_t*>(p.packed) + (group * panels.vectors + vector) * Isa::kLanes * depth;
+        tile.inner = in_place ? w.group_channels : depth_bytes;
+        tile.weight = p.packed + (group * panels.vectors + vector) * Isa::kLanes * depth_bytes;
         tile.channel = group * per_group + channel;
         tile.channels = smaller(per_group - channel, vectors * Isa::kLanes);
         const int64_t tiles = ceil_div(pixels, Isa::rows(vectors));

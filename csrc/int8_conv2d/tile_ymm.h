@@ -1,0 +1,113 @@
+// Tiles of 256-bit vectors: 6 pixels by 16 channels, 12 accumulators, for any instruction that adds the products of two
+// dwords of operands to eight int32. Shared by the AVX2 unit (two words per dword) and the AVX-VNNI unit (four bytes).
+#pragma once
+
+#include <immintrin.h>
+
+#include "igemm.h"
+
+namespace imgopt {
+namespace {
+
+inline __m128i load_channels(const uint8_t* in, int64_t channels) {
+    if (channels >= 8) return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in));
+    uint64_t bytes = 0;
+    for (int64_t c = 0; c < channels; ++c) bytes |= uint64_t{in[c]} << (8 * c);
+    return _mm_cvtsi64_si128(static_cast<long long>(bytes));
+}
+
+inline __m256 requantize(const Tile& t, int64_t pixel, int64_t channel, __m256i sum) {
+    const Int8Conv2d& p = *t.conv;
+    const __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(p.multiplier + t.channel + channel));
+    if (!p.residual) return y;
+    const uint8_t* in = p.residual + pixel * p.residual_stride + t.channel + channel;
+    const __m128i bytes =
+        _mm_xor_si128(load_channels(in, t.channels - channel), _mm_set1_epi8(static_cast<char>(p.residual_flip)));
+    const __m256i r = _mm256_sub_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(p.residual_zero_point));
+    return _mm256_add_ps(y, _mm256_mul_ps(_mm256_cvtepi32_ps(r), _mm256_set1_ps(p.residual_multiplier)));
+}
+
+// The minimum keeps the conversion from turning a huge y into INT_MIN; a very negative one becomes it as it should.
+inline __m256i round_to_int(__m256 y) { return _mm256_cvtps_epi32(_mm256_min_ps(y, _mm256_set1_ps(1073741824.0f))); }
+
+// One row of sums of 16 (or, with NV = 1, 8) channels.
+template <int NV>
+void store_row(const Tile& t, int64_t pixel, const __m256i* sums) {
+    const Int8Conv2d& p = *t.conv;
+    if (p.float_output || p.shift) {
+        alignas(32) int32_t values[16];
+        for (int j = 0; j < NV; ++j) _mm256_store_si256(reinterpret_cast<__m256i*>(values + 8 * j), sums[j]);
+        for (int64_t c = 0; c < t.channels; ++c) store_sum(p, pixel, t.channel + c, values[c]);
+        return;
+    }
+    const __m256i q0 = round_to_int(requantize(t, pixel, 0, sums[0]));
+    const __m256i q1 = NV == 2 ? round_to_int(requantize(t, pixel, 8, sums[NV - 1])) : q0;
+    // Packing works within 128-bit lanes; the permutation brings the channels back into order.
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q0, q1), 0xd8);
+    words = _mm256_adds_epi16(words, _mm256_set1_epi16(p.output_zero_point));
+    __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    const int low = static_cast<int>(round_half_even(p.low)) + p.output_zero_point;
+    const int high = static_cast<int>(round_half_even(p.high)) + p.output_zero_point;
+    bytes = _mm_max_epu8(bytes, _mm_set1_epi8(static_cast<char>(low)));
+    bytes = _mm_min_epu8(bytes, _mm_set1_epi8(static_cast<char>(high)));
+    bytes = _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(p.output_flip)));
+    uint8_t* out = static_cast<uint8_t*>(p.output) + pixel * p.output_stride + t.channel;
+    if (t.channels == 16) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+    } else {
+        alignas(16) uint8_t row[16];
+        _mm_store_si128(reinterpret_cast<__m128i*>(row), bytes);
+        copy_bytes(out, row, t.channels);
+    }
+}
+
+template <class Dot, int MR, int NV>
+void tile_ymm(const Tile& t) {
+    const Int8Conv2d& p = *t.conv;
+    __m256i sums[MR][NV];
+#pragma GCC unroll 6
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j)
+            sums[i][j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.offset + t.channel + 8 * j));
+    const Dot dot(p);
+    const uint8_t* weight = t.weight;
+    for (int64_t tap = 0; tap < t.taps; ++tap) {
+        const uint8_t* row[MR];
+#pragma GCC unroll 6
+        for (int i = 0; i < MR; ++i) row[i] = t.rows[tap * t.row_stride + i] + t.row_offset;
+        for (int64_t c = 0; c < t.inner; c += 4, weight += 32 * NV) {
+            __m256i w[NV];
+#pragma GCC unroll 2
+            for (int j = 0; j < NV; ++j) w[j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight) + j);
+#pragma GCC unroll 6
+            for (int i = 0; i < MR; ++i) {
+                int32_t dword;
+                memcpy(&dword, row[i] + c, 4);
+                const __m256i x = dot.left(_mm256_set1_epi32(dword));
+#pragma GCC unroll 2
+                for (int j = 0; j < NV; ++j) sums[i][j] = dot(sums[i][j], x, w[j]);
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < MR; ++i) store_row<NV>(t, t.pixel + i, sums[i]);
+}
+
+template <class Dot>
+struct Ymm {
+    using Product = typename Dot::Product;
+    static constexpr int64_t kLanes = 8, kMaxVectors = 2;
+    static constexpr int64_t kBlockPixels = 48;  // a strip of 48 pixels of 2304 words fills a fifth of an L2 cache
+    static int64_t rows(int64_t) { return 6; }
+    static TileFunction tile(int64_t rows, int64_t vectors) {
+        static constexpr TileFunction one[] = {tile_ymm<Dot, 1, 1>, tile_ymm<Dot, 2, 1>, tile_ymm<Dot, 3, 1>,
+                                               tile_ymm<Dot, 4, 1>, tile_ymm<Dot, 5, 1>, tile_ymm<Dot, 6, 1>};
+        static constexpr TileFunction two[] = {tile_ymm<Dot, 1, 2>, tile_ymm<Dot, 2, 2>, tile_ymm<Dot, 3, 2>,
+                                               tile_ymm<Dot, 4, 2>, tile_ymm<Dot, 5, 2>, tile_ymm<Dot, 6, 2>};
+        return (vectors == 1 ? one : two)[rows - 1];
+    }
+};
+
+}  // namespace
+}  // namespace imgopt
