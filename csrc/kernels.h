@@ -287,10 +287,27 @@ struct MaskedWeightGrad {
 
 // values[i] = weight[source[i]], 0 where source is -1, widened to float (f64: double).
 struct MaskedValues {
-    DType dtype;  // of the weight
+    DType dtype;  // of the weight: floating, or i8
     const void* weight;
     const int32_t* source;  // null: the weight holds the values themselves, in order
     void* values;
+};
+
+// output[n, o] = requantize(bias[o] + sum of (x[n, k] - zero_point) * weight[o, k]), with the overflow bound and the
+// requantization of int8_conv2d. A block of columns sums to at most 256 * 255 * 128 < 2^24, which float32 holds exactly
+// in any order; blocks are added as integers.
+struct Int8MaskedMatmul {
+    static constexpr int64_t kLargestBlock = 256;
+    RowQuads weight;      // wide: false
+    DType x, output;      // u8, i8; output also f32
+    const void* input;    // (samples, channels)
+    const float* values;  // 4 per step: integers
+    const int32_t* bias;  // per row
+    const float* multiplier;
+    void* result;  // (samples, rows)
+    int64_t samples, channels;
+    int32_t zero_point, output_zero_point;
+    float low, high;  // of y before the zero point
 };
 
 struct Masked {
@@ -298,6 +315,7 @@ struct Masked {
     void (*matmul)(const MaskedMatmul& p, int64_t begin, int64_t end);
     void (*weight_grad)(const MaskedWeightGrad& p, int64_t begin, int64_t end);  // unit: a window of rows
     void (*values)(const MaskedValues& p, int64_t begin, int64_t end);           // unit: a value
+    void (*int8_matmul)(const Int8MaskedMatmul& p, int64_t begin, int64_t end);  // unit: as for matmul
 };
 
 struct KernelTable {

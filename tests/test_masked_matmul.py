@@ -365,11 +365,19 @@ def test_compile_and_export() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
-@pytest.mark.parametrize("kind", ["dispatch", "reference", "fallback"])
-def test_int8(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind != "dispatch":
-        monkeypatch.setattr(int8, "_op", int8._reference if kind == "reference" else fallback.int8_masked_matmul)
-    for out, inputs, samples in [(1, 1, 1), (10, 33, 5), (67, 300, 65)]:
+@pytest.mark.parametrize("kind", ["reference", "fallback"])
+def test_int8_twins(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "_op", int8._reference if kind == "reference" else fallback.int8_masked_matmul)
+    assert_int8(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_int8(isa: str, dtype: torch.dtype) -> None:
+    assert_int8(dtype)
+
+
+def assert_int8(dtype: torch.dtype) -> None:
+    for out, inputs, samples in [(1, 1, 1), (10, 33, 5), (67, 300, 65), (130, 600, 130)]:
         mask = random_mask(out, inputs, 0.4)
         weight = torch.randint(-128, 128, mask.shape, dtype=torch.int8)
         x = torch.randint(0, 256, (samples, inputs)).to(torch.uint8).view(dtype)

@@ -31,6 +31,8 @@ inline uint32_t float_to_bits(float value) {
     return bits;
 }
 
+inline float widen(uint8_t x) { return x; }
+inline float widen(int8_t x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(float x) { return x; }
 inline float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
@@ -209,14 +211,86 @@ void plain_values(const MaskedValues& p, int64_t begin, int64_t end) {
     }
 }
 
-// Calls `kernel<Storage, Sum>(p, begin, end)` for the dtype.
-#define IMGOPT_BY_DTYPE(dtype, kernel, ...)                            \
-    switch (dtype) {                                                   \
-        case DType::f64: return kernel<double, double>(__VA_ARGS__);   \
-        case DType::f16: return kernel<Half, float>(__VA_ARGS__);      \
-        case DType::bf16: return kernel<BFloat16, float>(__VA_ARGS__); \
-        default: return kernel<float, float>(__VA_ARGS__);             \
+// --- int8 ------------------------------------------------------------------------------------------------------------
+// Rounds half to even where |y| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction.
+inline float round_half_even(float y) { return (y + 12582912.0f) - 12582912.0f; }
+
+inline void requantized(float y, int32_t zero_point, uint8_t& out) {
+    out = static_cast<uint8_t>(static_cast<int32_t>(round_half_even(y)) + zero_point);
+}
+inline void requantized(float y, int32_t zero_point, int8_t& out) {
+    out = static_cast<int8_t>(static_cast<int32_t>(round_half_even(y)) + zero_point);
+}
+inline void requantized(float y, int32_t, float& out) { out = y; }
+
+template <class Output>
+void requantize(const Int8MaskedMatmul& p, const int32_t* sums, int64_t row, int count, Output* output) {
+    for (int o = 0; o < count; ++o) {
+        float y = static_cast<float>(sums[o] + p.bias[row + o]) * p.multiplier[row + o];
+        y = y < p.low ? p.low : y;
+        y = y > p.high ? p.high : y;
+        requantized(y, p.output_zero_point, output[o]);
     }
+}
+
+template <class Input, class Output>
+void plain_int8_matmul(const Int8MaskedMatmul& p, int64_t begin, int64_t end) {
+    constexpr int64_t kQuads = RowQuads::kWindow / 4, kPanel = MaskedMatmul::kPanel;
+    const int64_t windows = windows_of(p.weight), quads = (p.weight.rows + 3) / 4;
+    for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t panel = unit / windows, window = unit % windows, first = window * RowQuads::kWindow;
+        const int64_t rows = min_of(p.weight.rows - first, RowQuads::kWindow);
+        for (int64_t n = panel * kPanel; n < min_of(p.samples, (panel + 1) * kPanel); ++n) {
+            const Input* x = static_cast<const Input*>(p.input) + n * p.channels;
+            int32_t sums[RowQuads::kWindow] = {};
+            for (int64_t b = 0; b < p.weight.blocks; ++b)
+                for (int64_t q = window * kQuads; q < min_of(quads, (window + 1) * kQuads); ++q)
+                    for_each_value(p.weight, Quad(p.weight, b, q), [&](int64_t i, int64_t o, int64_t column) {
+                        const int32_t value = static_cast<int32_t>(p.values[i]);
+                        sums[o - first] += value * (x[b * p.weight.block + column] - p.zero_point);
+                    });
+            requantize(p, sums, first, static_cast<int>(rows),
+                       static_cast<Output*>(p.result) + n * p.weight.rows + first);
+        }
+    }
+}
+
+// --- from a dtype to types -------------------------------------------------------------------------------------------
+template <class... T>
+struct Types {};
+
+// Calls body(Types<Storage, Sum>) for a floating dtype.
+template <class Body>
+void by_dtype(DType dtype, const Body& body) {
+    switch (dtype) {
+        case DType::f64: return body(Types<double, double>{});
+        case DType::f16: return body(Types<Half, float>{});
+        case DType::bf16: return body(Types<BFloat16, float>{});
+        default: return body(Types<float, float>{});
+    }
+}
+
+template <class Input, class Body>
+void by_output(DType output, const Body& body) {
+    switch (output) {
+        case DType::u8: return body(Types<Input, uint8_t>{});
+        case DType::i8: return body(Types<Input, int8_t>{});
+        default: return body(Types<Input, float>{});
+    }
+}
+
+// Calls body(Types<Input, Output>) for the dtypes of an int8 product.
+template <class Body>
+void by_int8(const Int8MaskedMatmul& p, const Body& body) {
+    if (p.x == DType::u8) return by_output<uint8_t>(p.output, body);
+    by_output<int8_t>(p.output, body);
+}
+
+inline void any_values(const MaskedValues& p, int64_t begin, int64_t end) {
+    if (p.dtype == DType::i8) return plain_values<int8_t, float>(p, begin, end);
+    by_dtype(p.dtype,
+             [&]<class Storage, class Sum>(Types<Storage, Sum>) { plain_values<Storage, Sum>(p, begin, end); });
+}
 
 }  // namespace
 }  // namespace imgopt

@@ -44,6 +44,22 @@ struct Lanes {
     }
     static Reg load_part(const Half* from, int count) { return _mm256_cvtph_ps(load_words(from, count)); }
 
+    static __m128i load_bytes(const void* from, int count) {
+        uint64_t bytes = 0;
+        memcpy(&bytes, from, static_cast<size_t>(count));
+        return _mm_cvtsi64_si128(static_cast<int64_t>(bytes));
+    }
+    static Reg load_part(const uint8_t* from, int count) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_bytes(from, count)));
+    }
+    static Reg load_part(const int8_t* from, int count) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_bytes(from, count)));
+    }
+    static void add_integers(int32_t* to, Reg x) {
+        __m256i* at = reinterpret_cast<__m256i*>(to);
+        _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), _mm256_cvtps_epi32(x)));
+    }
+
     static void store_part(float* to, Reg x, int count) {
         if (count == 8) return store(to, x);
         _mm256_maskstore_ps(to, first(count), x);
@@ -105,8 +121,6 @@ struct Lanes {
 
 }  // namespace
 
-void masked_matmul(KernelTable& table) {
-    table.masked = {lanes_matmul<Lanes>, lanes_weight_grad<Lanes>, lanes_values<Lanes>};
-}
+void masked_matmul(KernelTable& table) { table.masked = Exports<Lanes>::kTable; }
 
 }  // namespace imgopt::avx2

@@ -1,6 +1,7 @@
 // masked_matmul with 512-bit vectors: panels of 64 samples, sixteen sums of a quad in half of the registers.
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 on its own _mm512_undefined_ps()
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 on its own _mm512_undefined_ps()
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
@@ -30,6 +31,16 @@ struct Lanes {
     }
     static Reg load_part(const Half* from, int count) {
         return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), from));
+    }
+
+    static Reg load_part(const uint8_t* from, int count) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(count), from)));
+    }
+    static Reg load_part(const int8_t* from, int count) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(count), from)));
+    }
+    static void add_integers(int32_t* to, Reg x) {
+        _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), _mm512_cvtps_epi32(x)));
     }
 
     static void store_part(float* to, Reg x, int count) { _mm512_mask_storeu_ps(to, first(count), x); }
@@ -94,8 +105,6 @@ struct Lanes {
 
 }  // namespace
 
-void masked_matmul(KernelTable& table) {
-    table.masked = {lanes_matmul<Lanes>, lanes_weight_grad<Lanes>, lanes_values<Lanes>};
-}
+void masked_matmul(KernelTable& table) { table.masked = Exports<Lanes>::kTable; }
 
 }  // namespace imgopt::avx512

@@ -151,24 +151,114 @@ struct RowQuadKernel {
 
     template <class Storage>
     static void matmul(const MaskedMatmul& p, int64_t begin, int64_t end) {
-        const int64_t windows = windows_of(p.weight);
-        while (begin < end) {  // the run of windows that belong to one panel
-            const int64_t unit_panel = begin / windows, stop = min_of(end, (unit_panel + 1) * windows);
-            const int64_t last = min_of(p.x.samples, (unit_panel + 1) * p.kPanel);
-            for (int64_t first = unit_panel * p.kPanel; first < last; first += kSamples)
-                sized_panel<Storage>(p, first, last - first, begin % windows, begin % windows + stop - begin);
+        for_each_panel(p.weight, p.x.samples, begin, end,
+                       [&]<int P>(Registers<P>, int64_t first, int64_t from, int64_t to) {
+                           panel<Storage, P>(p, first, from, to);
+                       });
+    }
+
+    template <int P>
+    struct Registers {};
+
+    // Calls body(Registers<P>, first sample, first window, last window) for the runs of windows that belong to one
+    // panel, with the P that holds the samples left.
+    template <class Body>
+    static void for_each_panel(const RowQuads& w, int64_t samples, int64_t begin, int64_t end, const Body& body) {
+        const int64_t windows = windows_of(w);
+        while (begin < end) {
+            const int64_t panel = begin / windows, stop = min_of(end, (panel + 1) * windows);
+            const int64_t from = begin - panel * windows, to = stop - panel * windows;
+            const int64_t last = min_of(samples, (panel + 1) * MaskedMatmul::kPanel);
+            for (int64_t first = panel * MaskedMatmul::kPanel; first < last; first += kSamples) {
+                const int64_t left = last - first;
+                if (left <= kWidth) {
+                    body(Registers<1>{}, first, from, to);
+                } else if (left <= 2 * kWidth || Lanes::kRegs == 2) {
+                    body(Registers<2>{}, first, from, to);
+                } else if constexpr (Lanes::kRegs == 4) {
+                    if (left <= 3 * kWidth)
+                        body(Registers<3>{}, first, from, to);
+                    else
+                        body(Registers<4>{}, first, from, to);
+                }
+            }
             begin = stop;
         }
     }
 
-    template <class Storage>
-    static void sized_panel(const MaskedMatmul& p, int64_t first, int64_t samples, int64_t begin, int64_t end) {
-        if constexpr (Lanes::kRegs > 2) {
-            if (samples > 3 * kWidth) return panel<Storage, 4>(p, first, begin, end);
-            if (samples > 2 * kWidth) return panel<Storage, 3>(p, first, begin, end);
+    // --- int8 --------------------------------------------------------------------------------------------------------
+    template <int P>
+    static void add_int8_quad(const Int8MaskedMatmul& p, const Quad& quad, const float* x, int32_t* sums,
+                              int64_t first_row) {
+        Reg acc[4][P];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 4
+            for (int i = 0; i < P; ++i) acc[r][i] = Lanes::zero();
+        const uint8_t* columns = static_cast<const uint8_t*>(p.weight.columns) + quad.first_column;
+        const float* values = p.values + quad.first_step * 4;
+        steps<P, 1>(acc, x, columns, values, quad.steps[0]);
+        steps<P, 2>(acc, x, columns, values, quad.steps[1]);
+        steps<P, 4>(acc, x, columns, values, quad.steps[2]);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 4
+            for (int i = 0; i < P; ++i)
+                Lanes::add_integers(sums + ((quad.rows[r] - first_row) * P + i) * kWidth, acc[r][i]);
+    }
+
+    // Subtracts the zero point from what pack() has brought; lanes beyond the last sample are never read.
+    static void centre(float* x, int64_t count, float zero_point) {
+        const Reg shift = Lanes::splat(-zero_point);
+        for (int64_t i = 0; i < count; i += kWidth) Lanes::store(x + i, Lanes::add(Lanes::load(x + i), shift));
+    }
+
+    template <class Input, class Output, int P>
+    static void int8_panel(const Int8MaskedMatmul& p, int64_t first, int64_t begin, int64_t end) {
+        const RowQuads& w = p.weight;
+        const int64_t line = kWidth * P, first_row = begin * RowQuads::kWindow;
+        const int64_t last_row = min_of(w.rows, end * RowQuads::kWindow);
+        const int64_t at_once = min_of(kRowsAtOnce, (last_row - first_row + 3) / 4 * 4);
+        float* x = static_cast<float*>(thread_scratch((p.channels + at_once + kWidth) * line * 4));
+        int32_t* sums = reinterpret_cast<int32_t*>(x + p.channels * line);
+        const MaskedInput rows_of_x{p.x,    p.input, p.samples, p.channels, p.channels, {1, 1},
+                                    {1, 1}, {1, 1},  {1, 1},    {0, 0},     {1, 1},     {1, 1}};
+        pack<Input, P>(rows_of_x, first, 0, p.channels, x);
+        centre(x, p.channels * line, static_cast<float>(p.zero_point));
+        const int64_t count = min_of(p.samples - first, line);
+        for (int64_t row = first_row; row < last_row; row += at_once) {
+            const int64_t rows = min_of(at_once, last_row - row), quads = (row + rows + 3) / 4;
+            memset(sums, 0, static_cast<size_t>(at_once * line) * 4);
+            for (int64_t b = 0; b < w.blocks; ++b)
+                for (int64_t q = row / 4; q < quads; ++q)
+                    add_int8_quad<P>(p, Quad(w, b, q), x + b * w.block * line, sums, row);
+            for (int64_t s = 0; s < count; s += kWidth)
+                for (int64_t o = 0; o < rows; o += kWidth) {
+                    const int part = static_cast<int>(min_of(kWidth, rows - o));
+                    Reg tile[kWidth];
+#pragma GCC unroll 16
+                    for (int i = 0; i < kWidth; ++i)
+                        tile[i] = Lanes::load(reinterpret_cast<float*>(sums) + (o + i) * line + s);
+                    Lanes::transpose(tile);  // moves bits: the integers pass as they are
+                    for (int i = 0; i < min_of(kWidth, count - s); ++i) {
+                        int32_t integers[kWidth];
+                        Lanes::store(reinterpret_cast<float*>(integers), tile[i]);
+                        Output* to = static_cast<Output*>(p.result) + (first + s + i) * w.rows + row + o;
+                        if (part == kWidth)
+                            requantize(p, integers, row + o, kWidth, to);
+                        else
+                            requantize(p, integers, row + o, part, to);
+                    }
+                }
         }
-        if (samples > kWidth) return panel<Storage, 2>(p, first, begin, end);
-        panel<Storage, 1>(p, first, begin, end);
+    }
+
+    template <class Input, class Output>
+    static void int8_matmul(const Int8MaskedMatmul& p, int64_t begin, int64_t end) {
+        for_each_panel(p.weight, p.samples, begin, end,
+                       [&]<int P>(Registers<P>, int64_t first, int64_t from, int64_t to) {
+                           int8_panel<Input, Output, P>(p, first, from, to);
+                       });
     }
 
     // --- gradient of the weight --------------------------------------------------------------------------------------
@@ -265,30 +355,38 @@ struct RowQuadKernel {
 
 // --- what a unit exports: the vector algorithm for the types that sum in float32, plain C for float64 ---------------
 template <class Lanes>
-void lanes_matmul(const MaskedMatmul& p, int64_t begin, int64_t end) {
-    if (p.x.dtype == DType::f64) return plain_matmul<double, double>(p, begin, end);
-    switch (p.x.dtype) {
-        case DType::f16: return RowQuadKernel<Lanes>::template matmul<Half>(p, begin, end);
-        case DType::bf16: return RowQuadKernel<Lanes>::template matmul<BFloat16>(p, begin, end);
-        default: return RowQuadKernel<Lanes>::template matmul<float>(p, begin, end);
+struct Exports {
+    static void matmul(const MaskedMatmul& p, int64_t begin, int64_t end) {
+        by_dtype(p.x.dtype, [&]<class Storage, class Sum>(Types<Storage, Sum>) {
+            if constexpr (sizeof(Sum) == 8)
+                plain_matmul<Storage, Sum>(p, begin, end);
+            else
+                RowQuadKernel<Lanes>::template matmul<Storage>(p, begin, end);
+        });
     }
-}
 
-template <class Lanes>
-void lanes_weight_grad(const MaskedWeightGrad& p, int64_t begin, int64_t end) {
-    if (p.x.dtype == DType::f64) return plain_weight_grad<double, double>(p, begin, end);
-    switch (p.x.dtype) {
-        case DType::f16: return RowQuadKernel<Lanes>::template weight_grad<Half>(p, begin, end);
-        case DType::bf16: return RowQuadKernel<Lanes>::template weight_grad<BFloat16>(p, begin, end);
-        default: return RowQuadKernel<Lanes>::template weight_grad<float>(p, begin, end);
+    static void weight_grad(const MaskedWeightGrad& p, int64_t begin, int64_t end) {
+        by_dtype(p.x.dtype, [&]<class Storage, class Sum>(Types<Storage, Sum>) {
+            if constexpr (sizeof(Sum) == 8)
+                plain_weight_grad<Storage, Sum>(p, begin, end);
+            else
+                RowQuadKernel<Lanes>::template weight_grad<Storage>(p, begin, end);
+        });
     }
-}
 
-template <class Lanes>
-void lanes_values(const MaskedValues& p, int64_t begin, int64_t end) {
-    if (p.dtype == DType::f32 && p.source) return RowQuadKernel<Lanes>::gather(p, begin, end);
-    IMGOPT_BY_DTYPE(p.dtype, plain_values, p, begin, end)
-}
+    static void values(const MaskedValues& p, int64_t begin, int64_t end) {
+        if (p.dtype == DType::f32 && p.source) return RowQuadKernel<Lanes>::gather(p, begin, end);
+        any_values(p, begin, end);
+    }
+
+    static void int8_matmul(const Int8MaskedMatmul& p, int64_t begin, int64_t end) {
+        by_int8(p, [&]<class Input, class Output>(Types<Input, Output>) {
+            RowQuadKernel<Lanes>::template int8_matmul<Input, Output>(p, begin, end);
+        });
+    }
+
+    static constexpr Masked kTable{matmul, weight_grad, values, int8_matmul};
+};
 
 }  // namespace
 }  // namespace imgopt

@@ -1,5 +1,8 @@
 // masked_matmul for torch on the CPU: checks, allocation, and the loop over threads. Activations of a convolution are
 // used in channels_last memory, where a tap's channels are adjacent; what comes otherwise is copied once.
+#include <algorithm>
+#include <limits>
+
 #include "../torch_stable.h"
 
 namespace imgopt {
@@ -168,6 +171,67 @@ Tensor masked_matmul_weight_grad(const Tensor& input, const Tensor& grad, const 
     return gradient;
 }
 
+Tensor int8_masked_matmul(const Tensor& input, const Tensor& values, const Tensor& bias, const Tensor& weight_scale,
+                          const Tensor& quads, const Tensor& columns, std::vector<int64_t> shape, double input_scale,
+                          int64_t input_zero_point, std::optional<double> output_scale, int64_t output_zero_point,
+                          ScalarType output_dtype, std::optional<double> output_min, std::optional<double> output_max) {
+    const RowQuads weight = row_quads(quads, columns, shape);
+    STD_TORCH_CHECK(!weight.wide && weight.block <= Int8MaskedMatmul::kLargestBlock &&
+                        weight.blocks == (shape[1] + shape[2] - 1) / shape[2],
+                    "columns: expected uint8 in blocks of at most 256");
+    const DType dtype = dtype_of(input, "input");
+    STD_TORCH_CHECK(dtype == DType::u8 || dtype == DType::i8, "input: expected uint8 or int8");
+    STD_TORCH_CHECK(input.dim() >= 1 && input.size(input.dim() - 1) == shape[1], "input: expected (..., inputs)");
+    STD_TORCH_CHECK(values.scalar_type() == ScalarType::Char && values.is_contiguous(),
+                    "values: expected contiguous int8");
+    STD_TORCH_CHECK(bias.scalar_type() == ScalarType::Int && bias.numel() == shape[0] && bias.is_contiguous(),
+                    "bias: expected contiguous int32 (outputs,)");
+    STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float && weight_scale.numel() == shape[0] &&
+                        weight_scale.is_contiguous(),
+                    "weight_scale: expected contiguous float32 (outputs,)");
+    const Tensor rows = torch::stable::contiguous(input), wide = widened(values, nullptr, values.numel());
+    std::vector<int64_t> size;
+    int64_t samples = 1;
+    for (int64_t d = 0; d + 1 < input.dim(); ++d) {
+        size.push_back(input.size(d));
+        samples *= input.size(d);
+    }
+    size.push_back(shape[0]);
+    Tensor output = torch::stable::new_empty(input, size, output_dtype);
+
+    const double scale = output_scale.value_or(1.0);
+    const float* per_channel = weight_scale.const_data_ptr<float>();
+    std::vector<float> multiplier(static_cast<size_t>(shape[0]));
+    for (size_t o = 0; o < multiplier.size(); ++o)
+        multiplier[o] = static_cast<float>(input_scale * static_cast<double>(per_channel[o]) / scale);
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    const DType result = dtype_of(output, "output_dtype");
+    float low = result == DType::u8 ? 0.0f : result == DType::i8 ? -128.0f : -kInfinity;
+    float high = result == DType::u8 ? 255.0f : result == DType::i8 ? 127.0f : kInfinity;
+    low -= static_cast<float>(output_zero_point);
+    high -= static_cast<float>(output_zero_point);
+    if (output_min) low = std::min(std::max(low, static_cast<float>(*output_min / scale)), high);
+    if (output_max) high = std::max(std::min(high, static_cast<float>(*output_max / scale)), low);
+    const Int8MaskedMatmul p{weight,
+                             dtype,
+                             result,
+                             rows.const_data_ptr(),
+                             wide.const_data_ptr<float>(),
+                             bias.const_data_ptr<int32_t>(),
+                             multiplier.data(),
+                             output.mutable_data_ptr(),
+                             samples,
+                             shape[1],
+                             static_cast<int32_t>(input_zero_point),
+                             static_cast<int32_t>(output_zero_point),
+                             low,
+                             high};
+    const int64_t units = (samples + MaskedMatmul::kPanel - 1) / MaskedMatmul::kPanel * windows_of(weight);
+    parallel_units(units, grain(values.numel() * samples, units),
+                   [&](int64_t begin, int64_t end) { kernels().masked.int8_matmul(p, begin, end); });
+    return output;
+}
+
 }  // namespace
 }  // namespace imgopt
 
@@ -175,4 +239,5 @@ STABLE_TORCH_LIBRARY_IMPL(imgopt_fast, CPU, m) {
     m.impl("masked_matmul", TORCH_BOX(&imgopt::masked_matmul));
     m.impl("masked_matmul_packed", TORCH_BOX(&imgopt::masked_matmul_packed));
     m.impl("masked_matmul_weight_grad", TORCH_BOX(&imgopt::masked_matmul_weight_grad));
+    m.impl("int8_masked_matmul", TORCH_BOX(&imgopt::int8_masked_matmul));
 }

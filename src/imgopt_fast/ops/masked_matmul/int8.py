@@ -12,6 +12,8 @@ from imgopt_fast.ops.int8_conv2d.reference import INTEGER_RANGE, clamp_range, cl
 from imgopt_fast.ops.masked_matmul import reference
 from imgopt_fast.ops.masked_matmul.layout import pack_values
 
+LARGEST_BLOCK = 256  # columns whose products sum to less than 2^24, which the kernels' float32 holds exactly
+
 
 class PackedInt8MaskedWeight(NamedTuple):
     """A pruned int8 linear, ready for `int8_masked_matmul`. Made by `pack_int8_masked_weight`."""
@@ -45,7 +47,7 @@ def pack_int8_masked_weight(
     """
     if not isinstance(weight, Tensor) or weight.dtype != torch.int8 or weight.dim() != 2:
         raise TypeError(f"weight: expected int8 (O, K), got {_describe(weight)}")
-    values, quads, columns, block, _ = pack_values(weight, mask, groups=1)
+    values, quads, columns, block, _ = pack_values(weight, mask, groups=1, largest_block=LARGEST_BLOCK)
     kept = torch.where(mask, weight, 0)[:, :, None, None]
     layer = pack_int8_weight(kept, weight_scale, bias, input_scale=input_scale, input_zero_point=input_zero_point)
     return PackedInt8MaskedWeight(

@@ -102,7 +102,9 @@ def pack_masked_weight(weight: Tensor, mask: Tensor, *, groups: int = 1) -> Pack
     return PackedMaskedWeight(values, quads, columns, tuple(weight.shape), block, kept, groups)
 
 
-def pack_values(weight: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, int, int]:
+def pack_values(
+    weight: Tensor, mask: Tensor, groups: int, largest_block: int = MAX_COUNT
+) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """(values, quads, columns, block, number kept) of a weight of any dtype."""
     _checked_mask(mask, groups)
     if weight.shape != mask.shape:
@@ -112,7 +114,7 @@ def pack_values(weight: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, Tens
     kept = int(mask.sum())
     index = _gather_index(mask, groups)
     rows, columns = index.flatten(1).shape
-    block = block_columns(rows, columns, kept, _native.active_isa())
+    block = min(largest_block, block_columns(rows, columns, kept, _native.active_isa()))
     quads, local_columns, source = _structure(mask, index, block)
     return reference.gather(weight.detach(), source), quads, local_columns, block, kept
 
