@@ -24,6 +24,7 @@ void fill_scalar(KernelTable& t) {
     scalar::affine_warp(t);
     scalar::int8_conv2d(t);
     scalar::masked_matmul(t);
+    scalar::photometric(t);
     scalar::probe(t);
 }
 
@@ -37,6 +38,7 @@ void fill_avx2(KernelTable& t) {
     avx2::affine_warp(t);
     avx2::int8_conv2d(t);
     avx2::masked_matmul(t);
+    avx2::photometric(t);
     avx2::probe(t);
 }
 #endif
@@ -60,6 +62,7 @@ void fill_avx512(KernelTable& t) {
     avx512::affine_warp(t);
     avx512::int8_conv2d(t);
     avx512::masked_matmul(t);
+    avx512::photometric(t);
     avx512::probe(t);
 }
 #endif
@@ -69,6 +72,7 @@ void fill_neon(KernelTable& t) {
     neon::affine_warp(t);
     neon::int8_conv2d(t);
     neon::masked_matmul(t);
+    neon::photometric(t);
     neon::probe(t);
 }
 #endif

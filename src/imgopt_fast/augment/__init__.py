@@ -9,8 +9,6 @@ from imgopt_fast.augment.color import (
     ColorJitter,
     Normalize,
     RandomGrayscale,
-    adjust_hue,
-    adjust_sharpness,
     hsv_to_rgb,
     rgb_to_hsv,
     scale_color,
@@ -30,6 +28,7 @@ from imgopt_fast.augment.spatial import (
     Resize,
 )
 from imgopt_fast.augment.transform import Compose, Params, Transform
+from imgopt_fast.ops.photometric import adjust_hue, adjust_sharpness
 
 __all__ = [
     "CenterCrop",

@@ -1,4 +1,4 @@
-"""Colour: jitter, grayscale and normalisation, and the exact HSV functions behind the hue.
+"""Colour: jitter, grayscale and normalisation, and exact HSV.
 
 Brightness, contrast and saturation are linear maps, so they join the pass that warps; without clipping in between
 they commute, and their order shows only around the hue, which bends and takes a pass of its own. Grey is ITU-R BT.601
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from imgopt_fast.augment.fold import Fold
 from imgopt_fast.augment.geometry import Size
 from imgopt_fast.augment.spatial import Uniforms, between, interval, probability
 from imgopt_fast.augment.transform import Draw, Transform
+from imgopt_fast.ops.photometric import adjust_hue
 
 # ---------------------------------------------------------------------------------------------------- transforms
 
@@ -64,7 +64,7 @@ class ColorJitter(Transform):
         after = [None if f is None else np.where(late, f, 1.0) for f, late in zip(factors, later, strict=True)]
         if any(f is not None for f in factors):
             fold.color(*before)
-        fold.replace(adjust_hue(fold.images(), draw["hue"]))
+        fold.replace(adjust_hue(fold.images(), torch.from_numpy(draw["hue"])))
         if any(f is not None for f in factors):
             fold.color(*after)
 
@@ -159,35 +159,6 @@ def hsv_to_rgb(images: torch.Tensor) -> torch.Tensor:
     return torch.stack(channels, dim=-3)
 
 
-def adjust_hue(images: torch.Tensor, shift: float | torch.Tensor | NDArray[np.float64]) -> torch.Tensor:
-    """Turn the hue of RGB images (N, 3, H, W), uint8 or floating in [0, 1], by `shift` turns: a number or (N,)."""
-    _check_rgb(images)
-    unit = _to_unit(images)
-    turn = torch.as_tensor(shift, dtype=unit.dtype, device=unit.device)
-    h, s, v = rgb_to_hsv(unit).unbind(-3)
-    h = torch.remainder(h + turn.reshape(-1, 1, 1), 1.0)
-    return _from_unit(hsv_to_rgb(torch.stack([h, s, v], dim=-3)), images)
-
-
-def adjust_sharpness(images: torch.Tensor, factor: float | torch.Tensor | NDArray[np.float64]) -> torch.Tensor:
-    """Between smoothed (`factor` 0), as they are (1) and sharpened (above 1): images (N, C, H, W), uint8 or floating.
-
-    `factor` is a number or (N,). Smoothing is the mean over 3 × 3 pixels with weight 5 in the middle; the outermost
-    pixels stay (Pillow's and torchvision's filter, without their rounding of the smoothed image).
-    """
-    if min(images.shape[2:]) < 3:
-        return images
-    unit = _to_unit(images)
-    columns = unit[..., :-2] + unit[..., 1:-1] + unit[..., 2:]
-    total = columns[..., :-2, :] + columns[..., 1:-1, :] + columns[..., 2:, :]
-    middle = unit[..., 1:-1, 1:-1]
-    weight = 1.0 - torch.as_tensor(factor, dtype=unit.dtype, device=unit.device).reshape(-1, 1, 1, 1)
-    sharpened = middle + weight * ((total + 4.0 * middle) / 13.0 - middle)
-    result = images.clone()
-    result[..., 1:-1, 1:-1] = _from_unit(sharpened.clamp(0.0, 1.0), images)
-    return result
-
-
 def scale_color(images: torch.Tensor, factor: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
     """`images · factor`, clipped to the range of the dtype: (N, C, H, W), uint8 or floating in [0, 1].
 
@@ -210,19 +181,6 @@ def scale_color(images: torch.Tensor, factor: float | Sequence[float] | torch.Te
 def _check_rgb(images: torch.Tensor) -> None:
     if images.dim() < 3 or images.shape[-3] != 3:
         raise ValueError(f"images: expected (..., 3, H, W), got {tuple(images.shape)}")
-
-
-def _to_unit(images: torch.Tensor) -> torch.Tensor:
-    """In [0, 1] and at least float32."""
-    if images.dtype == torch.uint8:
-        return images.float() / 255.0
-    return images if images.dtype == torch.float64 else images.float()
-
-
-def _from_unit(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    if like.dtype == torch.uint8:
-        values = (values * 255.0).round().clamp(0.0, 255.0)
-    return values.to(like.dtype)
 
 
 def _factors(name: str, value: float | Sequence[float]) -> tuple[float, float] | None:

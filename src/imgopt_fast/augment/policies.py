@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 
 from imgopt_fast.augment import geometry, tables
-from imgopt_fast.augment.color import adjust_sharpness
 from imgopt_fast.augment.fold import Fold, Rows, Sampling
 from imgopt_fast.augment.geometry import Matrix, Size
 from imgopt_fast.augment.spatial import Fill, Uniforms, fill_value, interpolation_name
 from imgopt_fast.augment.transform import Draw, Transform
+from imgopt_fast.ops.photometric import adjust_sharpness
 
 OPERATIONS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
@@ -188,5 +188,5 @@ def _tables(fold: Fold, images: torch.Tensor, operation: NDArray[np.int64], magn
 def _sharpened(fold: Fold, images: torch.Tensor, rows: Rows, magnitude: Uniforms) -> torch.Tensor:
     chosen = np.flatnonzero(rows)
     index = torch.from_numpy(chosen).to(fold.device)
-    sharpened = adjust_sharpness(images[index], 1.0 + magnitude[chosen])
+    sharpened = adjust_sharpness(images[index], torch.from_numpy(1.0 + magnitude[chosen]))
     return (images if fold.owned else images.clone()).index_copy_(0, index, sharpened)

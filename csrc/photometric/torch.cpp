@@ -1,0 +1,82 @@
+// adjust_hue and adjust_sharpness for torch on the CPU: checks, allocation, and the loop over threads.
+#include <cmath>
+
+#include "../torch_stable.h"
+
+namespace imgopt {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+
+constexpr int64_t kWorthThread = 1 << 14;  // pixels: some 10 us of a core
+
+// `images` in one of the two dense layouts.
+struct Dense {
+    Tensor tensor;
+    bool interleaved;
+
+    explicit Dense(const Tensor& images) {
+        STD_TORCH_CHECK(images.dim() == 4, "images: expected (N, C, H, W)");
+        const DType dtype = dtype_of(images, "images");
+        STD_TORCH_CHECK(dtype == DType::u8 || dtype == DType::f32, "images: expected uint8 or float32");
+        interleaved = images.size(1) > 1 && images.stride(1) == 1;
+        tensor = torch::stable::contiguous(images, interleaved ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    }
+};
+
+std::vector<float> scaled(const Tensor& values, int64_t batch, const char* name, float (*scale)(double)) {
+    STD_TORCH_CHECK(values.dim() == 1 && values.size(0) == batch && values.scalar_type() == ScalarType::Double, name,
+                    ": expected (N,) float64");
+    const Tensor dense = torch::stable::contiguous(values);
+    const double* from = dense.const_data_ptr<double>();
+    std::vector<float> result(batch);
+    for (int64_t i = 0; i < batch; ++i) result[i] = scale(from[i]);
+    return result;
+}
+
+float sixths(double turns) { return static_cast<float>(6.0 * (turns - std::floor(turns))); }
+float smoothing(double factor) { return static_cast<float>((1.0 - factor) / 13.0); }
+
+Tensor adjust_hue(Tensor images, Tensor shift) {
+    const Dense dense(images);
+    STD_TORCH_CHECK(images.size(1) == 3, "images: expected three channels");
+    const std::vector<float> turn = scaled(shift, images.size(0), "shift", sixths);
+    Tensor output = torch::stable::empty_like(dense.tensor);
+    const Hue p{dtype_of(images, "images"),      dense.tensor.const_data_ptr(),
+                output.mutable_data_ptr(),       turn.data(),
+                images.size(2) * images.size(3), dense.interleaved};
+    if (output.numel() == 0) return output;
+    const KernelTable& table = kernels();
+    parallel_units(images.size(0), 1 + kWorthThread / p.pixels,
+                   [&](int64_t begin, int64_t end) { table.adjust_hue(p, begin, end); });
+    return output;
+}
+
+Tensor adjust_sharpness(Tensor images, Tensor factor) {
+    const Dense dense(images);
+    const int64_t channels = images.size(1), height = images.size(2);
+    const std::vector<float> weight = scaled(factor, images.size(0), "factor", smoothing);
+    Tensor output = torch::stable::empty_like(dense.tensor);
+    const int64_t step = dense.interleaved ? channels : 1, planes = dense.interleaved ? 1 : channels;
+    const Sharpness p{dtype_of(images, "images"),
+                      dense.tensor.const_data_ptr(),
+                      output.mutable_data_ptr(),
+                      weight.data(),
+                      planes,
+                      height,
+                      images.size(3) * step,
+                      step};
+    if (output.numel() == 0) return output;
+    const KernelTable& table = kernels();
+    parallel_units(images.size(0) * planes * height, 1 + kWorthThread / p.row,
+                   [&](int64_t begin, int64_t end) { table.adjust_sharpness(p, begin, end); });
+    return output;
+}
+
+}  // namespace
+}  // namespace imgopt
+
+STABLE_TORCH_LIBRARY_IMPL(imgopt_fast, CPU, m) {
+    m.impl("adjust_hue", TORCH_BOX(&imgopt::adjust_hue));
+    m.impl("adjust_sharpness", TORCH_BOX(&imgopt::adjust_sharpness));
+}

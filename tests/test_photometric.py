@@ -1,0 +1,161 @@
+"""Hue and sharpness: kernels, Numba twin and reference against HSV and the filter written out."""
+
+import numpy as np
+import pytest
+import torch
+
+from imgopt_fast import _native
+from imgopt_fast.augment import hsv_to_rgb, rgb_to_hsv
+from imgopt_fast.ops.photometric import adjust_hue, adjust_sharpness, fallback, reference
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+SIZES = [(1, 1), (2, 5), (3, 3), (3, 85), (7, 37), (16, 16), (17, 31)]
+
+
+def random_images(
+    size: tuple[int, int], dtype: torch.dtype, layout: torch.memory_format, channels: int = 3
+) -> torch.Tensor:
+    levels = torch.randint(0, 256, (3, channels, *size), dtype=torch.uint8)
+    levels[0, :, 0] = levels[0, :1, 0]  # greys, which have no hue
+    images = levels if dtype == torch.uint8 else levels.to(dtype) / 255
+    return images.contiguous(memory_format=layout)
+
+
+def assert_same(result: torch.Tensor, exact: torch.Tensor, like: torch.Tensor) -> None:
+    """`exact` is float64 and unrounded; uint8 may fall to either side of a tie, no more."""
+    assert result.dtype == like.dtype
+    assert result.shape == like.shape
+    if like.dtype == torch.uint8:
+        assert (result - exact).abs().max() <= 0.5 + 1e-3
+    else:
+        torch.testing.assert_close(result.double(), exact, rtol=0, atol=2e-6)
+
+
+def exact_hue(images: torch.Tensor, shift: list[float]) -> torch.Tensor:
+    """Through the public HSV functions, which tests/test_augment_color.py holds against Python's colorsys."""
+    scale = 255 if images.dtype == torch.uint8 else 1
+    hsv = rgb_to_hsv(images.double() / scale)
+    hsv[:, 0] += torch.tensor(shift, dtype=torch.float64)[:, None, None]
+    return hsv_to_rgb(hsv) * scale
+
+
+def exact_sharpness(images: torch.Tensor, factor: list[float]) -> torch.Tensor:
+    most = 255 if images.dtype == torch.uint8 else 1
+    exact = images.double()
+    if min(images.shape[2:]) < 3:
+        return exact
+    kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=torch.float64) / 13
+    channels = images.shape[1]
+    smooth = torch.nn.functional.conv2d(exact, kernel.expand(channels, 1, 3, 3), groups=channels)
+    inner = exact[..., 1:-1, 1:-1]
+    f = torch.tensor(factor, dtype=torch.float64).view(-1, 1, 1, 1)
+    result = exact.clone()
+    result[..., 1:-1, 1:-1] = (f * inner + (1 - f) * smooth).clamp(0, most)
+    return result
+
+
+SHIFTS, FACTORS = [0.3, -0.45, 1.0], [0.0, 1.0, 2.7]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("size", SIZES)
+def test_kernels(isa, size, dtype, layout):
+    images = random_images(size, dtype, layout)
+    assert_same(adjust_hue(images, SHIFTS), exact_hue(images, SHIFTS), images)
+    assert_same(adjust_sharpness(images, FACTORS), exact_sharpness(images, FACTORS), images)
+    assert adjust_hue(images, 0.1).stride() == images.stride()
+    other = random_images(size, dtype, layout, channels=2)
+    assert_same(adjust_sharpness(other, FACTORS), exact_sharpness(other, FACTORS), other)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_fallback_and_reference_called_directly(dtype, layout):
+    images = random_images((7, 37), dtype, layout)
+    for module in (fallback, reference):
+        shift, factor = (torch.tensor(v, dtype=torch.float64) for v in (SHIFTS, FACTORS))
+        assert_same(module.adjust_hue(images, shift), exact_hue(images, SHIFTS), images)
+        assert_same(module.adjust_sharpness(images, factor), exact_sharpness(images, FACTORS), images)
+
+
+def test_instruction_sets_agree_bit_for_bit():
+    if _native.backend() != "native":
+        pytest.skip("no compiled kernels")
+    before = _native.active_isa()
+    results = {}
+    for isa in _native.supported_isas():
+        _native.set_isa(isa)
+        results[isa] = [
+            function(images, 0.37)
+            for images in (torch.rand(2, 3, 33, 65, generator=torch.Generator().manual_seed(1)),)
+            for function in (adjust_hue, adjust_sharpness)
+        ]
+    _native.set_isa(before)
+    for isa, result in results.items():
+        for ours, scalar in zip(result, results["scalar"], strict=True):
+            assert torch.equal(ours, scalar), isa
+
+
+def test_threads_change_nothing():
+    images = torch.randint(0, 256, (5, 3, 90, 70), dtype=torch.uint8)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append((adjust_hue(images, 0.2), adjust_sharpness(images, 1.5)))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    images = random_images((5, 6), dtype, torch.contiguous_format)
+    tolerance = {torch.float16: 1e-3, torch.bfloat16: 5e-3, torch.float64: 1e-12}[dtype]
+    for function, exact, amounts in ((adjust_hue, exact_hue, SHIFTS), (adjust_sharpness, exact_sharpness, FACTORS)):
+        result = function(images, amounts)
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), exact(images, amounts), rtol=0, atol=tolerance)
+
+
+def test_identities_and_layouts():
+    images = random_images((9, 11), torch.uint8, torch.contiguous_format)
+    for same in (adjust_hue(images, 0.0), adjust_hue(images, -2.0), adjust_sharpness(images, 1.0)):
+        assert torch.equal(same, images)
+    cut = images[:, :, 1:8, ::2]
+    assert torch.equal(adjust_hue(cut, 0.2), adjust_hue(cut.contiguous(), 0.2))
+    assert torch.equal(adjust_sharpness(cut, 2.0), adjust_sharpness(cut.contiguous(), 2.0))
+    assert adjust_hue(images[:0], 0.1).shape == (0, 3, 9, 11)
+    assert adjust_sharpness(images[:, :, :0], 0.5).shape == (3, 3, 0, 11)
+
+
+def test_gradients():
+    images = (0.1 + 0.8 * torch.rand(2, 3, 4, 4, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: adjust_hue(x, 0.1), images)
+    assert torch.autograd.gradcheck(lambda x: adjust_sharpness(x, [0.5, 1.2]), images)
+    single = images.detach().float().requires_grad_()
+    adjust_sharpness(single, 0.5).sum().backward()
+    assert single.grad is not None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout):
+    images = random_images((4, 5), torch.uint8, layout)
+    amounts = torch.tensor(SHIFTS, dtype=torch.float64)
+    for name in ("adjust_hue", "adjust_sharpness"):
+        torch.library.opcheck(getattr(torch.ops.imgopt_fast, name).default, (images, amounts))
+
+
+def test_bad_input_names_the_argument():
+    images = torch.rand(2, 3, 4, 4)
+    for call, error, text in (
+        (lambda: adjust_hue(images[0], 0.1), ValueError, "images"),
+        (lambda: adjust_hue(images[:, :2], 0.1), ValueError, "images"),
+        (lambda: adjust_hue(images, [0.1, 0.2, 0.3]), ValueError, "shift"),
+        (lambda: adjust_sharpness(images, np.ones((2, 2))), ValueError, "factor"),
+        (lambda: adjust_sharpness(images.int(), 0.1), TypeError, "images"),
+        (lambda: adjust_sharpness([1], 0.1), TypeError, "images"),
+    ):
+        with pytest.raises(error, match=text):
+            call()
