@@ -1,5 +1,10 @@
-"""The command line as a new user meets it: in a process of its own, in a folder of its own."""
+"""The command line as a new user meets it, in a folder of its own.
 
+What depends on the process (exit codes, signals, a full disk, a terminal that is none) runs in one; the rest calls
+`main`, which saves the seconds that importing torch costs each time.
+"""
+
+import json
 import resource
 import shutil
 import signal
@@ -13,48 +18,41 @@ import torch
 import yaml
 from PIL import Image
 
+from imgopt_fast.cli import main
+from imgopt_fast.training import evaluate
+
 TINY = ["--epochs", "2", "--prune-epochs", "1", "-b", "32", "--warmup-epochs", "1", "--calibration", "32"]
 
 
-def imgopt_fast(
-    *arguments: str, cwd: Path, largest_file: int | None = None, timeout: float = 120
-) -> subprocess.CompletedProcess[str]:
+def imgopt_fast(*arguments: str, cwd: Path, largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command; `largest_file` bytes may be written per file, which fails as a full disk does."""
 
     def limit() -> None:
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
-    return subprocess.run(
-        [sys.executable, "-m", "imgopt_fast", *arguments],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        timeout=timeout,
-        preexec_fn=limit,
-    )
-
-
-def assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit code 2 and one line on stderr that has all `words`."""
-    assert result.returncode == 2, result.stderr
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    for word in words:
-        assert word in lines[0]
+    command = [sys.executable, "-m", "imgopt_fast", *arguments]
+    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=300, preexec_fn=limit)
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> Path:
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A class folder beside which the test runs."""
     for c, colour in enumerate(("red", "green", "blue")):
         (tmp_path / "images" / colour).mkdir(parents=True)
         for i in range(40):
             Image.effect_noise((20, 16), 30 + 40 * c).save(tmp_path / "images" / colour / f"{i}.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "LEAST_SECONDS", 0.01)
     return tmp_path / "images"
 
 
-def test_a_folder_of_images_becomes_three_networks(images: Path) -> None:
+def columns(run: Path) -> list[list[str]]:
+    """summary.csv without its timing columns."""
+    return [line.split(",")[:6] for line in (run / "summary.csv").read_text().splitlines()]
+
+
+def test_a_folder_of_images_becomes_three_networks(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
     where = images.parent
     result = imgopt_fast("train", "images", *TINY, "--img-size", "16", "--experiment", "first", cwd=where)
     assert result.returncode == 0, result.stderr
@@ -69,44 +67,70 @@ def test_a_folder_of_images_becomes_three_networks(images: Path) -> None:
     assert [path for path in run.iterdir() if path.name.startswith(".")] == []
 
     # The written configuration repeats the run, and a flag overrides it.
-    again = imgopt_fast(
-        "train", "--config", "runs/first/config.yaml", "--experiment", "again", "--no-reference-epoch", cwd=where
-    )
-    assert again.returncode == 0, again.stderr
-    columns = [
-        [line.split(",")[:6] for line in (where / "runs" / name / "summary.csv").read_text().splitlines()]
-        for name in ("first", "again")
-    ]
-    assert columns[0] == columns[1]
-    config = yaml.safe_load((where / "runs" / "again" / "config.yaml").read_text())
+    flags = ["--experiment", "again", "--no-reference-epoch"]
+    assert main(["train", "--config", "runs/first/config.yaml", *flags]) == 0
+    again = where / "runs" / "again"
+    assert columns(run) == columns(again)
+    config = yaml.safe_load((again / "config.yaml").read_text())
     assert (config["experiment"], config["reference_epoch"], config["img_size"]) == ("again", False, 16)
 
+    # What was trained can be used.
+    capfd.readouterr()
+    assert main(["predict", "runs/first", "images/red/0.jpg", "images/blue/1.jpg", "--json"]) == 0
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == ["images/red/0.jpg", "images/blue/1.jpg"]
+    assert sum(lines[0]["probabilities"].values()) == pytest.approx(1)
+    assert main(["predict", "runs/first", "images/red/0.jpg", "--top", "1"]) == 0
+    assert capfd.readouterr().out.count("%") == 1
+    assert main(["eval", "runs/first"]) == 0
+    assert capfd.readouterr().out.splitlines()[0].split("%")[0] + "%" in result.stdout
+    assert main(["eval", "runs/first", "images"]) == 0
+    assert "of 120 images" in capfd.readouterr().out
 
-def test_mistakes_are_one_line_and_exit_code_2(images: Path) -> None:
-    where = images.parent
-    assert_one_line(imgopt_fast("train", "missing", cwd=where), "missing", "no such folder")
-    assert_one_line(imgopt_fast("train", "--config", "missing.yaml", cwd=where), "missing.yaml", "No such file")
-    assert_one_line(imgopt_fast("train", "images", "--lr", "-1", cwd=where), "lr: expected a positive number")
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "missing"], ["missing", "no such folder"]),
+        (["train", "--config", "missing.yaml"], ["missing.yaml", "No such file"]),
+        (["train", "images", "--lr", "-1"], ["lr: expected a positive number, got -1.0"]),
+        (["train", "images", "--model", "resnet9"], ["model: expected one of resnet8", "got 'resnet9'"]),
+        (["train", "images", "--experiment", "taken"], ["runs/taken", "exists already"]),
+        (["train", "--resume", "runs/taken"], ["runs/taken/config.yaml", "No such file"]),
+        (["train", "--resume", "runs/taken", "--lr", "1"], ["--resume", "goes with no other flag"]),
+        (["predict", "runs/taken", "images/red/0.jpg"], ["runs/taken", "not the folder of a finished run"]),
+        (["eval", "runs/taken"], ["runs/taken", "not the folder of a finished run"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    images: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    (images.parent / "runs" / "taken").mkdir(parents=True)
+    assert main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    for word in words:
+        assert word in err
+    assert list((images.parent / "runs").rglob("*")) == [images.parent / "runs" / "taken"]
+
+
+def test_an_unreadable_image_is_one_line_and_exit_code_2(images: Path) -> None:
     (images / "blue" / "bad.jpg").write_text("no image")
-    assert_one_line(imgopt_fast("train", "images", cwd=where), "bad.jpg", "cannot read this image")
-    assert [path.name for path in where.iterdir()] == ["images"]
+    result = imgopt_fast("train", "images", cwd=images.parent)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "images/blue/bad.jpg: cannot read this image" in result.stderr
+    assert [path.name for path in images.parent.iterdir()] == ["images"]
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(images: Path) -> None:
-    where = images.parent
-    small = imgopt_fast("train", "images", *TINY, cwd=where, largest_file=100)
-    assert_one_line(small, "config.yaml", "File too large")
-    assert [path.name for path in where.iterdir()] == ["images"]
     # Enough for the configuration and not for a checkpoint.
-    larger = imgopt_fast("train", "images", *TINY, cwd=where, largest_file=10_000)
-    assert_one_line(larger, "checkpoint.pt", "File too large")
-    assert [path.name for path in where.iterdir()] == ["images"]
-
-
-def test_an_existing_run_is_not_overwritten(images: Path) -> None:
-    (images.parent / "runs" / "taken").mkdir(parents=True)
-    result = imgopt_fast("train", "images", *TINY, "--experiment", "taken", cwd=images.parent)
-    assert_one_line(result, "runs/taken", "exists already")
+    result = imgopt_fast("train", "images", *TINY, cwd=images.parent, largest_file=10_000)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "checkpoint.pt: File too large" in result.stderr
+    assert [path.name for path in images.parent.iterdir()] == ["images"]
 
 
 def test_ctrl_c_leaves_a_checkpoint(images: Path) -> None:
@@ -114,33 +138,32 @@ def test_ctrl_c_leaves_a_checkpoint(images: Path) -> None:
     command = [sys.executable, "-m", "imgopt_fast", "train", "images", "--epochs", "10000", "--experiment", "run"]
     process = subprocess.Popen(command, cwd=where, text=True, stderr=subprocess.PIPE)
     try:
-        checkpoint, patience = where / "runs" / "run" / "checkpoint.pt", time.monotonic() + 60
+        checkpoint, patience = where / "runs" / "run" / "checkpoint.pt", time.monotonic() + 120
         while not checkpoint.exists() and process.poll() is None and time.monotonic() < patience:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    assert "stopped" in errors
-    assert len(errors.splitlines()) == 1
-    assert "--resume runs/run" in errors
+    assert errors == "imgopt-fast train: stopped; continue with --resume runs/run\n"
     assert torch.load(checkpoint, weights_only=True)["position"]["epoch"] > 0
-    assert_one_line(imgopt_fast("train", "--resume", "runs/run", "--lr", "1", cwd=where), "goes with no other flag")
 
 
-def test_help_is_quick_and_says_what_there_is(tmp_path: Path) -> None:
-    result = imgopt_fast("train", "--help", cwd=tmp_path)
-    assert result.returncode == 0
+def test_help_is_quick_and_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
     for word in ("--data", "--model", "--batch-size", "--no-amp", "--config", "examples:", "default: 128"):
-        assert word in result.stdout
+        assert word in text
     code = (
         "import sys; from imgopt_fast.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: assert 'torch' not in sys.modules"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path).returncode == 0
-    assert imgopt_fast("fly", cwd=tmp_path).returncode == 2
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    with pytest.raises(SystemExit, match="2"):
+        main(["fly"])
 
 
 def test_the_installed_command_is_this_one() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from imgopt_fast.data import DataError, Split, load_dataset, stable_fraction
+from imgopt_fast.data import DataError, Split, decode, load_dataset, load_labelled, stable_fraction
 from imgopt_fast.data.embedded.make_subset import draw
 from imgopt_fast.data.idx import read_idx
 
@@ -113,6 +113,25 @@ def test_folder_of_grey_images_has_one_channel(tmp_path: Path) -> None:
     assert load_dataset(root).channels == 1
     Image.new("RGB", (12, 12)).save(root / "class0" / "colour.png")
     assert load_dataset(root).channels == 3
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+    pixels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(pixels).save(tmp_path / "deep.png")
+    assert np.array_equal(decode(tmp_path / "deep.png", 8, 8, 1)[..., 0], pixels >> 8)
+
+
+def test_labelled_images_take_the_labels_of_a_known_list(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "set", images=3)
+    split = load_labelled(root, ("class1", "class2", "class0"), (6, 5), 1)
+    assert split.images.shape == (6, 1, 6, 5)
+    assert split.labels.tolist() == [2, 2, 2, 0, 0, 0]
+    with pytest.raises(DataError, match="class1: the network has no class 'class1', only class0"):
+        load_labelled(root, ("class0",), (6, 5), 1)
+    with pytest.raises(DataError, match="missing: No such file"):
+        load_labelled(tmp_path / "missing", ("class0",), (6, 5), 1)
+    with pytest.raises(DataError, match="expected a folder of images per class, found none"):
+        load_labelled(root / "class0", ("class0",), (6, 5), 1)
 
 
 @pytest.mark.parametrize("mode", ["P", "CMYK", "RGBA", "LA", "I;16", "1"])

@@ -20,14 +20,16 @@ from imgopt_fast.training import (
     InterruptedTrainingError,
     TrainConfig,
     evaluate,
+    load_network,
     load_weights,
     resume,
     save_weights,
     train,
 )
 from imgopt_fast.training.checkpoint import interruptible
-from imgopt_fast.training.evaluate import accuracy, density, measure_speed
+from imgopt_fast.training.evaluate import accuracy, confusion, density, measure_speed
 from imgopt_fast.training.loop import Stage, learning_rate
+from imgopt_fast.training.network import Card
 from imgopt_fast.training.run_folder import RunFolder
 
 # Seconds, not minutes: two epochs of a network of one stage on the images of `few_images`.
@@ -90,6 +92,7 @@ def test_a_training_writes_its_folder_and_reports_three_networks(few_images: Pat
         "curves.png",
         "dense.safetensors",
         "model.safetensors",
+        "network.yaml",
         "pruned.safetensors",
         "report.md",
         "summary.csv",
@@ -145,6 +148,34 @@ def test_stages_can_be_left_out(few_images: Path) -> None:
     assert [row.stage for row in report.stages] == ["dense"]
     assert not (report.path / "pruned.safetensors").exists()
     assert "dense" in report.table()
+
+
+@pytest.mark.parametrize("last", ["dense", "pruned", "int8"])
+def test_a_network_comes_back_from_its_run_folder(few_images: Path, last: str) -> None:
+    changes = {"prune_epochs": int(last != "dense"), "quantize": "int8" if last == "int8" else "none"}
+    report = train(tiny(few_images, "run", reference_epoch=False, **changes))
+    network = load_network(report.path)
+    assert network.card.stage == last
+    assert network.card.class_names == ("class0", "class1", "class2")
+    test = report.dataset.test
+    probabilities = network.probabilities(test.images)
+    assert probabilities.sum(dim=1).allclose(torch.ones(len(test)))
+    assert (probabilities.argmax(dim=1) == test.labels).sum().item() / len(test) == report.stages[-1].test_top1
+    counts = confusion(network.module, test, network.card.prepare(), 3)
+    assert counts.sum(dim=1).equal(test.labels.bincount(minlength=3))
+    assert counts.diag().sum().item() / len(test) == report.stages[-1].test_top1
+
+
+def test_a_folder_without_a_network_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not the folder of a finished run, it has no network\.yaml"):
+        load_network(tmp_path)
+    (tmp_path / "network.yaml").write_text("nothing")
+    with pytest.raises(ValueError, match=r"network\.yaml: not the description of a network"):
+        load_network(tmp_path)
+    Card(TINY.model, "dense", ("a", "b"), 1, 8, 8, (0.5,), (0.5,)).save(tmp_path / "network.yaml")
+    save_weights({"other": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: not the weights of .*tiny_network"):
+        load_network(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- what fails

@@ -4,9 +4,18 @@ from pathlib import Path
 
 from imgopt_fast.data.dataset import DataError, Dataset, Split, batches_per_epoch, stable_fraction
 from imgopt_fast.data.embedded import load_embedded
-from imgopt_fast.data.folder import load_folder
+from imgopt_fast.data.folder import decode, load_folder, load_labelled
 
-__all__ = ["DataError", "Dataset", "Split", "batches_per_epoch", "load_dataset", "stable_fraction"]
+__all__ = [
+    "DataError",
+    "Dataset",
+    "Split",
+    "batches_per_epoch",
+    "decode",
+    "load_dataset",
+    "load_labelled",
+    "stable_fraction",
+]
 
 
 def load_dataset(path: Path | None = None, *, image_size: int | None = None, validation: float = 0.1) -> Dataset:

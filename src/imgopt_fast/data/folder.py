@@ -5,8 +5,9 @@ smallest of its eight built-in scales that still covers the wanted size.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,10 +42,31 @@ def load_folder(root: Path, *, image_size: int | None, validation: float) -> Dat
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         headers = list(pool.map(_header, paths))
         sizes = {size for size, _ in headers}
-        mode = "L" if all(grey for _, grey in headers) else "RGB"
+        channels = 1 if all(grey for _, grey in headers) else 3
         side = image_size or (max(sizes.pop()) if len(sizes) == 1 else DEFAULT_SIZE)
-        pixels = list(pool.map(lambda path: _decode(path, side, mode), paths))
+        pixels = list(pool.map(lambda path: decode(path, side, side, channels), paths))
     return Dataset(root.name, class_names, *_splits(found, class_names, pixels))
+
+
+def load_labelled(root: Path, class_names: Sequence[str], size: tuple[int, int], channels: int) -> Split:
+    """All images of the class folder `root` at `size` (height, width), labelled by their place in `class_names`.
+
+    Raises DataError for a folder or an image that cannot be read, and for a class that is not in `class_names`.
+    """
+    label_of = {name: label for label, name in enumerate(class_names)}
+    try:
+        found = _images_below(root)
+    except OSError as error:
+        raise DataError(f"{root}: {error.strerror}") from error
+    if not found:
+        raise DataError(f"{root}: expected a folder of images per class, found none")
+    for name, path in found:
+        if name not in label_of:
+            raise DataError(f"{path.parent}: the network has no class {name!r}, only {', '.join(class_names)}")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pixels = list(pool.map(lambda item: decode(item[1], *size, channels), found))
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    return Split(images, torch.tensor([label_of[name] for name, _ in found]))
 
 
 def _find_splits(root: Path) -> dict[str, list[tuple[str, Path]]]:
@@ -89,24 +111,39 @@ def _complete(root: Path, found: dict[str, list[tuple[str, Path]]], validation: 
 
 def _header(path: Path) -> tuple[tuple[int, int], bool]:
     """Size and whether the image is grey, from the file's header."""
-    try:
-        with Image.open(path) as image:
-            return image.size, image.mode in ("1", "L")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot read this image: {_reason(error)}") from error
+    with _opened(path) as image:
+        return image.size, image.mode in ("1", "L")
 
 
-def _decode(path: Path, side: int, mode: str) -> NDArray[np.uint8]:
-    """(side, side, channels) pixels: upright, scaled so that the shorter side fits, cropped at the centre."""
+def decode(path: Path, height: int, width: int, channels: int) -> NDArray[np.uint8]:
+    """(height, width, channels) pixels of an image file, grey for one channel, RGB for three.
+
+    Turned upright, scaled so that it just covers the size, cropped at the centre. Raises DataError.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    with _opened(path) as image:
+        image.draft(mode, (width, height))
+        upright = ImageOps.exif_transpose(_eight_bits(image)).convert(mode)
+        if upright.size != (width, height):
+            upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
+        return np.array(upright, np.uint8).reshape(height, width, channels)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image; whatever goes wrong with it becomes one line that names the file."""
     try:
         with Image.open(path) as image:
-            image.draft(mode, (side, side))
-            upright = ImageOps.exif_transpose(image).convert(mode)
-            if upright.size != (side, side):
-                upright = ImageOps.fit(upright, (side, side), Image.Resampling.BILINEAR)
-            return np.asarray(upright, np.uint8).reshape(side, side, len(mode))
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot read this image: {_reason(error)}") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Pillow clips 16-bit grey values where it should scale them."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _reason(error: Exception) -> str:

@@ -13,6 +13,7 @@ _HOME_OF = {
     "Report": "report",
     "StageRow": "report",
     "TrainConfig": "config",
+    "load_network": "network",
     "load_weights": "weights",
     "resume": "recipe",
     "save_weights": "weights",

@@ -31,7 +31,7 @@ class TrainConfig:
     model: str = option(
         "resnet8", "network: resnet8, resnet20, resnet18, resnet50, mobilenetv2 or package.module:function"
     )
-    epochs: int = option(16, "epochs of dense training")
+    epochs: int = option(20, "epochs of dense training")
     batch_size: int = option(128, "images per step", "-b", "--batch-size")
     lr: float = option(0.2, "highest learning rate")
     momentum: float = option(0.9, "momentum of SGD (Nesterov's)")
@@ -46,7 +46,7 @@ class TrainConfig:
     scale: tuple[float, float] = option((0.9, 1.1), "random zoom, lowest and highest")
 
     sparsity: float = option(0.8, "share of the weights that pruning removes; 0 skips pruning")
-    prune_epochs: int = option(3, "epochs of gradual pruning and recovery")
+    prune_epochs: int = option(4, "epochs of gradual pruning and recovery")
     prune_lr: float = option(0.05, "highest learning rate while pruning")
     prune_warmup_epochs: float = option(0.5, "epochs over which the learning rate rises to --prune-lr")
     quantize: str = option("int8", "quantization at the end", choices=("int8", "none"))

@@ -32,6 +32,17 @@ def accuracy(model: nn.Module, split: Split, prepare: Compose, *, batch_size: in
 
 
 @torch.no_grad()
+def confusion(model: nn.Module, split: Split, prepare: Compose, classes: int, *, batch_size: int = BATCH) -> Tensor:
+    """(classes, classes) int64: how many images of class `row` the model takes for class `column`."""
+    model.eval()
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    for batch in split.in_order(batch_size):
+        found = model(prepare(batch.images)).argmax(dim=1)
+        counts += (batch.labels * classes + found).bincount(minlength=classes**2).view(classes, classes)
+    return counts
+
+
+@torch.no_grad()
 def measure_speed(model: nn.Module, images: Tensor) -> Speed:
     """Times the model on prepared (float, normalized) `images`; equal work in every call."""
     model.eval()

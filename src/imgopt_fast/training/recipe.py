@@ -19,10 +19,13 @@ from imgopt_fast.augment import Compose, Normalize, RandomAffine, RandomHorizont
 from imgopt_fast.compress import Int8Config, PruneConfig, prune, quantize
 from imgopt_fast.data import Dataset, batches_per_epoch, load_dataset
 from imgopt_fast.models import create_model
-from imgopt_fast.training.checkpoint import FILE, load_checkpoint
+from imgopt_fast.training.checkpoint import FILE as CHECKPOINT
+from imgopt_fast.training.checkpoint import load_checkpoint
 from imgopt_fast.training.config import TrainConfig
 from imgopt_fast.training.evaluate import accuracy, density, measure_speed
 from imgopt_fast.training.loop import Fitting, Stage, fit
+from imgopt_fast.training.network import FILE as CARD
+from imgopt_fast.training.network import WEIGHTS, Card
 from imgopt_fast.training.reference_loop import reference_epoch
 from imgopt_fast.training.report import Report, StageRow, write_report
 from imgopt_fast.training.run_folder import RunFolder
@@ -49,7 +52,7 @@ def resume(path: Path) -> Report:
     On a CPU with the same number of threads the result has the bits of a training that was never stopped.
     """
     config = TrainConfig.load(path / "config.yaml")
-    return _train(config, RunFolder(path), load_checkpoint(path / FILE))
+    return _train(config, RunFolder(path), load_checkpoint(path / CHECKPOINT))
 
 
 def _train(config: TrainConfig, run: RunFolder, checkpoint: dict[str, Any] | None) -> Report:
@@ -90,6 +93,10 @@ def _train(config: TrainConfig, run: RunFolder, checkpoint: dict[str, Any] | Non
         networks["int8"] = quantize(model.eval(), batches, Int8Config())
         run.write(files["int8"], partial(save_weights, networks["int8"].state_dict()))
 
+    height, width = dataset.train.images.shape[2:]
+    card = Card(config.model, list(files)[-1], dataset.class_names, dataset.channels, height, width, mean, std)
+    run.write(CARD, card.save)
+
     # The choices are made. Now, and only now, the test images.
     images = prepare(dataset.test.take(torch.arange(min(config.batch_size, len(dataset.test)))).images)
     stages = [
@@ -114,7 +121,7 @@ def _train(config: TrainConfig, run: RunFolder, checkpoint: dict[str, Any] | Non
 def _weight_files(config: TrainConfig) -> dict[str, str]:
     """Stages of the recipe and the files that keep their networks; the last one is the result."""
     stages = ["dense"] + ["pruned"] * (config.prune_epochs > 0) + ["int8"] * (config.quantize == "int8")
-    return {stage: f"{'model' if stage == stages[-1] else stage}.safetensors" for stage in stages}
+    return {stage: WEIGHTS if stage == stages[-1] else f"{stage}.safetensors" for stage in stages}
 
 
 def _create(config: TrainConfig, dataset: Dataset) -> nn.Module:

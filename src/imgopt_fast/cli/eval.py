@@ -1,0 +1,42 @@
+"""`imgopt-fast eval`: the accuracy of a trained network on a class folder, or on the test images of its own data."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLES = """examples:
+  imgopt-fast eval runs/first                  the test images of the data it was trained on
+  imgopt-fast eval runs/first ./new-photos     every image of a class folder
+"""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "eval",
+        help="test a trained network",
+        description="Print the accuracy of a trained network, and of each class.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("data", type=Path, nargs="?", metavar="DATA", help="class folder, all of whose images are used")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from imgopt_fast.data import load_dataset, load_labelled
+    from imgopt_fast.training import TrainConfig, load_network
+    from imgopt_fast.training.evaluate import confusion
+
+    network = load_network(arguments.run_folder)
+    card = network.card
+    if arguments.data is not None:
+        images = load_labelled(arguments.data, card.class_names, (card.height, card.width), card.channels)
+    else:
+        config = TrainConfig.load(arguments.run_folder / "config.yaml")
+        path = Path(config.data) if config.data is not None else None
+        images = load_dataset(path, image_size=config.img_size, validation=config.validation).test
+    counts = confusion(network.module, images, card.prepare(), len(card.class_names))
+    print(f"{counts.diag().sum().item() / len(images):.2%} of {len(images):,} images")
+    width = max(map(len, card.class_names))
+    for name, right, total in zip(card.class_names, counts.diag().tolist(), counts.sum(dim=1).tolist(), strict=True):
+        print(f"  {name:{width}}  " + (f"{right / total:7.2%} of {total:,}" if total else "no images"))
+    return 0
