@@ -166,6 +166,28 @@ def test_a_network_comes_back_from_its_run_folder(few_images: Path, last: str) -
     assert counts.diag().sum().item() / len(test) == report.stages[-1].test_top1
 
 
+def test_a_teacher_is_heard(few_images: Path) -> None:
+    teacher = train(tiny(few_images, "teacher", reference_epoch=False)).path
+    quick = {"prune_epochs": 0, "quantize": "none", "reference_epoch": False}
+    taught = train(tiny(few_images, "taught", distill=str(teacher), **quick)).path
+    alone = train(tiny(few_images, "alone", **quick)).path
+    deaf = train(tiny(few_images, "deaf", distill=str(teacher), distill_loss_weight=0.0, **quick)).path
+    assert results(taught) != results(alone)
+    assert results(deaf) == results(alone)
+
+
+def test_a_teacher_sees_its_own_normalization_and_knows_the_classes(few_images: Path) -> None:
+    report = train(tiny(few_images, "run", prune_epochs=0, quantize="none", reference_epoch=False))
+    network, images = load_network(report.path), report.dataset.test.images
+    own = network.module(network.card.prepare()(images))
+    other = network.as_teacher(report.dataset, ((0.3,), (0.2,)))(Compose([Normalize((0.3,), (0.2,))])(images))
+    torch.testing.assert_close(other, own)
+    three = torch.zeros(1, 3, 12, 12, dtype=torch.uint8)
+    colour = dataclasses.replace(report.dataset, train=Split(three, torch.zeros(1, dtype=torch.int64)))
+    with pytest.raises(ValueError, match="distill: expected a teacher of the 3 classes and 3 channels"):
+        network.as_teacher(colour, ((0.5,) * 3, (0.5,) * 3))
+
+
 def test_a_folder_without_a_network_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not the folder of a finished run, it has no network\.yaml"):
         load_network(tmp_path)

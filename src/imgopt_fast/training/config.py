@@ -49,6 +49,10 @@ class TrainConfig:
     prune_epochs: int = option(4, "epochs of gradual pruning and recovery")
     prune_lr: float = option(0.05, "highest learning rate while pruning")
     prune_warmup_epochs: float = option(0.5, "epochs over which the learning rate rises to --prune-lr")
+    distill: str | None = option(None, "run folder of a teacher; without one, pruning learns from the dense network")
+    distill_loss_weight: float = option(0.5, "share of the loss that is the teacher's; 0 learns from the labels alone")
+    kd_temperature: float = option(4.0, "temperature of the distillation")
+
     quantize: str = option("int8", "quantization at the end", choices=("int8", "none"))
     calibration: int = option(512, "training images that the quantization's ranges are measured on")
 
@@ -65,13 +69,14 @@ class TrainConfig:
         at_least = {"epochs": 1, "batch_size": 1, "prune_epochs": 0, "calibration": 1, "seed": 0}
         for name, low in at_least.items():
             _expect(getattr(self, name) >= low, name, f"at least {low}", getattr(self, name))
-        for name in ("lr", "prune_lr"):
+        for name in ("lr", "prune_lr", "kd_temperature"):
             _expect(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         for name in ("momentum", "smoothing", "sparsity"):
             _expect(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
         for name in ("weight_decay", "warmup_epochs", "prune_warmup_epochs", "degrees", "translate"):
             _expect(getattr(self, name) >= 0, name, "a number that is not negative", getattr(self, name))
         _expect(0 <= self.hflip <= 1, "hflip", "a probability", self.hflip)
+        _expect(0 <= self.distill_loss_weight <= 1, "distill_loss_weight", "a share", self.distill_loss_weight)
         _expect(0 < self.validation < 0.5, "validation", "a share between 0 and 0.5", self.validation)
         _expect(self.img_size is None or self.img_size >= 8, "img_size", "at least 8", self.img_size)
         _expect(0 < self.scale[0] <= self.scale[1], "scale", "two positive numbers, the lower one first", self.scale)

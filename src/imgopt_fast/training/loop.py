@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from imgopt_fast.augment import Compose
-from imgopt_fast.compress import Pruner
+from imgopt_fast.compress import Pruner, distillation_loss
 from imgopt_fast.data import Dataset, batches_per_epoch
 from imgopt_fast.training.checkpoint import FILE, SECONDS, Position, interruptible, restore, save_checkpoint
 from imgopt_fast.training.config import TrainConfig
@@ -66,9 +66,12 @@ def fit(
     fitting: Fitting,
     epochs: list[EpochRow],
     pruner: Pruner | None = None,
+    teacher: nn.Module | None = None,
     checkpoint: dict[str, Any] | None = None,
 ) -> list[EpochRow]:
     """Train `model` in place through the epochs of `stage`, from `checkpoint` on where there is one.
+
+    With a `teacher`, a network in evaluation mode, the labels are only a part of the loss.
 
     Returns `epochs`, those of the stages before, with the new ones. Raises DivergedError or InterruptedTrainingError.
     """
@@ -101,7 +104,7 @@ def fit(
             for index, batch in images.shuffled(config.batch_size, seed=config.seed, epoch=at.epoch, first=at.batch):
                 augmented = fitting.augment(batch.images, key=(config.seed, at.epoch, index))
                 with torch.autocast(config.device, precision, enabled=autocast):
-                    loss = F.cross_entropy(model(augmented), batch.labels, label_smoothing=config.smoothing)
+                    loss = _loss(model(augmented), batch.labels, augmented, teacher, config)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -136,6 +139,22 @@ def fit(
                 raise InterruptedTrainingError(fitting.run.path)
             progress.note(loss=f"{row.train_loss:.3f}", validation=f"{row.eval_top1:.1%}")
     return at.epochs
+
+
+def _loss(logits: Tensor, labels: Tensor, images: Tensor, teacher: nn.Module | None, config: TrainConfig) -> Tensor:
+    """Cross entropy, and beside it the distance to what `teacher` says about exactly these images."""
+    if teacher is None or config.distill_loss_weight == 0:
+        return F.cross_entropy(logits, labels, label_smoothing=config.smoothing)
+    with torch.no_grad():
+        taught = teacher(images)
+    return distillation_loss(
+        logits,
+        taught,
+        labels,
+        temperature=config.kd_temperature,
+        alpha=config.distill_loss_weight,
+        label_smoothing=config.smoothing,
+    )
 
 
 def learning_rate(step: int, stage: Stage, steps_per_epoch: int, sched: str) -> float:

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from imgopt_fast.augment import Compose, Normalize
 from imgopt_fast.compress import Int8Config, PruneConfig, prune, quantize
+from imgopt_fast.data import Dataset
 from imgopt_fast.models import create_model
 from imgopt_fast.training.weights import load_weights
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel
 
 FILE, WEIGHTS = "network.yaml", "model.safetensors"
 # An int8 network is built by quantizing an untrained one, for its structure: every scale and weight is in the file, so
@@ -65,6 +68,36 @@ class Network:
     def probabilities(self, images: Tensor) -> Tensor:
         """(N, classes) of uint8 `images` (N, C, H, W)."""
         return torch.softmax(self.module(self.card.prepare()(images)).float(), dim=1)
+
+    def as_teacher(self, dataset: Dataset, statistics: Statistics) -> nn.Module:
+        """The network for images of `dataset` that were normalized by its own `statistics` (mean, std).
+
+        Raises ValueError when the network knows other classes or another number of channels.
+        """
+        if self.card.class_names != dataset.class_names or self.card.channels != dataset.channels:
+            raise ValueError(
+                f"distill: expected a teacher of the {len(dataset.class_names)} classes and {dataset.channels} "
+                f"channels of {dataset.name}, got one of {len(self.card.class_names)} and {self.card.channels}"
+            )
+        return _Renormalized(self.module, statistics, (self.card.mean, self.card.std)).eval()
+
+
+class _Renormalized(nn.Module):
+    """`module` behind the change from one mean and standard deviation per channel to another."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, module: nn.Module, given: Statistics, wanted: Statistics) -> None:
+        super().__init__()
+        self.module = module
+        (mean, std), (new_mean, new_std) = (torch.tensor(given)[..., None, None], torch.tensor(wanted)[..., None, None])
+        self.register_buffer("scale", std / new_std)
+        self.register_buffer("shift", (mean - new_mean) / new_std)
+        self.same = given == wanted
+
+    def forward(self, images: Tensor) -> Any:
+        return self.module(images if self.same else images * self.scale + self.shift)
 
 
 def load_network(run: Path) -> Network:

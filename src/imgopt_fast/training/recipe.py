@@ -25,7 +25,7 @@ from imgopt_fast.training.config import TrainConfig
 from imgopt_fast.training.evaluate import accuracy, density, measure_speed
 from imgopt_fast.training.loop import Fitting, Stage, fit
 from imgopt_fast.training.network import FILE as CARD
-from imgopt_fast.training.network import WEIGHTS, Card
+from imgopt_fast.training.network import WEIGHTS, Card, load_network
 from imgopt_fast.training.reference_loop import reference_epoch
 from imgopt_fast.training.report import Report, StageRow, write_report
 from imgopt_fast.training.run_folder import RunFolder
@@ -68,22 +68,23 @@ def _train(config: TrainConfig, run: RunFolder, checkpoint: dict[str, Any] | Non
     files = _weight_files(config)
     torch.manual_seed(config.seed)
     model = _create(config, dataset)
+    teacher = load_network(Path(config.distill)).as_teacher(dataset, (mean, std)) if config.distill else None
     networks = {}
 
     dense = Stage("dense", 0, config.epochs, config.lr, config.warmup_epochs)
     if checkpoint is None or checkpoint["position"].stage == dense.name:
-        epochs = fit(dense, model, fitting, [], checkpoint=checkpoint)
+        epochs = fit(dense, model, fitting, [], teacher=teacher, checkpoint=checkpoint)
         run.write(files[dense.name], partial(save_weights, model.state_dict()))
         checkpoint = None
     else:
         epochs = []  # the checkpoint has them
         model.load_state_dict(load_weights(run.path / files[dense.name]))
-    networks[dense.name] = copy.deepcopy(model)
+    networks[dense.name] = copy.deepcopy(model).eval()
 
     if "pruned" in files:
         pruner = prune(model, _prune_config(config, dataset))
         pruned = Stage("pruned", dense.end, config.prune_epochs, config.prune_lr, config.prune_warmup_epochs)
-        epochs = fit(pruned, model, fitting, epochs, pruner, checkpoint)
+        epochs = fit(pruned, model, fitting, epochs, pruner, teacher or networks[dense.name], checkpoint)
         run.write(files[pruned.name], partial(save_weights, model.state_dict()))
         networks[pruned.name] = model
 
