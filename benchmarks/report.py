@@ -30,6 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="what `imgopt-fast bench --json` wrote")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "benchmarks.svg")
     parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     data = json.loads(arguments.results.read_text())
@@ -41,7 +42,7 @@ def main() -> int:
     stem = arguments.folder / machine_name(data["machine"])
     stem.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
     stem.with_suffix(".md").write_text(page(data["machine"], results))
-    draw(representative(results), ROOT / "docs" / "benchmarks.svg")
+    draw(representative(results), arguments.figure)
     readme = arguments.readme.read_text()
     if BEGIN not in readme or END not in readme:
         print(f"report: {arguments.readme} has no lines {BEGIN} and {END}", file=sys.stderr)
