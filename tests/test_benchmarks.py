@@ -207,7 +207,7 @@ def test_report_puts_measured_figures_into_the_readme(monkeypatch: pytest.Monkey
     readme.write_text(f"before\n{begin}\nold figures\n{end}\nafter\n")
     command = ["report.py", tmp_path / "run.json", "--readme", readme, "--folder", tmp_path / "results"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in (*command, "--figure", tmp_path / "figure.svg")])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(ROOT / "benchmarks" / "report.py"), run_name="__main__")
     text = readme.read_text()
     assert text.startswith(f"before\n{begin}\n")
