@@ -16,10 +16,10 @@ namespace {
 struct ByteEpilogue {
     __m512i zero_point, low, high, flip;
 
-    explicit ByteEpilogue(const Int8Conv2d& p)
+    ByteEpilogue(const Int8Conv2d& p, ByteRange range)
         : zero_point(_mm512_set1_epi16(p.output_zero_point)),
-          low(_mm512_set1_epi8(static_cast<char>(static_cast<int>(round_half_even(p.low)) + p.output_zero_point))),
-          high(_mm512_set1_epi8(static_cast<char>(static_cast<int>(round_half_even(p.high)) + p.output_zero_point))),
+          low(_mm512_set1_epi8(static_cast<char>(range.low))),
+          high(_mm512_set1_epi8(static_cast<char>(range.high))),
           flip(_mm512_set1_epi8(static_cast<char>(p.output_flip))) {}
 
     // Saturates 64 rounded values to bytes. Packing works within 128-bit lanes, so dword 4L + j of the result holds
@@ -112,7 +112,7 @@ void tile(const Tile& t) {
         }
     }
 
-    const ByteEpilogue to_bytes(p);
+    const ByteEpilogue to_bytes(p, t.range);
     __m512 multiplier[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) multiplier[j] = _mm512_loadu_ps(p.multiplier + t.channel + 16 * j);

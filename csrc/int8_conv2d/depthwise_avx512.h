@@ -53,6 +53,7 @@ struct DepthwiseRow {
     int64_t channel, channels, n, oy;
     __m512i offset[4];
     __m512 multiplier[4];
+    ByteRange range;
 };
 
 // Interleaves `count` input columns from x0 on, `dilation` = 1 apart, into the strip.
@@ -121,7 +122,7 @@ void depthwise_sums(const DepthwiseRow& r, const uint8_t* strip, int64_t pixel_b
     }
 }
 
-void depthwise_store(const DepthwiseRow& r, int64_t pixel, const __m512i* sums) {
+void depthwise_store(const DepthwiseRow& r, const ByteEpilogue& to_bytes, int64_t pixel, const __m512i* sums) {
     const Int8Conv2d& p = *r.conv;
     if (p.residual || p.float_output || p.shift) {
         alignas(64) int32_t values[64];
@@ -132,7 +133,7 @@ void depthwise_store(const DepthwiseRow& r, int64_t pixel, const __m512i* sums) 
     }
     __m512i q[4];
     for (int j = 0; j < 4; ++j) q[j] = round_to_int(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[j]), r.multiplier[j]));
-    const __m512i bytes = ByteEpilogue(p)(q[0], q[1], q[2], q[3]);
+    const __m512i bytes = to_bytes(q[0], q[1], q[2], q[3]);
     uint8_t* out = static_cast<uint8_t*>(p.output) + pixel * p.output_stride + r.channel;
     if (r.channels == 64)
         _mm512_storeu_si512(out, bytes);
@@ -143,6 +144,7 @@ void depthwise_store(const DepthwiseRow& r, int64_t pixel, const __m512i* sums) 
 void depthwise_row(const DepthwiseRow& r, uint8_t* strip) {
     const Int8Conv2d& p = *r.conv;
     const int64_t groups = row_groups(p.weight), taps = p.weight.kernel_w;
+    const ByteEpilogue to_bytes(p, r.range);
     const int64_t column_bytes = groups * kColumnBytes;
     const int64_t pixel_bytes = p.stride_w * column_bytes, tap_bytes = p.dilation_w * column_bytes;
     for (int64_t ox = 0; ox < p.out_w; ox += kStripPixels) {
@@ -157,7 +159,7 @@ void depthwise_row(const DepthwiseRow& r, uint8_t* strip) {
             else
                 depthwise_sums<0>(r, columns, pixel_bytes, tap_bytes, groups, taps, sums);
             const int64_t pixel = (r.n * p.out_h + r.oy) * p.out_w + ox + i;
-            for (int64_t k = 0; k < smaller(kPixels, pixels - i); ++k) depthwise_store(r, pixel + k, sums[k]);
+            for (int64_t k = 0; k < smaller(kPixels, pixels - i); ++k) depthwise_store(r, to_bytes, pixel + k, sums[k]);
         }
     }
 }
@@ -170,6 +172,7 @@ void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
     uint8_t* strip = static_cast<uint8_t*>(thread_scratch(strip_bytes + 64));
     uint8_t* padding = strip + strip_bytes;
     memset(padding, p.input_zero_point ^ p.input_flip, 64);
+    const ByteRange range = byte_range(p);
     const int64_t blocks = depthwise_blocks(w), rows = rows_per_unit(p), strips = strips_of(p);
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 32, 33, 34, 35, 48, 49, 50, 51);
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -177,6 +180,7 @@ void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
         DepthwiseRow r{};
         r.conv = &p;
         r.padding = padding;
+        r.range = range;
         r.n = unit / blocks / strips;
         r.channel = block * kDepthwiseChannels;
         r.channels = smaller(kDepthwiseChannels, w.out_channels - r.channel);

@@ -71,12 +71,14 @@ inline void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
     const uint8_t** table = reinterpret_cast<const uint8_t**>(scratch);
     uint8_t* padding = reinterpret_cast<uint8_t*>(scratch + table_bytes);
     memset(padding, p.input_zero_point ^ p.input_flip, static_cast<size_t>(row_bytes));
+    const ByteRange range = byte_range(p);
     for (int64_t block = begin; block < end; ++block) {
         const int64_t first = blocks.begin(block), pixels = blocks.begin(block + 1) - first;
         fill_table(p, first, first + pixels, padding, table, kDepthwisePixels);
         for (int64_t c = 0; c < w.out_channels; c += kDepthwiseChannels) {
             Tile tile{};
             tile.conv = &p;
+            tile.range = range;
             tile.row_stride = kDepthwisePixels;
             tile.taps = taps;
             tile.weight = p.packed + c / kDepthwiseChannels * depthwise_pairs(w) * 64;

@@ -21,6 +21,17 @@
 namespace imgopt {
 namespace {
 
+// The clamp of output bytes, before the flip.
+struct ByteRange {
+    uint8_t low, high;
+};
+
+inline ByteRange byte_range(const Int8Conv2d& p) {
+    if (p.float_output) return {0, 255};
+    const int low = static_cast<int>(round_half_even(p.low)), high = static_cast<int>(round_half_even(p.high));
+    return {static_cast<uint8_t>(low + p.output_zero_point), static_cast<uint8_t>(high + p.output_zero_point)};
+}
+
 // One tile: `pixels` consecutive output pixels (known to the function) times up to `channels` output channels.
 struct Tile {
     const Int8Conv2d* conv;
@@ -30,6 +41,7 @@ struct Tile {
     int64_t inner;       // bytes of one row, a multiple of 4
     const uint8_t* weight;
     int64_t pixel, channel, channels;
+    ByteRange range;
 };
 using TileFunction = void (*)(const Tile&);
 
@@ -146,12 +158,19 @@ inline void copy_bytes(uint8_t* out, const uint8_t* in, int64_t n) {
     }
 }
 
-inline void append(int8_t* out, const uint8_t* in, int64_t n, uint8_t) {
-    copy_bytes(reinterpret_cast<uint8_t*>(out), in, n);
+// Where 32 bytes can be read, they are copied whatever n is: what is too much is overwritten next.
+constexpr int64_t kAppendSlack = 32;
+inline void append(int8_t* out, const uint8_t* in, int64_t n, const Int8Conv2d& p) {
+    const uint8_t* end = p.input + p.batch * p.in_h * p.in_w * p.input_stride;
+    if (n <= kAppendSlack && end - in >= kAppendSlack)
+        memcpy(out, in, kAppendSlack);
+    else
+        copy_bytes(reinterpret_cast<uint8_t*>(out), in, n);
 }
 
 // Words hold the flipped byte; bytes stay as they are, for the tile to flip.
-inline void append(int16_t* out, const uint8_t* in, int64_t n, uint8_t flip) {
+inline void append(int16_t* out, const uint8_t* in, int64_t n, const Int8Conv2d& p) {
+    const uint8_t flip = p.input_flip;
     for (int64_t i = 0; i < n; ++i) out[i] = in[i] ^ flip;
 }
 
@@ -168,12 +187,12 @@ void fill_strip(const Int8Conv2d& p, const uint8_t* const* table, int64_t row_st
             const uint8_t* const* taps = table + ky * kernel_w * row_stride + m;
             const uint8_t* last = taps[(kernel_w - 1) * row_stride];
             if (dense && taps[0] != padding && last != padding) {
-                append(out, taps[0] + offset, kernel_w * channels, p.input_flip);
+                append(out, taps[0] + offset, kernel_w * channels, p);
                 out += kernel_w * channels;
                 continue;
             }
             for (int64_t kx = 0; kx < kernel_w; ++kx, out += channels)
-                append(out, taps[kx * row_stride] + offset, channels, p.input_flip);
+                append(out, taps[kx * row_stride] + offset, channels, p);
         }
     }
 }
@@ -189,7 +208,7 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
     const int64_t depth_bytes = depth * static_cast<int64_t>(sizeof(Product));
     const bool in_place = reads_in_place<Isa>(w);
     const int64_t table_bytes = (taps + 1) * most * 8, row_bytes = round_up(w.groups * w.group_channels, 64);
-    const int64_t strip_bytes = in_place ? 0 : most * depth_bytes;
+    const int64_t strip_bytes = in_place ? 0 : most * depth_bytes + kAppendSlack;
     char* scratch = static_cast<char*>(thread_scratch(table_bytes + row_bytes + strip_bytes));
     const uint8_t** table = reinterpret_cast<const uint8_t**>(scratch);
     uint8_t* padding = reinterpret_cast<uint8_t*>(scratch + table_bytes);
@@ -198,6 +217,7 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
     for (int64_t m = 0; m < most; ++m) strip_rows[m] = strip + m * depth_bytes;
     memset(padding, p.input_zero_point ^ p.input_flip, static_cast<size_t>(row_bytes));
 
+    const ByteRange range = byte_range(p);
     int64_t block_done = -1, group_done = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t panel = unit % panels.panels, group = unit / panels.panels % w.groups;
@@ -217,6 +237,7 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
         const int64_t channel = vector * Isa::kLanes;
         Tile tile{};
         tile.conv = &p;
+        tile.range = range;
         tile.row_stride = most;
         tile.taps = in_place ? taps : 1;
         tile.row_offset = in_place ? group * w.group_channels : 0;

@@ -46,10 +46,8 @@ void store_row(const Tile& t, int64_t pixel, const __m256i* sums) {
     __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q0, q1), 0xd8);
     words = _mm256_adds_epi16(words, _mm256_set1_epi16(p.output_zero_point));
     __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    const int low = static_cast<int>(round_half_even(p.low)) + p.output_zero_point;
-    const int high = static_cast<int>(round_half_even(p.high)) + p.output_zero_point;
-    bytes = _mm_max_epu8(bytes, _mm_set1_epi8(static_cast<char>(low)));
-    bytes = _mm_min_epu8(bytes, _mm_set1_epi8(static_cast<char>(high)));
+    bytes = _mm_max_epu8(bytes, _mm_set1_epi8(static_cast<char>(t.range.low)));
+    bytes = _mm_min_epu8(bytes, _mm_set1_epi8(static_cast<char>(t.range.high)));
     bytes = _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(p.output_flip)));
     uint8_t* out = static_cast<uint8_t*>(p.output) + pixel * p.output_stride + t.channel;
     if (t.channels == 16) {
