@@ -36,48 +36,75 @@ struct ByteEpilogue {
 // becomes INT_MIN as it should.
 __m512i round_to_int(__m512 y) { return _mm512_cvtps_epi32(_mm512_min_ps(y, _mm512_set1_ps(1073741824.0f))); }
 
-__m512 add_residual(__m512 y, const Int8Conv2d& p, const uint8_t* residual, __mmask16 mask) {
-    const __m128i bytes = _mm_xor_si128(_mm_maskz_loadu_epi8(mask, residual), _mm_set1_epi8(p.residual_flip));
-    const __m512i r = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(p.residual_zero_point));
-    return _mm512_add_ps(y, _mm512_mul_ps(_mm512_cvtepi32_ps(r), _mm512_set1_ps(p.residual_multiplier)));
-}
+// float(r - zero point) * multiplier of 16 channels.
+struct ResidualTerm {
+    __m128i flip;
+    __m512i zero_point;
+    __m512 multiplier;
 
-__mmask16 mask_of(int64_t channels) {
-    return channels >= 16 ? 0xffff : static_cast<__mmask16>((1u << (channels > 0 ? channels : 0)) - 1);
-}
+    explicit ResidualTerm(const Int8Conv2d& p)
+        : flip(_mm_set1_epi8(static_cast<char>(p.residual_flip))),
+          zero_point(_mm512_set1_epi32(p.residual_zero_point)),
+          multiplier(_mm512_set1_ps(p.residual_multiplier)) {}
 
-// Stores one row of sums the slow way: shifts, or the channels' tail of float output.
-template <int NV>
-[[gnu::noinline]] void store_sums(const Tile& t, int64_t pixel, const __m512i* sums) {
-    alignas(64) int32_t values[NV * 16];
-    for (int j = 0; j < NV; ++j) _mm512_store_si512(values + 16 * j, sums[j]);
-    for (int64_t c = 0; c < t.channels; ++c) store_sum(*t.conv, pixel, t.channel + c, values[c]);
-}
-
-template <int NV>
-void store_floats(const Tile& t, int64_t pixel, const __m512* y) {
-    const Int8Conv2d& p = *t.conv;
-    float* out = static_cast<float*>(p.output) + pixel * p.output_stride + t.channel;
-    for (int j = 0; j < NV; ++j) {
-        const __m512 clamped = _mm512_min_ps(_mm512_max_ps(y[j], _mm512_set1_ps(p.low)), _mm512_set1_ps(p.high));
-        _mm512_mask_storeu_ps(out + 16 * j, mask_of(t.channels - 16 * j), clamped);
+    __m512 operator()(const uint8_t* residual, __mmask16 mask) const {
+        const __m128i bytes = _mm_xor_si128(_mm_maskz_loadu_epi8(mask, residual), flip);
+        const __m512i r = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), zero_point);
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(r), multiplier);
     }
+};
+
+// What only the last layers and integer-only targets need: float output and shifts, a sum at a time.
+[[gnu::noinline]] void store_rare(const Tile& t, const int32_t* sums, int64_t rows, int64_t width) {
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < t.channels; ++c) store_sum(*t.conv, t.pixel + i, t.channel + c, sums[i * width + c]);
 }
 
+// `full`: all NV * 16 channels are real.
 template <int NV>
-void store_bytes(uint8_t* out, __m512i bytes, int64_t channels) {
+[[gnu::always_inline]] inline void store_bytes(uint8_t* out, __m512i bytes, bool full, __mmask64 mask) {
     // Dword 4L + j to 4j + L.
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     bytes = _mm512_permutexvar_epi32(order, bytes);
-    if (channels < NV * 16)
-        _mm512_mask_storeu_epi8(out, (uint64_t{1} << channels) - 1, bytes);
-    else if constexpr (NV == 4)
+    if (!full) {
+        _mm512_mask_storeu_epi8(out, mask, bytes);
+    } else if constexpr (NV == 4) {
         _mm512_storeu_si512(out, bytes);
-    else {
-        if constexpr (NV >= 2) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(bytes));
-        if constexpr (NV == 1) _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(bytes));
+    } else if constexpr (NV == 1) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(bytes));
+    } else {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(bytes));
         if constexpr (NV == 3)
             _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 32), _mm512_extracti32x4_epi32(bytes, 2));
+    }
+}
+
+// The epilogue of a tile, in registers.
+template <int MR, int NV, bool Residual>
+[[gnu::always_inline]] inline void store_tile(const Tile& t, const __m512i (&sums)[MR][NV]) {
+    const Int8Conv2d& p = *t.conv;
+    const ByteEpilogue to_bytes(p, t.range);
+    const int64_t output_stride = p.output_stride, residual_stride = p.residual_stride;
+    uint8_t* out = static_cast<uint8_t*>(p.output) + t.pixel * output_stride + t.channel;
+    const uint8_t* residual = Residual ? p.residual + t.pixel * residual_stride + t.channel : nullptr;
+    const bool full = t.channels == NV * 16;
+    const __mmask64 mask = full ? ~uint64_t{0} : (uint64_t{1} << t.channels) - 1;
+    __m512 multiplier[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) multiplier[j] = _mm512_loadu_ps(p.multiplier + t.channel + 16 * j);
+    const ResidualTerm term(p);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+        __m512i q[4] = {};
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) {
+            __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[i][j]), multiplier[j]);
+            if constexpr (Residual)
+                y = _mm512_add_ps(
+                    y, term(residual + i * residual_stride + 16 * j, static_cast<__mmask16>(mask >> (16 * j))));
+            q[j] = round_to_int(y);
+        }
+        store_bytes<NV>(out + i * output_stride, to_bytes(q[0], q[1], q[2], q[3]), full, mask);
     }
 }
 
@@ -112,33 +139,17 @@ void tile(const Tile& t) {
         }
     }
 
-    const ByteEpilogue to_bytes(p, t.range);
-    __m512 multiplier[NV];
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) multiplier[j] = _mm512_loadu_ps(p.multiplier + t.channel + 16 * j);
+    if (p.shift || p.float_output) {
+        alignas(64) int32_t values[MR * NV * 16];
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-        if (p.shift && !p.float_output) {
-            store_sums<NV>(t, t.pixel + i, sums[i]);
-            continue;
-        }
-        __m512 y[NV];
+        for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) y[j] = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[i][j]), multiplier[j]);
-        if (p.residual) {
-            const uint8_t* residual = p.residual + (t.pixel + i) * p.residual_stride + t.channel;
-#pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) y[j] = add_residual(y[j], p, residual + 16 * j, mask_of(t.channels - 16 * j));
-        }
-        if (p.float_output) {
-            store_floats<NV>(t, t.pixel + i, y);
-            continue;
-        }
-        __m512i q[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) q[j] = j < NV ? round_to_int(y[j < NV ? j : 0]) : _mm512_setzero_si512();
-        uint8_t* out = static_cast<uint8_t*>(p.output) + (t.pixel + i) * p.output_stride + t.channel;
-        store_bytes<NV>(out, to_bytes(q[0], q[1], q[2], q[3]), t.channels);
+            for (int j = 0; j < NV; ++j) _mm512_store_si512(values + (i * NV + j) * 16, sums[i][j]);
+        store_rare(t, values, MR, NV * 16);
+    } else if (p.residual) {
+        store_tile<MR, NV, true>(t, sums);
+    } else {
+        store_tile<MR, NV, false>(t, sums);
     }
 }
 

@@ -97,69 +97,73 @@ void interleave_columns(const DepthwiseRow& r, int64_t x0, int64_t count, uint8_
     }
 }
 
-// Sums of kPixels pixels, vector j; `taps` columns-times-groups, their distance and the pixels' in bytes.
+// Sums of kPixels pixels, vector j.
 template <int TAPS>
-void depthwise_sums(const DepthwiseRow& r, const uint8_t* strip, int64_t pixel_bytes, int64_t tap_bytes, int64_t groups,
-                    int64_t taps, __m512i sums[kPixels][4]) {
-    const int64_t count = TAPS ? TAPS : taps;
+[[gnu::always_inline]] inline void depthwise_sums(const DepthwiseRow& r, const uint8_t* strip, int64_t pixel_bytes,
+                                                  int64_t tap_bytes, int64_t groups, int64_t taps, int j,
+                                                  __m512i (&sums)[kPixels]) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-        __m512i sum[kPixels];
+    for (int i = 0; i < kPixels; ++i) sums[i] = r.offset[j];
+    const auto add_tap = [&](int64_t kx, int64_t g) {
+        const __m512i w = _mm512_loadu_si512(r.weight + (kx * groups + g) * kColumnBytes + 64 * j);
+        const uint8_t* column = strip + kx * tap_bytes + g * kColumnBytes + 64 * j;
 #pragma GCC unroll 4
-        for (int i = 0; i < kPixels; ++i) sum[i] = r.offset[j];
-#pragma GCC unroll 10
-        for (int64_t kx = 0; kx < count; ++kx) {
-            for (int64_t g = 0; g < groups; ++g) {
-                const __m512i w = _mm512_loadu_si512(r.weight + (kx * groups + g) * kColumnBytes + 64 * j);
-                const uint8_t* column = strip + kx * tap_bytes + g * kColumnBytes + 64 * j;
-#pragma GCC unroll 4
-                for (int i = 0; i < kPixels; ++i)
-                    sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_load_si512(column + i * pixel_bytes), w);
-            }
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < kPixels; ++i) sums[i][j] = sum[i];
+        for (int i = 0; i < kPixels; ++i)
+            sums[i] = _mm512_dpbusd_epi32(sums[i], _mm512_load_si512(column + i * pixel_bytes), w);
+    };
+    if constexpr (TAPS > 0) {
+#pragma GCC unroll 3
+        for (int kx = 0; kx < TAPS; ++kx) add_tap(kx, 0);
+    } else {
+        for (int64_t kx = 0; kx < taps; ++kx)
+            for (int64_t g = 0; g < groups; ++g) add_tap(kx, g);
     }
 }
 
-void depthwise_store(const DepthwiseRow& r, const ByteEpilogue& to_bytes, int64_t pixel, const __m512i* sums) {
-    const Int8Conv2d& p = *r.conv;
-    if (p.residual || p.float_output || p.shift) {
-        alignas(64) int32_t values[64];
-        for (int j = 0; j < 4; ++j) _mm512_store_si512(values + 16 * j, sums[j]);
-        for (int64_t c = 0; c < r.channels; ++c)
-            store_sum(p, pixel, r.channel + c, values[c % 16 / 4 * 16 + c / 16 * 4 + c % 4]);
-        return;
-    }
-    __m512i q[4];
-    for (int j = 0; j < 4; ++j) q[j] = round_to_int(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[j]), r.multiplier[j]));
-    const __m512i bytes = to_bytes(q[0], q[1], q[2], q[3]);
-    uint8_t* out = static_cast<uint8_t*>(p.output) + pixel * p.output_stride + r.channel;
-    if (r.channels == 64)
-        _mm512_storeu_si512(out, bytes);
-    else
-        _mm512_mask_storeu_epi8(out, (uint64_t{1} << r.channels) - 1, bytes);
+// float output, shifts, or a residual: a sum at a time.
+[[gnu::noinline]] void depthwise_rare(const DepthwiseRow& r, int64_t pixel, const int32_t* sums) {
+    for (int64_t c = 0; c < r.channels; ++c)
+        store_sum(*r.conv, pixel, r.channel + c, sums[c % 16 / 4 * 16 + c / 16 * 4 + c % 4]);
 }
 
+template <int TAPS>
 void depthwise_row(const DepthwiseRow& r, uint8_t* strip) {
     const Int8Conv2d& p = *r.conv;
-    const int64_t groups = row_groups(p.weight), taps = p.weight.kernel_w;
     const ByteEpilogue to_bytes(p, r.range);
-    const int64_t column_bytes = groups * kColumnBytes;
-    const int64_t pixel_bytes = p.stride_w * column_bytes, tap_bytes = p.dilation_w * column_bytes;
-    for (int64_t ox = 0; ox < p.out_w; ox += kStripPixels) {
-        const int64_t pixels = smaller(kStripPixels, p.out_w - ox);
-        interleave_columns(r, ox * p.stride_w - p.pad_left, (pixels - 1) * p.stride_w + (taps - 1) * p.dilation_w + 1,
-                           strip);
+    const int64_t groups = row_groups(p.weight), taps = p.weight.kernel_w;
+    const int64_t column_bytes = groups * kColumnBytes, stride = p.stride_w, out_w = p.out_w;
+    const int64_t pixel_bytes = stride * column_bytes, tap_bytes = p.dilation_w * column_bytes;
+    const int64_t span = (taps - 1) * p.dilation_w + 1, output_stride = p.output_stride, first = -p.pad_left;
+    const int64_t row = (r.n * p.out_h + r.oy) * out_w;
+    const bool rare = p.residual || p.float_output || p.shift;
+    const __mmask64 mask = r.channels >= 64 ? ~uint64_t{0} : (uint64_t{1} << r.channels) - 1;
+    uint8_t* out = static_cast<uint8_t*>(p.output) + row * output_stride + r.channel;
+    for (int64_t ox = 0; ox < out_w; ox += kStripPixels) {
+        const int64_t pixels = smaller(kStripPixels, out_w - ox);
+        interleave_columns(r, ox * stride + first, (pixels - 1) * stride + span, strip);
         for (int64_t i = 0; i < pixels; i += kPixels) {
-            __m512i sums[kPixels][4];
+            const int64_t real = smaller(kPixels, pixels - i);
             const uint8_t* columns = strip + i * pixel_bytes;
-            if (taps == 3 && groups == 1)
-                depthwise_sums<3>(r, columns, pixel_bytes, tap_bytes, 1, 3, sums);
-            else
-                depthwise_sums<0>(r, columns, pixel_bytes, tap_bytes, groups, taps, sums);
-            const int64_t pixel = (r.n * p.out_h + r.oy) * p.out_w + ox + i;
-            for (int64_t k = 0; k < smaller(kPixels, pixels - i); ++k) depthwise_store(r, to_bytes, pixel + k, sums[k]);
+            __m512i q[4][kPixels];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) depthwise_sums<TAPS>(r, columns, pixel_bytes, tap_bytes, groups, taps, j, q[j]);
+            if (rare) {
+                for (int64_t k = 0; k < real; ++k) {
+                    alignas(64) int32_t sums[64];
+                    for (int j = 0; j < 4; ++j) _mm512_store_si512(sums + 16 * j, q[j][k]);
+                    depthwise_rare(r, row + ox + i + k, sums);
+                }
+                continue;
+            }
+#pragma GCC unroll 4
+            for (int k = 0; k < kPixels; ++k) {
+                if (k >= real) break;
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j)
+                    q[j][k] = round_to_int(_mm512_mul_ps(_mm512_cvtepi32_ps(q[j][k]), r.multiplier[j]));
+                _mm512_mask_storeu_epi8(out + (ox + i + k) * output_stride, mask,
+                                        to_bytes(q[0][k], q[1][k], q[2][k], q[3][k]));
+            }
         }
     }
 }
@@ -192,7 +196,7 @@ void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
             r.multiplier[j] = _mm512_i32gather_ps(index, p.multiplier + r.channel, 4);
         }
         for (r.oy = strip_index * rows; r.oy < smaller((strip_index + 1) * rows, p.out_h); ++r.oy)
-            depthwise_row(r, strip);
+            w.kernel_w == 3 && row_groups(w) == 1 ? depthwise_row<3>(r, strip) : depthwise_row<0>(r, strip);
     }
 }
 
