@@ -316,7 +316,7 @@ class Untraceable(nn.Module):
         ({"calibration": [torch.zeros(0, 3, 32, 30)]}, ValueError, "at least one batch"),
         ({"calibration": [torch.zeros(2, 3, 8, 8, dtype=torch.uint8)]}, TypeError, "calibration: .*uint8"),
         ({"calibration": ["image.png"]}, TypeError, "calibration: .*str"),
-        ({"calibration": [torch.full((2, 3, 32, 30), torch.nan)]}, ValueError, "calibration: .*nan"),
+        ({"calibration": [torch.full((2, 3, 32, 30), torch.nan)]}, ValueError, "calibration: .* is not finite"),
         ({"config": Int8Config(exclude=("convX",))}, ValueError, "exclude: .*'convX'"),
         ({"model": Untraceable()}, ValueError, "model: torch.export cannot trace Untraceable"),
     ],
@@ -369,7 +369,6 @@ def test_histogram_grows_without_losing_values():
     grown, whole = histogram_of(small, large), histogram_of(torch.cat([small, large]))
     assert grown.counts.sum() == whole.counts.sum() == 640
     assert (grown.minimum, grown.maximum) == (float(large.min()), float(large.max()))
-    assert torch.allclose(grown.channel_mean, torch.cat([small, large]).double().mean(0))
 
 
 def squared_error(values, chosen):

@@ -6,7 +6,7 @@ are counted apart: they are exact at any scale, and half of what a ReLU gives ou
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from imgopt_fast.compress.quantize.config import Int8Config
 
 BINS = 4096  # over [-range, range]; a power of two, so that merging pairs keeps the edges
-# Values of one tensor and batch that enter the histogram, evenly spaced; extremes and means use all of them. A
+# Values of one tensor and batch that enter the histogram, evenly spaced; the extremes use all of them. A
 # quarter of a million samples a batch places the 99.99th percentile within a few hundred samples.
 SAMPLES = 1 << 18
 CANDIDATES = 96  # clipping points tried per side
@@ -42,19 +42,16 @@ class Histogram:
         self.maximum = -math.inf
         self.zeros = 0.0
         self.total = 0.0
-        self.channel_sum: Tensor | float = 0.0
-        self.channel_count = 0
+        self.finite = True
 
     def update(self, values: Tensor) -> None:
-        """Add the values of one batch; ValueError if one is not finite."""
+        """Add the values of one batch; ones that are not finite only mark the histogram, see `finite`."""
         values = values.detach()
         low, high = (float(v) for v in torch.aminmax(values))
+        self.minimum, self.maximum = min(low, self.minimum), max(high, self.maximum)
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(f"values between {low} and {high}")
-        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
-        axes = [axis for axis in range(values.ndim) if axis != 1]
-        self.channel_sum = self.channel_sum + values.sum(axes, dtype=torch.float64)
-        self.channel_count += values.numel() // values.shape[1]
+            self.finite = False
+            return
         flat = values.flatten()
         step = math.ceil(flat.numel() / SAMPLES) | 1  # odd: an even step would keep to the same columns of an image
         flat = flat[::step].float().cpu()
@@ -79,11 +76,19 @@ class Histogram:
     def centres(self) -> Tensor:
         return (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * self.range / BINS) - self.range
 
-    @property
-    def channel_mean(self) -> Tensor:
-        """Mean of every channel, float64."""
-        assert isinstance(self.channel_sum, Tensor)
-        return self.channel_sum / self.channel_count
+
+def watch(graph: GraphModule, images: Tensor, see: Mapping[Node, Callable[[Tensor], None]]) -> None:
+    """Run `graph` without gradients and show the values of some of its nodes as they come."""
+
+    class Watch(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            result = super().run_node(n)
+            if n in see:
+                see[n](result)
+            return result
+
+    with torch.no_grad():
+        Watch(graph).run(images)
 
 
 def observe(
@@ -95,24 +100,17 @@ def observe(
     """
     histograms = {node: Histogram() for node in nodes}
 
-    class Watch(Interpreter):
-        def run_node(self, n: Node) -> Any:
-            result = super().run_node(n)
-            if n in histograms:
-                try:
-                    histograms[n].update(result)
-                except ValueError as found:
-                    raise ValueError(
-                        f"calibration: {names.get(n, n.name)} gives {found}; expected finite numbers: check the "
-                        "model's weights, and that the batches are normalized as in training"
-                    ) from None
-            return result
-
+    see = {node: histogram.update for node, histogram in histograms.items()}
     seen = 0
     for images in batches:
-        with torch.no_grad():
-            Watch(graph).run(images)
+        watch(graph, images, see)
         seen += len(images)
+        for node, histogram in histograms.items():
+            if not histogram.finite:
+                raise ValueError(
+                    f"calibration: {names.get(node, node.name)} is not finite; check the model's weights, and that the "
+                    "batches are normalized as in training"
+                )
     if seen == 0:
         raise ValueError("calibration: expected at least one batch of images, got none")
     return histograms

@@ -4,12 +4,9 @@ The shift is measured, not derived: one batch goes through the float and the rou
 layer is corrected before the next one is measured, so that clipping and what earlier layers lost count as well.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from imgopt_fast.compress.quantize.convert import key
 from imgopt_fast.compress.quantize.plan import Plan
 from imgopt_fast.compress.quantize.simulate import Simulation, Values
 
@@ -23,10 +20,14 @@ def correct_bias(plan: Plan, images: Tensor) -> None:
     rounded_values: Values = {}
     for node in plan.order:
         operation = plan.fusion.operations.get(node)
-        if operation is not None and operation.weight is not None:
-            difference = exact.sums(operation, exact_values) - rounded.sums(operation, rounded_values)
-            layer: Any = rounded.layers[key(operation.name)]
-            layer.bias += difference.mean([axis for axis in range(difference.ndim) if axis != 1])
-            operation.bias = layer.bias.detach()
-        exact.step(node, exact_values, images)
-        rounded.step(node, rounded_values, images)
+        if operation is None or operation.weight is None:
+            exact.step(node, exact_values, images)
+            rounded.step(node, rounded_values, images)
+            continue
+        wanted, got = exact.sums(operation, exact_values), rounded.sums(operation, rounded_values)
+        shift = (wanted - got).mean([axis for axis in range(got.ndim) if axis != 1], keepdim=True)
+        operation.bias = shift.flatten() if operation.bias is None else operation.bias + shift.flatten()
+        exact_values[node] = exact.finish(operation, wanted, exact_values)
+        rounded_values[node] = rounded.finish(operation, got + shift, rounded_values)
+        exact.forget(node, exact_values)
+        rounded.forget(node, rounded_values)

@@ -7,10 +7,13 @@ its scales; a dense one shares a scale over its input channels, so there s balan
 half of the unevenness (Xiao et al. 2023).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
+from imgopt_fast.compress.quantize.calibrate import watch
 from imgopt_fast.compress.quantize.fuse import Fusion, Operation
 from imgopt_fast.compress.quantize.trace import add_constant
 
@@ -25,10 +28,12 @@ def equalize(graph: GraphModule, fusion: Fusion, images: Tensor) -> None:
     A clamp from above, as in ReLU6, stays exact on `images`: channels that reach it are not moved.
     """
     pairs = [(first, second) for first in fusion.operations.values() if (second := _partner(first, fusion))]
+    # One pass serves all: moving a channel between two layers changes nothing but the tensor between them.
+    ranges = _channel_ranges(graph, [first.output for first, _ in pairs], images)
     for first, second in pairs:
         assert first.weight is not None
         assert second.weight is not None
-        factor = _factors(_channel_range(graph, first.output, images), first, second)
+        factor = _factors(ranges[first.output], first, second)
         first.weight = first.weight / factor.view(-1, *[1] * (first.weight.ndim - 1))
         first.bias = None if first.bias is None else first.bias / factor
         second.weight = second.weight * _as_input(factor, second)
@@ -55,30 +60,27 @@ def _partner(first: Operation, fusion: Fusion) -> Operation | None:
         node = reader.output
 
 
-def _channel_range(graph: GraphModule, node: Node, images: Tensor) -> Tensor:
-    """Largest magnitude of every channel of `node`."""
-    found: list[Tensor] = []
+def _channel_ranges(graph: GraphModule, nodes: list[Node], images: Tensor) -> dict[Node, Tensor]:
+    """Largest magnitude of every channel of `nodes`."""
+    found: dict[Node, Tensor] = {}
 
-    class Watch(Interpreter):
-        def run_node(self, n: Node) -> object:
-            result = super().run_node(n)
-            if n is node:
-                found.append(result.abs().amax([axis for axis in range(result.ndim) if axis != 1]))
-            return result
+    def note(node: Node, values: Tensor) -> None:
+        found[node] = values.abs().amax([axis for axis in range(values.ndim) if axis != 1])
 
-    Watch(graph).run(images)
-    return found[0]
+    watch(graph, images, {node: partial(note, node) for node in nodes})
+    return found
 
 
 def _factors(ranges: Tensor, first: Operation, second: Operation) -> Tensor:
     """What to divide each channel by."""
     assert second.weight is not None
-    relative = ranges / ranges.max().clamp(min=torch.finfo(ranges.dtype).tiny)
+    tiny = torch.finfo(ranges.dtype).tiny
+    relative = ranges / ranges.max().clamp(min=tiny)
     if second.attributes.get("groups", 1) == len(ranges):
         factor = relative
     else:
         weight = _per_input(second.weight, second.attributes.get("groups", 1))
-        factor = torch.sqrt(relative / (weight / weight.max()).clamp(min=1e-6))
+        factor = torch.sqrt(relative / (weight / weight.max().clamp(min=tiny)).clamp(min=1e-6))
     factor = factor.clamp(1 / LIMIT, LIMIT)
     still = ranges == 0
     if first.maximum is not None:

@@ -52,7 +52,7 @@ class Simulation(nn.Module):
         return map_arg(self.plan.output.args[0], values.__getitem__)
 
     def step(self, node: Node, values: Values, images: Tensor) -> None:
-        """Compute the value of `node`, and forget those that nothing reads any more."""
+        """Compute the value of `node`."""
         operation = self.plan.fusion.operations.get(node)
         if operation is not None:
             values[node] = self.finish(operation, self.sums(operation, values), values)
@@ -64,6 +64,10 @@ class Simulation(nn.Module):
             function: Any = node.target
             args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = function(*args, **kwargs)
+        self.forget(node, values)
+
+    def forget(self, node: Node, values: Values) -> None:
+        """Drop the values that `node` was the last to read."""
         for dead in self.plan.last_read.get(node, ()):
             values.pop(dead, None)
 
