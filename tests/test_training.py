@@ -143,6 +143,18 @@ def test_the_test_images_decide_nothing(few_images: Path, monkeypatch: pytest.Mo
     assert asked[-3:] == [test] * 3
 
 
+def test_fewer_images_than_a_batch_are_one_batch(few_images: Path) -> None:
+    report = train(tiny(few_images, "run", batch_size=1000, epochs=1))
+    assert report.epochs[0].images_per_second > 0
+    assert report.reference_seconds is not None
+
+
+def test_a_device_that_is_not_there_is_named(few_images: Path) -> None:
+    for device in ("cuda:99", "nonsense"):
+        with pytest.raises(ValueError, match=f"device: cannot use '{device}'"):
+            train(tiny(few_images, "run", device=device))
+
+
 def test_stages_can_be_left_out(few_images: Path) -> None:
     report = train(tiny(few_images, "dense", prune_epochs=0, quantize="none", reference_epoch=False))
     assert [row.stage for row in report.stages] == ["dense"]

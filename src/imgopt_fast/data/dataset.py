@@ -4,7 +4,7 @@ Small sets stay decoded in memory: a batch is then one gather, and no worker pro
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 import numpy as np
@@ -25,6 +25,9 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
 
     def take(self, index: Tensor) -> "Split":
         """The images at `index`, in its order."""
@@ -60,6 +63,11 @@ class Dataset:
     train: Split
     validation: Split
     test: Split
+
+    def to(self, device: torch.device) -> "Dataset":
+        """The same with the images and labels in the memory of `device`: a batch then crosses no bus."""
+        splits = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
+        return replace(self, **splits)
 
     @property
     def channels(self) -> int:

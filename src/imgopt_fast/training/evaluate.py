@@ -35,7 +35,7 @@ def accuracy(model: nn.Module, split: Split, prepare: Compose, *, batch_size: in
 def confusion(model: nn.Module, split: Split, prepare: Compose, classes: int, *, batch_size: int = BATCH) -> Tensor:
     """(classes, classes) int64: how many images of class `row` the model takes for class `column`."""
     model.eval()
-    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    counts = torch.zeros(classes, classes, dtype=torch.int64, device=split.labels.device)
     for batch in split.in_order(batch_size):
         found = model(prepare(batch.images)).argmax(dim=1)
         counts += (batch.labels * classes + found).bincount(minlength=classes**2).view(classes, classes)
@@ -65,5 +65,7 @@ def _median_seconds(model: nn.Module, images: Tensor) -> float:
     while len(seconds) < 5 or sum(seconds) < LEAST_SECONDS:
         begin = time.perf_counter()
         model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize()  # the call returns before the work is done
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)

@@ -83,12 +83,14 @@ def fit(
         pruner.optimizer = optimizer  # whose momentum must forget the pruned weights
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"pruner": pruner} if pruner else {})
     at = restore(checkpoint, parts) if checkpoint else Position(stage.name, stage.first_epoch, epochs=epochs)
-    autocast, precision = config.uses_amp(), torch.bfloat16
+    device, autocast, precision = images.labels.device, config.uses_amp(), torch.bfloat16
 
     saved = time.perf_counter()
 
     def save() -> None:
         nonlocal saved
+        if not loss_sum.isfinite():  # nothing to resume from: the checkpoint before is
+            raise DivergedError(f"the loss is {loss_sum.item()} in epoch {at.epoch + 1}; try a lower --lr")
         at.loss_sum = loss_sum.item()
         fitting.run.write(FILE, lambda path: save_checkpoint(path, at, parts))
         fitting.run.keep = True
@@ -99,11 +101,11 @@ def fit(
     with bar as progress, interruptible() as interrupted:
         while at.epoch < stage.end:
             model.train()
-            began, first_batch = time.perf_counter(), at.batch
-            loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64)
+            began, count = time.perf_counter(), 0
+            loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64, device=device)
             for index, batch in images.shuffled(config.batch_size, seed=config.seed, epoch=at.epoch, first=at.batch):
                 augmented = fitting.augment(batch.images, key=(config.seed, at.epoch, index))
-                with torch.autocast(config.device, precision, enabled=autocast):
+                with torch.autocast(device.type, precision, enabled=autocast):
                     loss = _loss(model(augmented), batch.labels, augmented, teacher, config)
                 optimizer.zero_grad()
                 loss.backward()
@@ -113,23 +115,25 @@ def fit(
                     pruner.step()
                 loss_sum += loss.detach()
                 at.batch += 1
+                count += len(index)
                 progress.advance(len(index))
                 if interrupted() or time.perf_counter() - saved > SECONDS:
                     save()
                 if interrupted():
                     raise InterruptedTrainingError(fitting.run.path)
+            mean_loss = loss_sum.item() / steps  # waits for a GPU: the seconds are those of the work
             seconds = time.perf_counter() - began
-            if not loss_sum.isfinite():
-                raise DivergedError(f"the loss is {loss_sum.item()} in epoch {at.epoch + 1}; try a lower --lr")
+            if not math.isfinite(mean_loss):
+                raise DivergedError(f"the loss is {mean_loss} in epoch {at.epoch + 1}; try a lower --lr")
             row = EpochRow(
                 epoch=at.epoch + 1,
                 stage=stage.name,
-                train_loss=loss_sum.item() / steps,
+                train_loss=mean_loss,
                 eval_top1=accuracy(model, fitting.dataset.validation, fitting.prepare),
                 lr=optimizer.param_groups[0]["lr"],
                 density=density(model),
                 seconds=seconds,
-                images_per_second=(at.batch - first_batch) * config.batch_size / seconds,
+                images_per_second=count / seconds,
             )
             at = Position(stage.name, at.epoch + 1, epochs=[*at.epochs, row])
             loss_sum.zero_()

@@ -64,6 +64,7 @@ def _train(config: TrainConfig, run: RunFolder, checkpoint: dict[str, Any] | Non
     shift = (config.translate, config.translate)
     affine = RandomAffine(config.degrees, translate=shift, scale=config.scale, interpolation="bilinear")
     augment, prepare = Compose([flip, affine, Normalize(mean, std)]), Compose([Normalize(mean, std)])
+    dataset = dataset.to(_device(config))
     fitting = Fitting(config, dataset, augment, prepare, run)
     files = _weight_files(config)
     torch.manual_seed(config.seed)
@@ -125,11 +126,18 @@ def _weight_files(config: TrainConfig) -> dict[str, str]:
     return {stage: WEIGHTS if stage == stages[-1] else f"{stage}.safetensors" for stage in stages}
 
 
+def _device(config: TrainConfig) -> torch.device:
+    try:
+        return torch.empty(0, device=config.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: cannot use {config.device!r}: {str(error).splitlines()[0]}") from error
+
+
 def _create(config: TrainConfig, dataset: Dataset) -> nn.Module:
     model = create_model(config.model, num_classes=len(dataset.class_names), in_channels=dataset.channels)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     # torch's annotations do not know the argument.
-    created: nn.Module = model.to(torch.device(config.device), memory_format=memory_format)  # type: ignore[call-overload]
+    created: nn.Module = model.to(_device(config), memory_format=memory_format)  # type: ignore[call-overload]
     return created
 
 

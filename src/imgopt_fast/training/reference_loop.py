@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imgopt_fast.data import Split
+from imgopt_fast.data import Split, batches_per_epoch
 from imgopt_fast.training.config import TrainConfig
 
 
@@ -29,17 +29,20 @@ def reference_epoch(
         weight_decay=config.weight_decay,
         nesterov=config.momentum > 0,
     )
-    images = train.images.contiguous()
-    shift, scale = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
+    images, device = train.images.contiguous(), train.images.device
+    shift = torch.tensor(mean, device=device)[:, None, None]
+    scale = torch.tensor(std, device=device)[:, None, None]
+    steps = batches_per_epoch(len(train), config.batch_size)
     begin = time.perf_counter()
-    for index in torch.randperm(len(train))[: len(train) // config.batch_size * config.batch_size].split(
-        config.batch_size
-    ):
+    order = torch.randperm(len(train), device=device)
+    for step in range(steps):
+        index = order[step * config.batch_size : (step + 1) * config.batch_size]
         batch = (_random_affine(config, images[index].float() / 255) - shift) / scale
         loss = F.cross_entropy(model(batch), train.labels[index], label_smoothing=config.smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    loss.item()  # waits for a GPU
     return time.perf_counter() - begin
 
 
@@ -54,5 +57,5 @@ def _random_affine(config: TrainConfig, images: Tensor) -> Tensor:
     theta = torch.stack(
         [flip * cos, -sin * height / width, shift[:, 0], flip * sin * width / height, cos, shift[:, 1]], dim=1
     ).view(n, 2, 3)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
