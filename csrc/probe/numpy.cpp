@@ -3,9 +3,11 @@
 // 1), the memory loops return a sum that only a complete pass gives.
 #include <time.h>
 
+#include <map>
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <string>
 
 #include "../numpy_module.h"
 
@@ -93,14 +95,14 @@ double copy_rate(const Probe& probe, char* buffer, int64_t bytes) {
 
 int64_t whole_blocks(int64_t bytes) { return bytes / 8192 * 8192; }
 
-py::dict measure_rates(int64_t l2_bytes, int64_t l3_bytes) {
+std::map<std::string, double> measure_rates(int64_t l2_bytes, int64_t l3_bytes) {
     if (l2_bytes < kSmallest || l3_bytes < l2_bytes)
         throw py::value_error("l2_bytes, l3_bytes: expected 65536 <= l2_bytes <= l3_bytes");
     const Probe& probe = kernels().probe;
     // Half of L2 and a quarter of L3: other programs, and on servers other cores, use them too.
     const int64_t sizes[3] = {whole_blocks(l2_bytes / 2), whole_blocks(std::max(l3_bytes / 4, l2_bytes)),
                               whole_blocks(std::min(4 * l3_bytes, kDramLimit))};
-    py::dict rates;
+    std::map<std::string, double> rates;
     double fma, int8_dot, read[3], copy[3];
     {
         py::gil_scoped_release release;
@@ -117,8 +119,8 @@ py::dict measure_rates(int64_t l2_bytes, int64_t l3_bytes) {
     rates["int8_dot"] = int8_dot;
     const char* const levels[3] = {"l2", "l3", "dram"};
     for (int i = 0; i < 3; ++i) {
-        rates[(std::string("read_") + levels[i]).c_str()] = read[i];
-        rates[(std::string("copy_") + levels[i]).c_str()] = copy[i];
+        rates[std::string("read_") + levels[i]] = read[i];
+        rates[std::string("copy_") + levels[i]] = copy[i];
     }
     return rates;
 }
