@@ -56,67 +56,91 @@ struct DepthwiseRow {
     ByteRange range;
 };
 
-// Interleaves `count` input columns from x0 on, `dilation` = 1 apart, into the strip.
-void interleave_columns(const DepthwiseRow& r, int64_t x0, int64_t count, uint8_t* strip) {
+// Interleaves rows 4g.. of `count` input columns from x0 on into the strip; `ROWS` of the four are real.
+template <int ROWS>
+void interleave_rows(const DepthwiseRow& r, int64_t g, int64_t x0, int64_t count, int64_t column_bytes,
+                     uint8_t* strip) {
     const Int8Conv2d& p = *r.conv;
-    const int64_t groups = row_groups(p.weight);
     const __mmask64 mask = r.channels >= 64 ? ~uint64_t{0} : (uint64_t{1} << r.channels) - 1;
     const __m512i flip = _mm512_set1_epi8(static_cast<char>(p.input_flip));
-    const __m512i zero = _mm512_setzero_si512();
     const __m512i zero_point = _mm512_set1_epi8(static_cast<char>(p.input_zero_point));
-    for (int64_t g = 0; g < groups; ++g) {
-        const int64_t rows = smaller(4, p.weight.kernel_h - 4 * g);
-        const uint8_t* row[4];
-        int64_t step[4];
-        for (int64_t i = 0; i < 4; ++i) {
-            const int64_t y = r.oy * p.stride_h - p.pad_top + (4 * g + i) * p.dilation_h;
-            const bool inside = i < rows && y >= 0 && y < p.in_h;
-            row[i] = inside ? r.image + y * p.in_w * p.input_stride : r.padding;
-            step[i] = inside ? p.input_stride : 0;
+    const uint8_t* row[ROWS];
+    int64_t step[ROWS];
+    for (int i = 0; i < ROWS; ++i) {
+        const int64_t y = r.oy * p.stride_h - p.pad_top + (4 * g + i) * p.dilation_h;
+        const bool inside = y >= 0 && y < p.in_h;
+        row[i] = inside ? r.image + y * p.in_w * p.input_stride : r.padding;
+        step[i] = inside ? p.input_stride : 0;
+    }
+    for (int64_t x = x0; x < x0 + count; ++x, strip += column_bytes) {
+        __m512i* out = reinterpret_cast<__m512i*>(strip);
+        if (x < 0 || x >= p.in_w) {
+            for (int j = 0; j < 4; ++j) _mm512_store_si512(out + j, zero_point);
+            continue;
         }
-        for (int64_t i = 0; i < count; ++i) {
-            __m512i* out = reinterpret_cast<__m512i*>(strip + (i * groups + g) * kColumnBytes);
-            const int64_t x = x0 + i;
-            if (x < 0 || x >= p.in_w) {
-                for (int j = 0; j < 4; ++j) _mm512_store_si512(out + j, zero_point);
-                continue;
-            }
-            const auto load = [&](int64_t k) {
-                return _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, row[k] + x * step[k]), flip);
-            };
-            const __m512i r0 = load(0);
-            const __m512i r1 = rows > 1 ? load(1) : zero, r2 = rows > 2 ? load(2) : zero;
-            const __m512i r3 = rows > 3 ? load(3) : zero;
-            const __m512i low01 = _mm512_unpacklo_epi8(r0, r1), high01 = _mm512_unpackhi_epi8(r0, r1);
-            const __m512i low23 = _mm512_unpacklo_epi8(r2, r3), high23 = _mm512_unpackhi_epi8(r2, r3);
-            _mm512_store_si512(out + 0, _mm512_unpacklo_epi16(low01, low23));
-            _mm512_store_si512(out + 1, _mm512_unpackhi_epi16(low01, low23));
-            _mm512_store_si512(out + 2, _mm512_unpacklo_epi16(high01, high23));
-            _mm512_store_si512(out + 3, _mm512_unpackhi_epi16(high01, high23));
-        }
+        __m512i u[4] = {};
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i)
+            u[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, row[i] + x * step[i]), flip);
+        const __m512i low01 = _mm512_unpacklo_epi8(u[0], u[1]), high01 = _mm512_unpackhi_epi8(u[0], u[1]);
+        const __m512i low23 = _mm512_unpacklo_epi8(u[2], u[3]), high23 = _mm512_unpackhi_epi8(u[2], u[3]);
+        _mm512_store_si512(out + 0, _mm512_unpacklo_epi16(low01, low23));
+        _mm512_store_si512(out + 1, _mm512_unpackhi_epi16(low01, low23));
+        _mm512_store_si512(out + 2, _mm512_unpacklo_epi16(high01, high23));
+        _mm512_store_si512(out + 3, _mm512_unpackhi_epi16(high01, high23));
     }
 }
 
+void interleave_columns(const DepthwiseRow& r, int64_t x0, int64_t count, uint8_t* strip) {
+    const int64_t groups = row_groups(r.conv->weight);
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t rows = smaller(4, r.conv->weight.kernel_h - 4 * g), bytes = groups * kColumnBytes;
+        const auto interleave = rows == 1   ? interleave_rows<1>
+                                : rows == 2 ? interleave_rows<2>
+                                : rows == 3 ? interleave_rows<3>
+                                            : interleave_rows<4>;
+        interleave(r, g, x0, count, bytes, strip + g * kColumnBytes);
+    }
+}
+
+// What the common kernels know when they are compiled: then addresses are constants, and neighbouring pixels share
+// their loads of columns. Zeros: any geometry.
+template <int TAPS, int GROUPS, int STRIDE>
+struct Columns {
+    int64_t taps, groups, pixel_bytes, tap_bytes;
+
+    explicit Columns(const Int8Conv2d& p)
+        : taps(TAPS ? TAPS : p.weight.kernel_w),
+          groups(TAPS ? GROUPS : row_groups(p.weight)),
+          pixel_bytes((TAPS ? STRIDE : p.stride_w) * groups * kColumnBytes),
+          tap_bytes((TAPS ? 1 : p.dilation_w) * groups * kColumnBytes) {}
+
+    static bool fits(const Int8Conv2d& p) {
+        return p.weight.kernel_w == TAPS && row_groups(p.weight) == GROUPS && p.stride_w == STRIDE && p.dilation_w == 1;
+    }
+};
+
 // Sums of kPixels pixels, vector j.
-template <int TAPS>
-[[gnu::always_inline]] inline void depthwise_sums(const DepthwiseRow& r, const uint8_t* strip, int64_t pixel_bytes,
-                                                  int64_t tap_bytes, int64_t groups, int64_t taps, int j,
-                                                  __m512i (&sums)[kPixels]) {
+template <int TAPS, int GROUPS, int STRIDE>
+[[gnu::always_inline]] inline void depthwise_sums(const DepthwiseRow& r, const Columns<TAPS, GROUPS, STRIDE>& c,
+                                                  const uint8_t* strip, int j, __m512i (&sums)[kPixels]) {
 #pragma GCC unroll 4
     for (int i = 0; i < kPixels; ++i) sums[i] = r.offset[j];
-    const auto add_tap = [&](int64_t kx, int64_t g) {
-        const __m512i w = _mm512_loadu_si512(r.weight + (kx * groups + g) * kColumnBytes + 64 * j);
-        const uint8_t* column = strip + kx * tap_bytes + g * kColumnBytes + 64 * j;
+    const auto add_tap = [&](int64_t kx, int64_t g) __attribute__((always_inline)) {
+        const __m512i w = _mm512_loadu_si512(r.weight + (kx * c.groups + g) * kColumnBytes + 64 * j);
+        const uint8_t* column = strip + kx * c.tap_bytes + g * kColumnBytes + 64 * j;
 #pragma GCC unroll 4
         for (int i = 0; i < kPixels; ++i)
-            sums[i] = _mm512_dpbusd_epi32(sums[i], _mm512_load_si512(column + i * pixel_bytes), w);
+            sums[i] = _mm512_dpbusd_epi32(sums[i], _mm512_load_si512(column + i * c.pixel_bytes), w);
     };
     if constexpr (TAPS > 0) {
-#pragma GCC unroll 3
-        for (int kx = 0; kx < TAPS; ++kx) add_tap(kx, 0);
+#pragma GCC unroll 5
+        for (int kx = 0; kx < TAPS; ++kx)
+#pragma GCC unroll 2
+            for (int g = 0; g < GROUPS; ++g) add_tap(kx, g);
     } else {
-        for (int64_t kx = 0; kx < taps; ++kx)
-            for (int64_t g = 0; g < groups; ++g) add_tap(kx, g);
+        for (int64_t kx = 0; kx < c.taps; ++kx)
+            for (int64_t g = 0; g < c.groups; ++g) add_tap(kx, g);
     }
 }
 
@@ -126,14 +150,13 @@ template <int TAPS>
         store_sum(*r.conv, pixel, r.channel + c, sums[c % 16 / 4 * 16 + c / 16 * 4 + c % 4]);
 }
 
-template <int TAPS>
+template <int TAPS, int GROUPS, int STRIDE>
 void depthwise_row(const DepthwiseRow& r, uint8_t* strip) {
     const Int8Conv2d& p = *r.conv;
     const ByteEpilogue to_bytes(p, r.range);
-    const int64_t groups = row_groups(p.weight), taps = p.weight.kernel_w;
-    const int64_t column_bytes = groups * kColumnBytes, stride = p.stride_w, out_w = p.out_w;
-    const int64_t pixel_bytes = stride * column_bytes, tap_bytes = p.dilation_w * column_bytes;
-    const int64_t span = (taps - 1) * p.dilation_w + 1, output_stride = p.output_stride, first = -p.pad_left;
+    const Columns<TAPS, GROUPS, STRIDE> columns(p);
+    const int64_t stride = p.stride_w, out_w = p.out_w, output_stride = p.output_stride, first = -p.pad_left;
+    const int64_t span = (columns.taps - 1) * p.dilation_w + 1;
     const int64_t row = (r.n * p.out_h + r.oy) * out_w;
     const bool rare = p.residual || p.float_output || p.shift;
     const __mmask64 mask = r.channels >= 64 ? ~uint64_t{0} : (uint64_t{1} << r.channels) - 1;
@@ -143,10 +166,10 @@ void depthwise_row(const DepthwiseRow& r, uint8_t* strip) {
         interleave_columns(r, ox * stride + first, (pixels - 1) * stride + span, strip);
         for (int64_t i = 0; i < pixels; i += kPixels) {
             const int64_t real = smaller(kPixels, pixels - i);
-            const uint8_t* columns = strip + i * pixel_bytes;
+            const uint8_t* from = strip + i * columns.pixel_bytes;
             __m512i q[4][kPixels];
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) depthwise_sums<TAPS>(r, columns, pixel_bytes, tap_bytes, groups, taps, j, q[j]);
+            for (int j = 0; j < 4; ++j) depthwise_sums(r, columns, from, j, q[j]);
             if (rare) {
                 for (int64_t k = 0; k < real; ++k) {
                     alignas(64) int32_t sums[64];
@@ -176,6 +199,11 @@ void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
     uint8_t* strip = static_cast<uint8_t*>(thread_scratch(strip_bytes + 64));
     uint8_t* padding = strip + strip_bytes;
     memset(padding, p.input_zero_point ^ p.input_flip, 64);
+    const auto compute_row = Columns<3, 1, 1>::fits(p)   ? depthwise_row<3, 1, 1>
+                             : Columns<3, 1, 2>::fits(p) ? depthwise_row<3, 1, 2>
+                             : Columns<5, 2, 1>::fits(p) ? depthwise_row<5, 2, 1>
+                             : Columns<5, 2, 2>::fits(p) ? depthwise_row<5, 2, 2>
+                                                         : depthwise_row<0, 0, 0>;
     const ByteRange range = byte_range(p);
     const int64_t blocks = depthwise_blocks(w), rows = rows_per_unit(p), strips = strips_of(p);
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 32, 33, 34, 35, 48, 49, 50, 51);
@@ -196,7 +224,7 @@ void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
             r.multiplier[j] = _mm512_i32gather_ps(index, p.multiplier + r.channel, 4);
         }
         for (r.oy = strip_index * rows; r.oy < smaller((strip_index + 1) * rows, p.out_h); ++r.oy)
-            w.kernel_w == 3 && row_groups(w) == 1 ? depthwise_row<3>(r, strip) : depthwise_row<0>(r, strip);
+            compute_row(r, strip);
     }
 }
 
