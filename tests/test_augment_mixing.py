@@ -132,6 +132,8 @@ def test_erasing_with_noise():
         assert stats.kstest(sample.numpy(), stats.norm.cdf).statistic < 0.02
     assert not torch.equal(noise[0][:100], noise[1][:100])
     assert torch.equal(aug(images[2], key=(0, 0, 2)), result[2])
+    levels = aug(torch.zeros(1, 3, 90, 90, dtype=torch.uint8), key=(0, 0, [0]))
+    assert stats.kstest(levels[levels > 0].numpy(), stats.uniform(0, 256).cdf).statistic < 0.02
 
 
 def test_erasing_where_nothing_fits():

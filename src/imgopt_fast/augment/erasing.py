@@ -24,7 +24,8 @@ class RandomErasing(Transform):
     Args:
         scale: (low, high) of its area, as a fraction of the image.
         ratio: (low, high) of its height / width, log-uniform.
-        value: a number, one per channel, or "random" for normal noise in every pixel, in the images' units.
+        value: a number, one per channel, or "random" for noise in every pixel: standard normal in
+            floating images, uniform levels in uint8 ones.
         inplace: overwrite the images that came, unless an earlier transform has made new ones.
     """
 
@@ -88,9 +89,12 @@ def _column(value: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
 
 
 def _noise(seed: int, like: torch.Tensor) -> torch.Tensor:
-    """Standard normal noise of the shape of `like`, by Box and Muller; the same on every device."""
+    """Noise of the shape of `like`, the same on every device: uniform levels, or normal values (Box and Muller)."""
     blocks = -(-like.numel() // philox.WORDS_PER_BLOCK)
     u = philox.uniforms(seed, 0, np.arange(blocks), np.zeros(1, np.uint64))
+    if like.dtype == torch.uint8:
+        levels = (u.T.ravel()[: like.numel()] * 256).astype(np.uint8)
+        return torch.from_numpy(levels).view(like.shape).to(like.device)
     radius, turn = np.sqrt(-2.0 * np.log1p(-u[:2])), 2.0 * np.pi * u[2:]
     normal = np.concatenate([radius * np.cos(turn), radius * np.sin(turn)]).T.ravel()[: like.numel()]
     return torch.from_numpy(normal).view(like.shape).to(like.device, like.dtype)
