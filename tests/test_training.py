@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
@@ -18,6 +19,7 @@ from imgopt_fast.data import Split
 from imgopt_fast.training import (
     DivergedError,
     InterruptedTrainingError,
+    Report,
     TrainConfig,
     evaluate,
     load_network,
@@ -52,17 +54,27 @@ def tiny_network(num_classes: int, in_channels: int) -> nn.Module:
     )
 
 
+def make_images(folder: Path) -> Path:
+    """A class folder of three classes that brightness tells apart."""
+    for c in range(3):
+        (folder / f"class{c}").mkdir(parents=True)
+        for i in range(40):
+            noise = Image.effect_noise((12, 12), 20)
+            noise.point(lambda v, c=c: v // 2 + 60 * c).save(folder / f"class{c}" / f"{i}.png")
+    return folder
+
+
 @pytest.fixture
 def few_images(tmp_path: Path) -> Path:
-    """A class folder of three classes that brightness tells apart."""
-    from PIL import Image
+    return make_images(tmp_path / "images")
 
-    for c in range(3):
-        folder = tmp_path / "images" / f"class{c}"
-        folder.mkdir(parents=True)
-        for i in range(40):
-            Image.effect_noise((12, 12), 20).point(lambda v, c=c: v // 2 + 60 * c).save(folder / f"{i}.png")
-    return tmp_path / "images"
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """A whole tiny training, for the tests that only look at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "LEAST_SECONDS", 0.01)
+        return train(tiny(make_images(tmp_path_factory.mktemp("shared") / "images"), "run"))
 
 
 @pytest.fixture(autouse=True)
@@ -81,11 +93,18 @@ def results(folder: Path) -> list[list[str]]:
         return [row[:-2] for row in csv.reader(file)]
 
 
+def assert_same_weights(one: Path, other: Path) -> None:
+    for name in ("dense", "pruned", "model"):
+        first, second = (load_weights(folder / f"{name}.safetensors") for folder in (one, other))
+        assert first.keys() == second.keys()
+        assert all(first[key].equal(second[key]) for key in first), name
+
+
 # ------------------------------------------------------------------------------------------------------- the whole
 
 
-def test_a_training_writes_its_folder_and_reports_three_networks(few_images: Path) -> None:
-    report = train(tiny(few_images, "run"))
+def test_a_training_writes_its_folder_and_reports_three_networks(shared: Report) -> None:
+    report = shared
     assert sorted(path.name for path in report.path.iterdir()) == [
         "checkpoint.pt",
         "config.yaml",
@@ -112,17 +131,13 @@ def test_a_training_writes_its_folder_and_reports_three_networks(few_images: Pat
     assert TrainConfig.load(report.path / "config.yaml") == report.config
 
 
-def test_same_seed_same_result_and_another_seed_another(few_images: Path) -> None:
-    def run(name: str, seed: int) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
-        folder = train(tiny(few_images, name, seed=seed, reference_epoch=False)).path
-        return results(folder), load_weights(folder / "pruned.safetensors")
-
-    first, first_weights = run("first", 0)
-    again, again_weights = run("again", 0)
-    other, _ = run("other", 1)
-    assert first == again
-    assert all(first_weights[name].equal(again_weights[name]) for name in first_weights)
-    assert first != other
+def test_same_seed_same_result_and_another_seed_another(shared: Report) -> None:
+    images = Path(shared.config.data or "")
+    again = train(tiny(images, "again", reference_epoch=False)).path
+    other = train(tiny(images, "other", reference_epoch=False, seed=1)).path
+    assert results(again) == results(shared.path)
+    assert_same_weights(again, shared.path)
+    assert results(other) != results(shared.path)
 
 
 def test_the_test_images_decide_nothing(few_images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,12 +193,12 @@ def test_a_network_comes_back_from_its_run_folder(few_images: Path, last: str) -
     assert counts.diag().sum().item() / len(test) == report.stages[-1].test_top1
 
 
-def test_a_teacher_is_heard(few_images: Path) -> None:
-    teacher = train(tiny(few_images, "teacher", reference_epoch=False)).path
-    quick = {"prune_epochs": 0, "quantize": "none", "reference_epoch": False}
-    taught = train(tiny(few_images, "taught", distill=str(teacher), **quick)).path
-    alone = train(tiny(few_images, "alone", **quick)).path
-    deaf = train(tiny(few_images, "deaf", distill=str(teacher), distill_loss_weight=0.0, **quick)).path
+def test_a_teacher_is_heard(shared: Report) -> None:
+    images, teacher = Path(shared.config.data or ""), str(shared.path)
+    quick = {"epochs": 1, "prune_epochs": 0, "quantize": "none", "reference_epoch": False}
+    taught = train(tiny(images, "taught", distill=teacher, **quick)).path
+    alone = train(tiny(images, "alone", **quick)).path
+    deaf = train(tiny(images, "deaf", distill=teacher, distill_loss_weight=0.0, **quick)).path
     assert results(taught) != results(alone)
     assert results(deaf) == results(alone)
 
@@ -252,21 +267,17 @@ STEPS = 6  # per epoch: 96 of the 120 images or a few less train, in batches of 
 
 @pytest.mark.parametrize("step", [1, STEPS, STEPS + 2, 2 * STEPS, 2 * STEPS + 1, 3 * STEPS - 1])
 def test_a_resumed_training_ends_with_the_bits_of_one_never_stopped(
-    few_images: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    shared: Report, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    whole = train(tiny(few_images, "whole", reference_epoch=False)).path
+    images, name = Path(shared.config.data or ""), f"stopped at {step}"
     press_ctrl_c_at(monkeypatch, step)
     with pytest.raises(InterruptedTrainingError):
-        train(tiny(few_images, "stopped", reference_epoch=False))
-    stopped = few_images.parent / "runs" / "stopped"
+        train(tiny(images, name, reference_epoch=False))
+    stopped = images.parent / "runs" / name
     assert not (stopped / "model.safetensors").exists()
-    report = resume(stopped)
-    assert len(report.epochs) == 3
-    assert results(stopped) == results(whole)
-    for name in ("dense", "pruned", "model"):
-        expected, got = (load_weights(folder / f"{name}.safetensors") for folder in (whole, stopped))
-        assert expected.keys() == got.keys()
-        assert all(expected[key].equal(got[key]) for key in expected), name
+    assert len(resume(stopped).epochs) == 3
+    assert results(stopped) == results(shared.path)
+    assert_same_weights(stopped, shared.path)
 
 
 def test_what_cannot_be_resumed_is_named(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class TrainConfig:
     scale: tuple[float, float] = option((0.9, 1.1), "random zoom, lowest and highest")
 
     sparsity: float = option(0.8, "share of the weights that pruning removes; 0 skips pruning")
-    prune_epochs: int = option(4, "epochs of gradual pruning and recovery")
+    prune_epochs: int = option(6, "epochs of gradual pruning and recovery")
     prune_lr: float = option(0.05, "highest learning rate while pruning")
     prune_warmup_epochs: float = option(0.5, "epochs over which the learning rate rises to --prune-lr")
     distill: str | None = option(None, "run folder of a teacher; without one, pruning learns from the dense network")
