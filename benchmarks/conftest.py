@@ -16,7 +16,8 @@ import pytest
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in imgopt_fast/cli/bench.py, before torch is loaded
 
 from imgopt_fast.benchmarks import cases, machine
-from imgopt_fast.benchmarks.case import PEER_FAILURES, Case, assemble, first_line
+from imgopt_fast.benchmarks.case import Case, assemble, first_line
+from imgopt_fast.benchmarks.machine import PEER_FAILURES
 from imgopt_fast.benchmarks.results import heading
 from imgopt_fast.benchmarks.timing import race
 

@@ -15,11 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from imgopt_fast import _native
-from imgopt_fast.benchmarks.machine import Rates
-
-# A missing package, a library that its wheel does not find, an operator that does not register: a peer may fail to
-# load in all three ways.
-PEER_FAILURES = (ImportError, OSError, RuntimeError)
+from imgopt_fast.benchmarks.machine import PEER_FAILURES, Rates
 
 
 class Disagreement(AssertionError):

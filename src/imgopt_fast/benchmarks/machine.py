@@ -29,6 +29,11 @@ PEERS = {  # import name: distribution
 }
 
 
+# A missing package, a library that its wheel does not find, an operator that does not register: a peer may fail to
+# load in all three ways.
+PEER_FAILURES = (ImportError, OSError, RuntimeError)
+
+
 @dataclass(frozen=True)
 class Rates:
     """What one core does under one instruction set: operations (a multiply-add is two) or bytes per second."""
@@ -112,6 +117,13 @@ def core_count() -> int:
     return len(_cores or available_cores())
 
 
+def pin(cores: list[int]) -> None:
+    """Let the process use these cores only: this thread, those of the peers' pools, and all that they start."""
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread), cores)
+
+
 def use_threads(threads: int) -> None:
     """Give torch, the kernels and OpenCV `threads` threads each, and the process as many cores.
 
@@ -120,10 +132,14 @@ def use_threads(threads: int) -> None:
     global _cores
     if _cores is None:
         _cores = available_cores()
+        # The threads of OpenVINO (TBB) keep to the cores that they find when they are first needed: asked after the
+        # process was narrowed to one core, it computed on one for ever, whatever number of threads it was given.
+        with suppress(*PEER_FAILURES):
+            import_module("openvino").Core().get_property("CPU", "FULL_DEVICE_NAME")
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, _cores[-threads:] if threads <= len(_cores) else _cores)
+        pin(_cores[-threads:] if threads <= len(_cores) else _cores)
     torch.set_num_threads(threads)
-    with suppress(ImportError, OSError, RuntimeError):
+    with suppress(*PEER_FAILURES):
         import_module("cv2").setNumThreads(threads)
 
 
@@ -166,10 +182,10 @@ def describe() -> dict[str, object]:
 def peer_isa() -> dict[str, str]:
     """The instruction set that each peer says it uses, where it can be asked: a generic wheel may run less."""
     found = {"torch": torch.backends.cpu.get_cpu_capability()}
-    with suppress(ImportError, OSError, RuntimeError, IndexError):
+    with suppress(*PEER_FAILURES, IndexError):
         # The baseline unmarked, dispatched levels with a star, as far as this processor has them.
         found["cv2"] = import_module("cv2").getCPUFeaturesLine().split()[-1].lstrip("*")
-    with suppress(ImportError, OSError, RuntimeError):
+    with suppress(*PEER_FAILURES):
         capabilities = import_module("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         found["openvino"] = " ".join(sorted(capabilities))
     return found

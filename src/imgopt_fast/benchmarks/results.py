@@ -6,7 +6,8 @@ from typing import Any
 
 from imgopt_fast import _native
 from imgopt_fast.benchmarks import machine
-from imgopt_fast.benchmarks.case import PEER_FAILURES, Case, Disagreement, Runner, assemble, first_line
+from imgopt_fast.benchmarks.case import Case, Disagreement, Runner, assemble, first_line
+from imgopt_fast.benchmarks.machine import PEER_FAILURES
 from imgopt_fast.benchmarks.timing import Timing, race
 
 
