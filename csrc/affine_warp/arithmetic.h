@@ -11,6 +11,9 @@
 #define IMGOPT_HD
 #endif
 
+// For the steps of a vector loop: a call in it sends sixteen registers through memory.
+#define IMGOPT_INLINE [[gnu::always_inline]] inline
+
 namespace imgopt {
 namespace {
 
@@ -169,7 +172,7 @@ struct Base {
 };
 
 template <class R>
-IMGOPT_HD inline Base<R> affine_base(const double* m, int64_t x0, int64_t y) {
+IMGOPT_HD IMGOPT_INLINE Base<R> affine_base(const double* m, int64_t x0, int64_t y) {
     Base<R> base{};
     const double x = m[0] * x0 + (m[1] * y + m[2]), yy = m[3] * x0 + (m[4] * y + m[5]);
     base.finite = finite(x) && finite(yy);

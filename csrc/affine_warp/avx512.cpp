@@ -19,12 +19,12 @@ constexpr int kLanes = 16;
 
 // vpermi2b indices that interleave 16 pixels of two rows into positions. A register holds 16 C bytes of one row: pixel
 // by pixel, or plane by plane (16 bytes each).
-template <int C, bool bilinear, bool planar>
+template <int C, int taps, bool planar>
 struct PackIndices {
     alignas(64) uint8_t index[2][64];
 
     constexpr PackIndices() : index{} {
-        constexpr int bytes = position_bytes(C, bilinear);
+        constexpr int bytes = position_bytes(C, taps);
         for (int i = 0; i < 128; ++i) {
             const int pixel = i / bytes % kLanes, byte = i % bytes, row = byte / C, c = byte % C;
             index[i / 64][i % 64] = static_cast<uint8_t>((row & 1) * 64 + (planar ? c * 16 + pixel : pixel * C + c));
@@ -33,7 +33,7 @@ struct PackIndices {
 };
 
 template <int C>
-inline __m512i load_pixels(const Source<uint8_t>& source, const uint8_t* from, bool planar, int count) {
+IMGOPT_INLINE __m512i load_pixels(const Source<uint8_t>& source, const uint8_t* from, bool planar, int count) {
     if (!planar)
         return _mm512_maskz_loadu_epi8(count == kLanes ? ~0ull >> (64 - kLanes * C) : (1ull << count * C) - 1, from);
     const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
@@ -47,17 +47,17 @@ inline __m512i load_pixels(const Source<uint8_t>& source, const uint8_t* from, b
     return pixels;
 }
 
-template <int C, bool bilinear, bool planar>
+template <int C, int taps, bool planar>
 void pack_pixels(const Source<uint8_t>& source, const uint8_t* first, const uint8_t* second, int32_t count,
                  uint8_t* to) {
-    static constexpr PackIndices<C, bilinear, planar> kIndices;
-    constexpr int bytes = position_bytes(C, bilinear) * kLanes;
+    static constexpr PackIndices<C, taps, planar> kIndices;
+    constexpr int bytes = position_bytes(C, taps) * kLanes;
     const __m512i low = _mm512_load_si512(kIndices.index[0]), high = _mm512_load_si512(kIndices.index[1]);
     for (int32_t i = 0; i < count; i += kLanes, to += bytes) {
         const int n = count - i < kLanes ? count - i : kLanes;
         const int64_t at = int64_t{i} * (planar ? 1 : C);
         const __m512i a = load_pixels<C>(source, first + at, planar, n);
-        const __m512i b = bilinear ? load_pixels<C>(source, second + at, planar, n) : a;
+        const __m512i b = taps == 2 ? load_pixels<C>(source, second + at, planar, n) : a;
         if constexpr (bytes == 16) {
             _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(a));
         } else if constexpr (bytes == 32) {
@@ -81,7 +81,7 @@ struct Points {
     __mmask16 finite;
 };
 
-inline Points affine_points(const Base<float>& base, int lane) {
+IMGOPT_INLINE Points affine_points(const Base<float>& base, int lane) {
     const __m512 lanes = _mm512_cvtepi32_ps(_mm512_add_epi32(
         _mm512_set1_epi32(lane), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)));
     const __m512 far = _mm512_set1_ps(static_cast<float>(kFarInBlock)), near = _mm512_sub_ps(_mm512_setzero_ps(), far);
@@ -102,7 +102,7 @@ struct HalfPoints {
     __mmask8 finite;
 };
 
-inline HalfPoints perspective_half(const double* m, int64_t x, int64_t y) {
+IMGOPT_INLINE HalfPoints perspective_half(const double* m, int64_t x, int64_t y) {
     const __m512d column = _mm512_add_pd(_mm512_set1_pd(static_cast<double>(x)), _mm512_set_pd(7, 6, 5, 4, 3, 2, 1, 0));
     const auto row = [&](int i) {
         return _mm512_add_pd(_mm512_mul_pd(_mm512_set1_pd(m[i]), column), _mm512_set1_pd(m[i + 1] * y + m[i + 2]));
@@ -120,7 +120,7 @@ inline HalfPoints perspective_half(const double* m, int64_t x, int64_t y) {
             _mm512_cvtpd_ps(_mm512_sub_pd(cy, wy)), finite};
 }
 
-inline Points perspective_points(const double* m, int64_t x, int64_t y) {
+IMGOPT_INLINE Points perspective_points(const double* m, int64_t x, int64_t y) {
     const HalfPoints a = perspective_half(m, x, y), b = perspective_half(m, x + 8, y);
     const auto joined = [](__m256i low, __m256i high) {
         return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
@@ -134,7 +134,7 @@ inline Points perspective_points(const double* m, int64_t x, int64_t y) {
 
 // fold() of arithmetic.h. Coordinates within one period of the image need no division; others are rare and go one by
 // one.
-inline void fold_axis(__m512i& i, __m512& f, int32_t n, Padding padding) {
+IMGOPT_INLINE void fold_axis(__m512i& i, __m512& f, int32_t n, Padding padding) {
     const __mmask16 outside = _mm512_cmpge_epu32_mask(i, _mm512_set1_epi32(n));
     if (!outside || n == 1) return;
     alignas(64) int32_t index[kLanes];
@@ -149,32 +149,26 @@ inline void fold_axis(__m512i& i, __m512& f, int32_t n, Padding padding) {
 // --- sampling ------------------------------------------------------------------------------------------------------
 
 // Byte offsets of the positions in the window. The clamp does the border's work and keeps every load inside.
-inline __m512i offsets_in(const Window& w, int bytes, const Points& at) {
+IMGOPT_INLINE __m512i offsets_in(const Window& w, int bytes, int lead, const Points& at) {
     const auto cut = [](__m512i v, int32_t first, int32_t last) {
         v = _mm512_sub_epi32(v, _mm512_set1_epi32(first));
         return _mm512_min_epi32(_mm512_max_epi32(v, _mm512_setzero_si512()), _mm512_set1_epi32(last));
     };
-    const __m512i x = cut(at.x, w.x0, w.x_last), y = cut(at.y, w.y0, w.y_last);
+    const __m512i x = cut(at.x, w.x0 + lead, w.x_last), y = cut(at.y, w.y0 + lead, w.y_last);
     return _mm512_add_epi32(_mm512_mullo_epi32(y, _mm512_set1_epi32(static_cast<int32_t>(w.pitch))),
                             _mm512_mullo_epi32(x, _mm512_set1_epi32(bytes)));
 }
 
-// Weights of 16 pixels as signed bytes in the order of the taps in a position pair: 00, 10, 01, 11 (row, column).
+// Weights of 16 pixels as signed bytes, four to a dword: high · 256 + low.
 struct SplitWeights {
     __m512i high, low;
 };
 
-inline SplitWeights split_weights(__m512 fx, __m512 fy) {
-    const __m512 sum = _mm512_set1_ps(kWeightSum), both = _mm512_mul_ps(fx, fy);
-    const __m512i w11 = _mm512_cvtps_epi32(_mm512_mul_ps(both, sum));
-    const __m512i w01 = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(fx, both), sum));
-    const __m512i w10 = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(fy, both), sum));
-    const __m512i w00 =
-        _mm512_sub_epi32(_mm512_sub_epi32(_mm512_set1_epi32(kWeightSum), w11), _mm512_add_epi32(w01, w10));
+IMGOPT_INLINE SplitWeights split_bytes(__m512i w0, __m512i w1, __m512i w2, __m512i w3) {
     const auto pair = [](__m512i even, __m512i odd) {
         return _mm512_mask_mov_epi16(even, 0xaaaaaaaa, _mm512_slli_epi32(odd, 16));
     };
-    const __m512i left = pair(w00, w10), right = pair(w01, w11), half = _mm512_set1_epi16(128);
+    const __m512i left = pair(w0, w1), right = pair(w2, w3), half = _mm512_set1_epi16(128);
     // Byte 4k + j of the result: byte 4k + {0, 2} of `left`, then of `right`; one further for the high bytes.
     const __m512i even = _mm512_add_epi8(
         _mm512_set1_epi32(0x42400200),
@@ -185,50 +179,111 @@ inline SplitWeights split_weights(__m512 fx, __m512 fy) {
             _mm512_permutex2var_epi8(left, even, right)};
 }
 
-inline __m512i weighted(__m512i taps, const SplitWeights& w) {
+IMGOPT_INLINE SplitWeights split_weights(__m512 fx, __m512 fy) {
+    const __m512 sum = _mm512_set1_ps(kWeightSum), both = _mm512_mul_ps(fx, fy);
+    const __m512i w11 = _mm512_cvtps_epi32(_mm512_mul_ps(both, sum));
+    const __m512i w01 = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(fx, both), sum));
+    const __m512i w10 = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(fy, both), sum));
+    const __m512i w00 =
+        _mm512_sub_epi32(_mm512_sub_epi32(_mm512_set1_epi32(kWeightSum), w11), _mm512_add_epi32(w01, w10));
+    return split_bytes(w00, w10, w01, w11);
+}
+
+// bicubic_weights() of arithmetic.h.
+IMGOPT_INLINE void bicubic_weights(__m512 f, __m512* to) {
+    const __m512 one = _mm512_set1_ps(1), a = _mm512_set1_ps(static_cast<float>(kKeys)), g = _mm512_sub_ps(one, f);
+    const auto near = [&](__m512 d) {
+        const __m512 line = _mm512_fmadd_ps(_mm512_set1_ps(static_cast<float>(kKeys + 2)), d,
+                                            _mm512_set1_ps(static_cast<float>(-kKeys - 3)));
+        return _mm512_fmadd_ps(line, _mm512_mul_ps(d, d), one);
+    };
+    to[0] = _mm512_mul_ps(_mm512_mul_ps(a, f), _mm512_mul_ps(g, g));
+    to[1] = near(f);
+    to[2] = near(g);
+    to[3] = _mm512_mul_ps(_mm512_mul_ps(a, g), _mm512_mul_ps(f, f));
+}
+
+IMGOPT_INLINE SplitWeights split_bicubic_weights(__m512 f) {
+    const __m512 sum = _mm512_set1_ps(kWeightSum);
+    __m512 w[4];
+    bicubic_weights(f, w);
+    const __m512i w0 = _mm512_cvtps_epi32(_mm512_mul_ps(w[0], sum)), w2 = _mm512_cvtps_epi32(_mm512_mul_ps(w[2], sum));
+    const __m512i w3 = _mm512_cvtps_epi32(_mm512_mul_ps(w[3], sum));
+    const __m512i w1 = _mm512_sub_epi32(_mm512_sub_epi32(_mm512_set1_epi32(kWeightSum), w0), _mm512_add_epi32(w2, w3));
+    return split_bytes(w0, w1, w2, w3);
+}
+
+IMGOPT_INLINE __m512i weighted(__m512i taps, const SplitWeights& w) {
     const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), taps, w.high);
     return _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), taps, w.low);
 }
 
 // The 16 bytes at four positions, one per 128-bit lane.
-inline __m512i load_positions(const uint8_t* data, const int32_t* offset) {
+IMGOPT_INLINE __m512i load_positions(const uint8_t* data, const int32_t* offset) {
     const auto at = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(data + offset[i])); };
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1)),
                               _mm256_inserti128_si256(_mm256_castsi128_si256(at(2)), at(3), 1), 1);
 }
 
+// The 16 bytes at each of 16 positions as planes: dword i of plane c holds four taps of channel c of pixel i, C bytes
+// apart. In a bilinear window these are 00, 10, 01, 11, in a bicubic one the columns of a row.
+template <int C>
+IMGOPT_INLINE void load_planes(const uint8_t* data, const int32_t* offset, __m512i* planes) {
+    const __m512i order =
+        C == 3 ? _mm512_broadcast_i32x4(_mm_set_epi8(-1, -1, -1, -1, 11, 8, 5, 2, 10, 7, 4, 1, 9, 6, 3, 0))
+               : _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
+    __m512i pixels[4];
+    for (int i = 0; i < 4; ++i) pixels[i] = _mm512_shuffle_epi8(load_positions(data, offset + 4 * i), order);
+    // Two channels of eight pixels each: dword c of every lane, then dword c + 1.
+    const __m512i first = _mm512_set_epi32(29, 25, 21, 17, 13, 9, 5, 1, 28, 24, 20, 16, 12, 8, 4, 0);
+    const __m512i second = _mm512_set_epi32(31, 27, 23, 19, 15, 11, 7, 3, 30, 26, 22, 18, 14, 10, 6, 2);
+    const __m512i rg0 = _mm512_permutex2var_epi32(pixels[0], first, pixels[1]);
+    const __m512i rg1 = _mm512_permutex2var_epi32(pixels[2], first, pixels[3]);
+    const __m512i ba0 = _mm512_permutex2var_epi32(pixels[0], second, pixels[1]);
+    const __m512i ba1 = _mm512_permutex2var_epi32(pixels[2], second, pixels[3]);
+    planes[0] = _mm512_shuffle_i64x2(rg0, rg1, 0x44);
+    planes[1] = _mm512_shuffle_i64x2(rg0, rg1, 0xee);
+    planes[2] = _mm512_shuffle_i64x2(ba0, ba1, 0x44);
+    planes[3] = _mm512_shuffle_i64x2(ba0, ba1, 0xee);
+}
+
 // Samples of 16 pixels: levels times kWeightSum, one register per channel.
 template <int C>
-inline void bilinear_samples(const Window& w, const Points& at, __m512* to) {
-    constexpr int bytes = position_bytes(C, true);
-    const __m512i offset = offsets_in(w, bytes, at);
-    const SplitWeights weights = split_weights(at.fx, at.fy);
+IMGOPT_INLINE void bilinear_samples(const Window& w, const BlockTaps& block, int first_lane, __m512* to) {
+    const int32_t* offset = block.offset + first_lane;
+    const SplitWeights weights = {_mm512_load_si512(block.weight[0] + first_lane),
+                                  _mm512_load_si512(block.weight[1] + first_lane)};
     if constexpr (C == 1) {
-        to[0] = _mm512_cvtepi32_ps(weighted(_mm512_i32gather_epi32(offset, w.data, 1), weights));
+        to[0] = _mm512_cvtepi32_ps(weighted(_mm512_i32gather_epi32(_mm512_load_si512(offset), w.data, 1), weights));
     } else {
-        alignas(64) int32_t offsets[kLanes];
-        _mm512_store_si512(offsets, offset);
-        // Per pixel: one dword of four taps for each channel.
-        const __m512i order =
-            C == 3 ? _mm512_broadcast_i32x4(_mm_set_epi8(-1, -1, -1, -1, 11, 8, 5, 2, 10, 7, 4, 1, 9, 6, 3, 0))
-                   : _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
-        __m512i pixels[4];
-        for (int i = 0; i < 4; ++i) pixels[i] = _mm512_shuffle_epi8(load_positions(w.data, offsets + 4 * i), order);
-        // Two channels of eight pixels each: dword c of every lane, then dword c + 1.
-        const __m512i first = _mm512_set_epi32(29, 25, 21, 17, 13, 9, 5, 1, 28, 24, 20, 16, 12, 8, 4, 0);
-        const __m512i second = _mm512_set_epi32(31, 27, 23, 19, 15, 11, 7, 3, 30, 26, 22, 18, 14, 10, 6, 2);
-        const __m512i rg0 = _mm512_permutex2var_epi32(pixels[0], first, pixels[1]);
-        const __m512i rg1 = _mm512_permutex2var_epi32(pixels[2], first, pixels[3]);
-        const __m512i ba0 = _mm512_permutex2var_epi32(pixels[0], second, pixels[1]);
-        const __m512i ba1 = _mm512_permutex2var_epi32(pixels[2], second, pixels[3]);
-        to[0] = _mm512_cvtepi32_ps(weighted(_mm512_shuffle_i64x2(rg0, rg1, 0x44), weights));
-        to[1] = _mm512_cvtepi32_ps(weighted(_mm512_shuffle_i64x2(rg0, rg1, 0xee), weights));
-        to[2] = _mm512_cvtepi32_ps(weighted(_mm512_shuffle_i64x2(ba0, ba1, 0x44), weights));
-        if constexpr (C == 4) to[3] = _mm512_cvtepi32_ps(weighted(_mm512_shuffle_i64x2(ba0, ba1, 0xee), weights));
+        __m512i planes[4];
+        load_planes<C>(w.data, offset, planes);
+        for (int c = 0; c < C; ++c) to[c] = _mm512_cvtepi32_ps(weighted(planes[c], weights));
     }
 }
 
-inline void round_to_nearest(Points& at) {
+// Four rows of four columns: each row in exact integers like the bilinear taps, then the rows in float32.
+template <int C>
+IMGOPT_INLINE void bicubic_samples(const Window& w, const BlockTaps& block, int first_lane, __m512* to) {
+    const int32_t* offset = block.offset + first_lane;
+    const SplitWeights weights = {_mm512_load_si512(block.weight[0] + first_lane),
+                                  _mm512_load_si512(block.weight[1] + first_lane)};
+    for (int row = 0; row < 4; ++row) {
+        const uint8_t* data = w.data + row * w.pitch;
+        const __m512 weight = _mm512_load_ps(block.row_weight[row] + first_lane);
+        __m512i planes[4];
+        if constexpr (C == 1)
+            planes[0] = _mm512_i32gather_epi32(_mm512_load_si512(offset), data, 1);
+        else
+            load_planes<C>(data, offset, planes);
+        for (int c = 0; c < C; ++c) {
+            const __m512 sum = _mm512_cvtepi32_ps(weighted(planes[c], weights));
+            to[c] = row ? _mm512_fmadd_ps(weight, sum, to[c]) : _mm512_mul_ps(weight, sum);
+        }
+    }
+}
+
+IMGOPT_INLINE void round_to_nearest(Points& at) {
     const __m512 half = _mm512_set1_ps(0.5f);
     const __m512i one = _mm512_set1_epi32(1);
     at.x = _mm512_mask_add_epi32(at.x, _mm512_cmp_ps_mask(at.fx, half, _CMP_GE_OQ), at.x, one);
@@ -237,15 +292,15 @@ inline void round_to_nearest(Points& at) {
 }
 
 template <int C>
-inline void nearest_samples(const Window& w, const Points& at, __m512* to) {
-    const __m512i pixels = _mm512_i32gather_epi32(offsets_in(w, position_bytes(C, false), at), w.data, 1);
+IMGOPT_INLINE void nearest_samples(const Window& w, const BlockTaps& block, int first_lane, __m512* to) {
+    const __m512i pixels = _mm512_i32gather_epi32(_mm512_load_si512(block.offset + first_lane), w.data, 1);
     const __m512i byte = _mm512_set1_epi32(255);
     for (int c = 0; c < C; ++c) to[c] = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(pixels, 8 * c), byte));
 }
 
 // --- epilogue and stores -------------------------------------------------------------------------------------------
 
-inline void apply_color(const float* m, float unit, __m512* v) {
+IMGOPT_INLINE void apply_color(const float* m, float unit, __m512* v) {
     const __m512 factor = _mm512_set1_ps(unit);
     const __m512 r = _mm512_mul_ps(v[0], factor), g = _mm512_mul_ps(v[1], factor), b = _mm512_mul_ps(v[2], factor);
     for (int i = 0; i < 3; ++i, m += 4) {
@@ -278,7 +333,7 @@ struct InterleaveIndices {
 };
 
 template <int C>
-inline void store(uint8_t* to, const Target& at, const Epilogue<C>& e, const __m512* v) {
+IMGOPT_INLINE void store(uint8_t* to, const Target& at, const Epilogue<C>& e, const __m512* v) {
     static constexpr InterleaveIndices<C> kIndices;
     const __m512 factor = _mm512_set1_ps(e.levels);
     __m512i level[4];
@@ -299,16 +354,16 @@ inline void store(uint8_t* to, const Target& at, const Epilogue<C>& e, const __m
 }
 
 template <int C>
-inline void normalize(const Epilogue<C>& e, const __m512* v, __m512* to) {
+IMGOPT_INLINE void normalize(const Epilogue<C>& e, const __m512* v, __m512* to) {
     for (int c = 0; c < C; ++c) to[c] = _mm512_fmadd_ps(v[c], _mm512_set1_ps(e.factor[c]), _mm512_set1_ps(e.add[c]));
 }
 
-inline __mmask16 lanes_below(int count) {
+IMGOPT_INLINE __mmask16 lanes_below(int count) {
     return static_cast<__mmask16>(count >= kLanes ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
 }
 
 template <int C>
-inline void store(float* to, const Target& at, const Epilogue<C>& e, const __m512* v) {
+IMGOPT_INLINE void store(float* to, const Target& at, const Epilogue<C>& e, const __m512* v) {
     static constexpr InterleaveIndices<C> kIndices;
     __m512 out[C];
     normalize(e, v, out);
@@ -325,10 +380,10 @@ inline void store(float* to, const Target& at, const Epilogue<C>& e, const __m51
     }
 }
 
-inline __m256i narrowed(__m512 v, const Half*) {
+IMGOPT_INLINE __m256i narrowed(__m512 v, const Half*) {
     return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-inline __m256i narrowed(__m512 v, const BFloat16*) {
+IMGOPT_INLINE __m256i narrowed(__m512 v, const BFloat16*) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
@@ -338,7 +393,7 @@ inline __m256i narrowed(__m512 v, const BFloat16*) {
 }
 
 template <int C, class T>
-inline void store(T* to, const Target& at, const Epilogue<C>& e, const __m512* v) {
+IMGOPT_INLINE void store(T* to, const Target& at, const Epilogue<C>& e, const __m512* v) {
     static_assert(sizeof(T) == 2);
     static constexpr InterleaveIndices<C> kIndices;
     __m512 wide[C];
@@ -361,39 +416,56 @@ inline void store(T* to, const Target& at, const Epilogue<C>& e, const __m512* v
 struct Isa {
     using Vector = __m512;
     static constexpr int kLanes = avx512::kLanes;
-    static constexpr __mmask16 kAllFinite = 0xffff;
+    static constexpr uint32_t kAllFinite = 0xffff;
 
-    static Points affine(const Base<float>& base, int lane) { return affine_points(base, lane); }
-    static Points perspective(const double* m, int64_t x, int64_t y) { return perspective_points(m, x, y); }
-
-    template <int C, bool bilinear>
-    static void samples(const Window& w, const Points& at, __m512* to) {
-        if constexpr (bilinear)
-            bilinear_samples<C>(w, at, to);
-        else
-            nearest_samples<C>(w, at, to);
+    IMGOPT_INLINE static Points affine(const Base<float>& base, int lane) { return affine_points(base, lane); }
+    IMGOPT_INLINE static Points perspective(const double* m, int64_t x, int64_t y) {
+        return perspective_points(m, x, y);
     }
 
-    template <int C, bool bilinear>
+    template <int C, int taps>
+    IMGOPT_INLINE static void locate(const Window& w, const Points& at, BlockTaps& to, int first_lane) {
+        _mm512_store_si512(to.offset + first_lane, offsets_in(w, position_bytes(C, taps), taps == 4, at));
+        to.finite[first_lane / kLanes] = at.finite;
+        if constexpr (taps > 1) {
+            const SplitWeights weights = taps == 2 ? split_weights(at.fx, at.fy) : split_bicubic_weights(at.fx);
+            _mm512_store_si512(to.weight[0] + first_lane, weights.high);
+            _mm512_store_si512(to.weight[1] + first_lane, weights.low);
+        }
+        if constexpr (taps == 4) {
+            __m512 rows[4];
+            bicubic_weights(at.fy, rows);
+            for (int i = 0; i < 4; ++i) _mm512_store_ps(to.row_weight[i] + first_lane, rows[i]);
+        }
+    }
+
+    template <int C, int taps>
+    IMGOPT_INLINE static void samples(const Window& w, const BlockTaps& block, int first_lane, __m512* to) {
+        if constexpr (taps == 1) nearest_samples<C>(w, block, first_lane, to);
+        if constexpr (taps == 2) bilinear_samples<C>(w, block, first_lane, to);
+        if constexpr (taps == 4) bicubic_samples<C>(w, block, first_lane, to);
+    }
+
+    template <int C, int taps>
     static void pack(const Source<uint8_t>& source, const uint8_t* first, const uint8_t* second, int32_t count,
                      uint8_t* to) {
         if (source.column == C && source.channel == 1)
-            pack_pixels<C, bilinear, false>(source, first, second, count, to);
+            pack_pixels<C, taps, false>(source, first, second, count, to);
         else
-            pack_pixels<C, bilinear, true>(source, first, second, count, to);
+            pack_pixels<C, taps, true>(source, first, second, count, to);
     }
-    static void round(Points& at) { round_to_nearest(at); }
-    static void fold(Points& at, const Source<uint8_t>& source, Padding padding) {
+    IMGOPT_INLINE static void round(Points& at) { round_to_nearest(at); }
+    IMGOPT_INLINE static void fold(Points& at, const Source<uint8_t>& source, Padding padding) {
         fold_axis(at.x, at.fx, source.width, padding);
         fold_axis(at.y, at.fy, source.height, padding);
     }
-    static void blend(float fill, __mmask16 finite, __m512& v) {
-        v = _mm512_mask_mov_ps(_mm512_set1_ps(fill), finite, v);
+    IMGOPT_INLINE static void blend(float fill, uint32_t finite, __m512& v) {
+        v = _mm512_mask_mov_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(finite), v);
     }
-    static void color(const float* m, float unit, __m512* v) { apply_color(m, unit, v); }
+    IMGOPT_INLINE static void color(const float* m, float unit, __m512* v) { apply_color(m, unit, v); }
 
     template <int C, class T>
-    static void put(T* to, const Target& at, const Epilogue<C>& epilogue, const __m512* v) {
+    IMGOPT_INLINE static void put(T* to, const Target& at, const Epilogue<C>& epilogue, const __m512* v) {
         store<C>(to, at, epilogue, v);
     }
 };
