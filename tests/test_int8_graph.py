@@ -110,10 +110,11 @@ def test_convolution_is_int8_conv2d(mode: str) -> None:
     assert torch.equal(found, expected)
 
 
-def test_steps_mean_what_torch_means() -> None:
+@pytest.mark.parametrize("channels", [1, 3, 5, 70])  # 1 and 3 planes are interleaved, 64 channels pooled in a vector
+def test_steps_mean_what_torch_means(channels: int) -> None:
     """The steps beside convolution against torch's float operators, within half a step of the output."""
     b = Int8GraphBuilder()
-    x = b.quantize(channels=5, scale=0.05, zero_point=128)
+    x = b.quantize(channels=channels, scale=0.05, zero_point=128)
     outputs = [
         b.max_pool2d(x, 3, 2, 1),
         b.avg_pool2d(x, 3, 2, 1, output_scale=0.02, output_zero_point=128),
@@ -122,7 +123,7 @@ def test_steps_mean_what_torch_means() -> None:
         b.flatten(x),
     ]
     program = b.build([b.dequantize(v) for v in outputs])
-    image = torch.randn(2, 5, 9, 8)
+    image = torch.randn(2, channels, 9, 8)
     real = torch.fake_quantize_per_tensor_affine(image, 0.05, 128, 0, 255)
     found = int8_graph([image], program)
     pool = torch.nn.functional.avg_pool2d(real, 3, 2, 1)

@@ -2,27 +2,65 @@
 // compiler vectorises with the flags of the unit that includes them; they are bound by memory, not by arithmetic.
 #pragma once
 
+#include <string.h>
+
 #include "arithmetic.h"
 
 namespace imgopt {
 namespace {
 
+// Planes are quantized a chunk of pixels at a time, which vectorises, and then interleaved.
+constexpr int64_t kChunkPixels = 128;
+constexpr int64_t kMaxPlanes = 4;
+
+template <int CHANNELS>
+void interleave_planes(const uint8_t planes[kMaxPlanes][kChunkPixels], int64_t pixels, int64_t stride, uint8_t* out) {
+    if (stride == CHANNELS) {
+        for (int64_t x = 0; x < pixels; ++x)
+            for (int c = 0; c < CHANNELS; ++c) out[x * CHANNELS + c] = planes[c][x];
+    } else {
+        for (int64_t x = 0; x < pixels; ++x)
+            for (int c = 0; c < CHANNELS; ++c) out[x * stride + c] = planes[c][x];
+    }
+}
+
+template <int CHANNELS>
+void quantize_planes(const Int8Quantize& p, const float* in, uint8_t* out) {
+    const Int8Format f = p.format;
+    const float inverse_scale = p.inverse_scale;
+    alignas(64) uint8_t planes[kMaxPlanes][kChunkPixels];
+    for (int64_t x = 0; x < p.width; x += kChunkPixels) {
+        const int64_t pixels = p.width - x < kChunkPixels ? p.width - x : kChunkPixels;
+        for (int c = 0; c < CHANNELS; ++c) {
+            const float* plane = in + c * p.stride_c + x;
+            for (int64_t i = 0; i < pixels; ++i) planes[c][i] = to_byte(plane[i] * inverse_scale, f);
+        }
+        interleave_planes<CHANNELS>(planes, pixels, p.output_stride, out + x * p.output_stride);
+    }
+}
+
 void quantize(const Int8Quantize& p, int64_t begin, int64_t end) {
+    const Int8Format f = p.format;
+    const float inverse_scale = p.inverse_scale;
+    const int64_t channels = p.channels;
     for (int64_t row = begin; row < end; ++row) {
         const int64_t n = row / p.height, y = row % p.height;
         const float* in = p.input + n * p.stride_n + y * p.stride_h;
         uint8_t* out = p.output + row * p.width * p.output_stride;
-        const Int8Format f = p.format;
-        if (p.stride_c == 1) {
-            for (int64_t x = 0; x < p.width; ++x)
-                for (int64_t c = 0; c < p.channels; ++c)
-                    out[x * p.output_stride + c] = to_byte(in[x * p.stride_w + c] * p.inverse_scale, f);
-        } else {
-            for (int64_t c = 0; c < p.channels; ++c) {
-                const float* plane = in + c * p.stride_c;
-                for (int64_t x = 0; x < p.width; ++x)
-                    out[x * p.output_stride + c] = to_byte(plane[x * p.stride_w] * p.inverse_scale, f);
+        if (p.stride_w == 1 && channels == 3) {
+            quantize_planes<3>(p, in, out);
+        } else if (p.stride_w == 1 && channels == 1) {
+            quantize_planes<1>(p, in, out);
+        } else if (p.stride_c == 1) {
+            for (int64_t x = 0; x < p.width; ++x) {
+                const float* from = in + x * p.stride_w;
+                uint8_t* to = out + x * p.output_stride;
+                for (int64_t c = 0; c < channels; ++c) to[c] = to_byte(from[c] * inverse_scale, f);
             }
+        } else {
+            for (int64_t c = 0; c < channels; ++c)
+                for (int64_t x = 0; x < p.width; ++x)
+                    out[x * p.output_stride + c] = to_byte(in[c * p.stride_c + x * p.stride_w] * inverse_scale, f);
         }
     }
 }
@@ -75,20 +113,33 @@ Window window_at(const Int8Pool& p, int64_t oy, int64_t ox) {
     return w;
 }
 
+// A vector of the compiler's, lowered to whatever the unit's flags offer; the maximum of a window stays in registers.
+typedef uint8_t Bytes64 __attribute__((vector_size(64)));
+constexpr int64_t kPoolChannels = 64;
+
 // int8 bytes are flipped before they are compared, and flipped back.
-void max_pixel(const Int8Pool& p, const uint8_t* image, const Window& w, uint8_t* out) {
-    const uint8_t flip = p.input_flip;
-    for (int64_t c = 0; c < p.channels; ++c) out[c] = 0;
+template <class Bytes>
+void max_channels(const Int8Pool& p, const uint8_t* image, const Window& w, uint8_t* out) {
+    Bytes most = {};
+    const Bytes flip = most + p.input_flip;
     for (int64_t y = w.y0; y < w.y1; ++y) {
-        for (int64_t x = w.x0; x < w.x1; ++x) {
-            const uint8_t* in = image + (y * p.in_w + x) * p.input_stride;
-            for (int64_t c = 0; c < p.channels; ++c) {
-                const uint8_t u = in[c] ^ flip;
-                out[c] = u > out[c] ? u : out[c];
-            }
+        const uint8_t* in = image + (y * p.in_w + w.x0) * p.input_stride;
+        for (int64_t x = w.x0; x < w.x1; ++x, in += p.input_stride) {
+            Bytes u;
+            memcpy(&u, in, sizeof(u));
+            u ^= flip;
+            most = u > most ? u : most;
         }
     }
-    for (int64_t c = 0; c < p.channels; ++c) out[c] ^= flip;
+    most ^= flip;
+    memcpy(out, &most, sizeof(most));
+}
+
+void max_pixel(const Int8Pool& p, const uint8_t* image, const Window& w, uint8_t* out) {
+    typedef uint8_t Bytes1 __attribute__((vector_size(1)));
+    int64_t c = 0;
+    for (; c + kPoolChannels <= p.channels; c += kPoolChannels) max_channels<Bytes64>(p, image + c, w, out + c);
+    for (; c < p.channels; ++c) max_channels<Bytes1>(p, image + c, w, out + c);
 }
 
 void mean_pixel(const Int8Pool& p, const uint8_t* image, const Window& w, uint8_t* out, int32_t* sums) {
