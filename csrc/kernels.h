@@ -283,6 +283,7 @@ struct MaskedWeightGrad {
     void* sums;             // float, 4 per step; double for f64: working memory
     void* gradient;         // of x's dtype
     int64_t grad_stride;
+    int64_t values;  // length of source and sums
 };
 
 // values[i] = weight[source[i]], 0 where source is -1, widened to float (f64: double).

@@ -174,9 +174,12 @@ void plain_matmul(const MaskedMatmul& p, int64_t begin, int64_t end) {
 template <class Storage, class Sum>
 void write_gradient(const MaskedWeightGrad& p, const Quad& quad) {
     const int64_t first = quad.first_step * 4, count = (quad.steps[0] + quad.steps[1] + quad.steps[2]) * 4;
-    for (int64_t i = first; i < first + count; ++i)
-        if (p.source[i] >= 0)
-            narrow(static_cast<const Sum*>(p.sums)[i], static_cast<Storage*>(p.gradient)[p.source[i]]);
+    constexpr int64_t kAhead = 128;  // places that are asked for before they are written
+    Storage* gradient = static_cast<Storage*>(p.gradient);
+    for (int64_t i = first; i < first + count; ++i) {
+        if (i + kAhead < p.values) __builtin_prefetch(gradient + p.source[i + kAhead], 1);
+        if (p.source[i] >= 0) narrow(static_cast<const Sum*>(p.sums)[i], gradient[p.source[i]]);
+    }
 }
 
 template <class Storage, class Sum>

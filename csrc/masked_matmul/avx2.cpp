@@ -77,7 +77,7 @@ struct Lanes {
         store_words(to, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), count);
     }
 
-    static void transpose(Reg (&t)[8]) {
+    static IMGOPT_INLINE void transpose(Reg (&t)[8]) {
         Reg u[8];
 #pragma GCC unroll 4
         for (int i = 0; i < 8; i += 2) {
@@ -103,7 +103,7 @@ struct Lanes {
     }
 
     template <int kCount>
-    static Reg join(Reg a, Reg b) {
+    static IMGOPT_INLINE Reg join(Reg a, Reg b) {
         if constexpr (kCount == 2) return add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
         if constexpr (kCount == 4) {
             const __m256d c = _mm256_castps_pd(a), d = _mm256_castps_pd(b);

@@ -56,7 +56,7 @@ struct Lanes {
         _mm256_mask_storeu_epi16(to, first(count), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
 
-    static void transpose(Reg (&t)[16]) {
+    static IMGOPT_INLINE void transpose(Reg (&t)[16]) {
         Reg u[16];
 #pragma GCC unroll 8
         for (int i = 0; i < 16; i += 2) {  // pairs of rows
@@ -88,7 +88,7 @@ struct Lanes {
     }
 
     template <int kCount>
-    static Reg join(Reg a, Reg b) {
+    static IMGOPT_INLINE Reg join(Reg a, Reg b) {
         if constexpr (kCount == 2) return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
         if constexpr (kCount == 4) {
             const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);

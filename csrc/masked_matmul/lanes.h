@@ -23,9 +23,13 @@
 
 #include "arithmetic.h"
 
+// Left to itself, the compiler passes a tile of registers to a function through memory.
+#define IMGOPT_INLINE __attribute__((always_inline)) inline
+
 namespace imgopt {
 namespace {
 
+constexpr int64_t kAhead = 512;        // values whose place in the weight is asked for before they are gathered
 constexpr int64_t kRowsAtOnce = 1024;  // rows whose sums wait in memory: 256 KiB of the second-level cache
 
 template <class Lanes>
@@ -46,21 +50,32 @@ struct RowQuadKernel {
             for (int64_t tx = 0; tx < x.taps[1]; ++tx, panel += channels * kWidth * P)
                 for (int p = 0; p < P; ++p) {
                     const Storage* from[kWidth];
+                    bool complete = true;
                     for (int s = 0; s < kWidth; ++s) {
                         const int n = p * kWidth + s;
                         from[s] = n < count ? pixel<Storage>(x, at[n], ty, tx) : nullptr;
+                        complete = complete && from[s];
                     }
                     for (int64_t c = 0; c < channels; c += kWidth) {
                         const int part = static_cast<int>(min_of(kWidth, channels - c));
+                        float* to = panel + (c * P + p) * kWidth;
                         Reg tile[kWidth];
+                        if (complete && part == kWidth) {
+#pragma GCC unroll 16
+                            for (int s = 0; s < kWidth; ++s) {
+                                __builtin_prefetch(from[s] + channel + c + 4 * kWidth);
+                                tile[s] = Lanes::load_part(from[s] + channel + c, kWidth);
+                            }
+                            Lanes::transpose(tile);
+#pragma GCC unroll 16
+                            for (int s = 0; s < kWidth; ++s) Lanes::store(to + s * P * kWidth, tile[s]);
+                            continue;
+                        }
 #pragma GCC unroll 16
                         for (int s = 0; s < kWidth; ++s)
                             tile[s] = from[s] ? Lanes::load_part(from[s] + channel + c, part) : Lanes::zero();
                         Lanes::transpose(tile);
-                        float* to = panel + (c * P + p) * kWidth;
-#pragma GCC unroll 16
-                        for (int s = 0; s < kWidth; ++s)
-                            if (s < part) Lanes::store(to + s * P * kWidth, tile[s]);
+                        for (int s = 0; s < part; ++s) Lanes::store(to + s * P * kWidth, tile[s]);
                     }
                 }
     }
@@ -85,6 +100,12 @@ struct RowQuadKernel {
     }
 
     // --- forward -----------------------------------------------------------------------------------------------------
+    template <class Storage>
+    static Reg bias_of(const MaskedMatmul& p, int64_t row) {
+        const bool present = p.bias && row < p.weight.rows;
+        return Lanes::splat(present ? widen(static_cast<const Storage*>(p.bias)[row]) : 0.0f);
+    }
+
     // kDistinct columns serve four rows: `steps` times acc[r] += value[r] * x[column of r].
     template <int P, int kDistinct, class Column>
     static void steps(Reg (&acc)[4][P], const float* x, const Column*& columns, const float*& values, int64_t steps) {
@@ -99,15 +120,18 @@ struct RowQuadKernel {
         }
     }
 
-    template <int P, class Column>
-    static void add_quad(const MaskedMatmul& p, const Quad& quad, const float* x, float* sums, int64_t first_row) {
+    // The sums of the first block start from the bias.
+    template <class Storage, int P, class Column>
+    static void add_quad(const MaskedMatmul& p, const Quad& quad, const float* x, float* sums, int64_t first_row,
+                         bool start) {
         Reg acc[4][P];
         float* at[4];
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
             at[r] = sums + (quad.rows[r] - first_row) * kWidth * P;
+            const Reg bias = start ? bias_of<Storage>(p, quad.rows[r]) : Lanes::zero();
 #pragma GCC unroll 4
-            for (int i = 0; i < P; ++i) acc[r][i] = Lanes::load(at[r] + i * kWidth);
+            for (int i = 0; i < P; ++i) acc[r][i] = start ? bias : Lanes::load(at[r] + i * kWidth);
         }
         const Column* columns = static_cast<const Column*>(p.weight.columns) + quad.first_column;
         const float* values = static_cast<const float*>(p.values) + quad.first_step * 4;
@@ -132,18 +156,15 @@ struct RowQuadKernel {
         pack<Storage, P>(p.x, first, 0, p.x.channels, x);
         for (int64_t row = first_row; row < last_row; row += at_once) {
             const int64_t rows = min_of(at_once, last_row - row), quads = (row + rows + 3) / 4;
-            for (int64_t o = 0; o < (rows + 3) / 4 * 4; ++o) {
-                const bool has_bias = p.bias && o < rows;
-                const Reg start = Lanes::splat(has_bias ? widen(static_cast<const Storage*>(p.bias)[row + o]) : 0.0f);
-                for (int i = 0; i < P; ++i) Lanes::store(sums + o * line + i * kWidth, start);
-            }
+            for (int64_t o = 0; w.blocks == 0 && o < rows; ++o)
+                for (int i = 0; i < P; ++i) Lanes::store(sums + o * line + i * kWidth, bias_of<Storage>(p, row + o));
             for (int64_t b = 0; b < w.blocks; ++b)
                 for (int64_t q = row / 4; q < quads; ++q) {
                     const float* block = x + b * w.block * line;
                     if (w.wide)
-                        add_quad<P, int32_t>(p, Quad(w, b, q), block, sums, row);
+                        add_quad<Storage, P, int32_t>(p, Quad(w, b, q), block, sums, row, b == 0);
                     else
-                        add_quad<P, uint8_t>(p, Quad(w, b, q), block, sums, row);
+                        add_quad<Storage, P, uint8_t>(p, Quad(w, b, q), block, sums, row, b == 0);
                 }
             unpack<Storage, P>(p, first, row, rows, sums);
         }
@@ -265,7 +286,7 @@ struct RowQuadKernel {
     // A value's gradient is a register of products over the samples; a tree of additions turns kWidth such registers
     // into one whose lanes are their sums.
     template <int kCount, class Leaf>
-    static Reg tree(const Leaf& leaf, int i) {
+    static IMGOPT_INLINE Reg tree(const Leaf& leaf, int i) {
         if constexpr (kCount == 1)
             return leaf(i);
         else
@@ -347,8 +368,12 @@ struct RowQuadKernel {
     static void gather(const MaskedValues& p, int64_t begin, int64_t end) {
         float* values = static_cast<float*>(p.values);
         int64_t i = begin;
-        for (; i + kWidth <= end; i += kWidth)
-            Lanes::store(values + i, Lanes::gather(static_cast<const float*>(p.weight), p.source + i));
+        const float* weight = static_cast<const float*>(p.weight);
+        for (; i + kWidth <= end; i += kWidth) {
+            for (int64_t ahead = i + kAhead; ahead < min_of(end, i + kAhead + kWidth); ++ahead)
+                __builtin_prefetch(weight + p.source[ahead]);
+            Lanes::store(values + i, Lanes::gather(weight, p.source + i));
+        }
         plain_values<float, float>(p, i, end);
     }
 };

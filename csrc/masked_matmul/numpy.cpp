@@ -12,6 +12,8 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
+constexpr int64_t kFewestSteps = 4;  // FEWEST_STEPS of ops/masked_matmul/reference.py
+
 // One block of one quad: its columns sorted by kind, in the order of ops/masked_matmul/reference.py.
 struct QuadColumns {
     std::vector<int32_t> all_four, pair[2], single[4];
@@ -20,13 +22,16 @@ struct QuadColumns {
         for (std::vector<int32_t>* list :
              {&all_four, &pair[0], &pair[1], &single[0], &single[1], &single[2], &single[3]})
             list->clear();
+        const bool use_four = std::count(patterns.begin(), patterns.end(), 15) >= kFewestSteps;
         int64_t in_pair[2] = {};
         for (const uint8_t pattern : patterns)
-            for (int half = 0; half < 2; ++half) in_pair[half] += pattern != 15 && (pattern >> 2 * half & 3) == 3;
-        const size_t pairs = static_cast<size_t>(std::min(in_pair[0], in_pair[1]));
+            for (int half = 0; half < 2; ++half)
+                in_pair[half] += !(use_four && pattern == 15) && (pattern >> 2 * half & 3) == 3;
+        const int64_t both = std::min(in_pair[0], in_pair[1]);
+        const size_t pairs = both < kFewestSteps ? 0 : static_cast<size_t>(both);
         for (size_t c = 0; c < patterns.size(); ++c) {
             const int32_t column = static_cast<int32_t>(c);
-            if (patterns[c] == 15) {
+            if (use_four && patterns[c] == 15) {
                 all_four.push_back(column);
                 continue;
             }

@@ -164,7 +164,8 @@ Tensor masked_matmul_weight_grad(const Tensor& input, const Tensor& grad, const 
                              static_cast<const int32_t*>(source.const_data_ptr()),
                              sums.mutable_data_ptr(),
                              gradient.mutable_data_ptr(),
-                             shape[0]};
+                             shape[0],
+                             source.numel()};
     const int64_t units = windows_of(weight);
     parallel_units(units, grain(source.numel() * x.samples, units),
                    [&](int64_t begin, int64_t end) { kernels().masked.weight_grad(p, begin, end); });

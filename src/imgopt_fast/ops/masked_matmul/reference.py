@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 ROWS_PER_QUAD = 4
+FEWEST_STEPS = 4  # a loop of fewer costs more in a mispredicted branch than it saves in loads
 ROWS_PER_WINDOW = 64  # rows that are sorted together; also the rows of a kernel's unit of work
 
 
@@ -28,8 +29,10 @@ def structure(mask: NDArray[np.bool_], block: int) -> tuple[NDArray[np.int32], N
     order = _sorted_rows(by_block.sum(-1))
     taken = np.take_along_axis(by_block, order[:, :, None], 1).reshape(blocks, quads, ROWS_PER_QUAD, block)
     all_four: NDArray[np.bool_] = np.asarray(taken.all(2))
+    all_four &= all_four.sum(-1, keepdims=True) >= FEWEST_STEPS
     pair = taken.reshape(blocks, quads, 2, 2, block).all(3) & ~all_four[:, :, None]
     pairs = pair.sum(-1).min(-1)
+    pairs[pairs < FEWEST_STEPS] = 0
     pair &= pair.cumsum(-1) <= pairs[:, :, None, None]
     single = taken & ~all_four[:, :, None] & ~pair.repeat(2, axis=2)
     counts = np.stack([all_four.sum(-1), pairs, single.sum(-1).max(-1)], -1)
