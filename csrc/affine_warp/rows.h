@@ -47,6 +47,19 @@ int64_t prepared_bytes(const AffineWarp& p, const Map& map) {
     return boxes(p.height, map.box_y) * boxes(p.width, map.box_x) * p.channels * int64_t{sizeof(T)};
 }
 
+// Boxes of one pixel: the look-up alone, without the division of a mean.
+template <class T>
+void look_up(const AffineWarp& p, const T* data, int64_t image, T* to) {
+    const int64_t sc = p.images_stride[1], sy = p.images_stride[2], sx = p.images_stride[3];
+    for (int64_t y = 0; y < p.height; ++y)
+        for (int64_t c = 0; c < p.channels; ++c) {
+            const uint8_t* table = p.table + image * p.table_stride + c * 256;
+            const T* from = data + y * sy + c * sc;
+            T* row = to + y * p.width * p.channels + c;
+            for (int64_t x = 0; x < p.width; ++x) row[x * p.channels] = looked_up(table, from[x * sx]);
+        }
+}
+
 // The image behind table and box filter, written to scratch as H, W, C where it has either.
 template <class T>
 Source<T> prepared(const AffineWarp& p, const Map& map, int64_t image, void* scratch) {
@@ -56,6 +69,10 @@ Source<T> prepared(const AffineWarp& p, const Map& map, int64_t image, void* scr
         return {data, sy, sx, sc, static_cast<int32_t>(p.height), static_cast<int32_t>(p.width)};
     const int64_t height = boxes(p.height, map.box_y), width = boxes(p.width, map.box_x);
     T* to = static_cast<T*>(scratch);
+    if (map.box_x == 1 && map.box_y == 1) {
+        look_up(p, data, image, to);
+        return {to, width * p.channels, p.channels, 1, static_cast<int32_t>(height), static_cast<int32_t>(width)};
+    }
     for (int64_t y = 0; y < height; ++y)
         for (int64_t x = 0; x < width; ++x) {
             const int64_t y0 = y * map.box_y, x0 = x * map.box_x;
