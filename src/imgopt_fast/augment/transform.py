@@ -70,7 +70,7 @@ class Transform(torch.nn.Module):
 
     Called on images: uint8 or floating tensors (N, C, H, W) or (C, H, W), contiguous or channels_last, on any device;
     or NumPy arrays (N, H, W, C), (H, W, C) or (H, W). Floating images hold values in [0, 1]. The result has the
-    input's kind, dtype, device and layout, unless the transform says otherwise. Every sample gets its own draw:
+    input's kind, dtype, device and layout, unless the transform says otherwise. Every sample gets its own draw::
 
         aug(images)                              from torch's global generator (torch.manual_seed)
         aug(images, generator=g)                 from a torch.Generator
