@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from imgopt_fast.compress import Int8Config, quantize
-from imgopt_fast.compress.quantize import QatModel, qat, sensitivity
+from imgopt_fast.compress.quantize import QatModel, profile, qat, sensitivity
 from imgopt_fast.compress.quantize.calibrate import Histogram, Scale, choose_scale, observe
 from imgopt_fast.compress.quantize.equalize import equalize
 from imgopt_fast.compress.quantize.fold import fold
@@ -513,3 +513,27 @@ def test_qat_gradient_is_straight_through_and_stops_at_saturation():
     assert rounded.tolist() == pytest.approx([-1.0, 0.3, 1.0, 24.5])
     rounded.sum().backward()
     assert values.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["residual", "islands"])
+def test_profile_covers_the_network(name):
+    _, images = network(name)
+    found = profile(quantized(name), images[:2])
+    assert sum(step.share for step in found.steps) == pytest.approx(1)
+    names = {step.name for step in found.steps}
+    assert {layer.name.replace(".", "_") for layer in quantized(name).report.layers if layer.dtype == "int8"} <= names
+    assert all(step.seconds > 0 and step.output_bytes > 0 for step in found.steps)
+    assert "silu" in str(found) or name == "residual"
+
+
+def test_stepwise_is_the_whole_segment():
+    _, images = network("residual")
+    segment = quantized("residual").network.segment_0
+    made = []
+
+    def run(step, compute):
+        made.append(compute())
+        return made[-1]
+
+    segment.run_stepwise([images], run)
+    assert torch.equal(made[-1], segment(images)[0])

@@ -5,7 +5,8 @@ have a scale of their own keep it in buffers named after their step. From these 
 again after anything that changes the buffers; it is never part of the state.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -69,15 +70,51 @@ class Int8Segment(nn.Module):
         if any(buffer.is_meta for buffer in self.buffers()):
             return
         builder = Int8GraphBuilder(requantize=self.requantize)
-        values: list[int] = []
-        for step in self.steps:
+        values: dict[int, int] = {}
+        for position, step in enumerate(self.steps):
             try:
-                values.append(self._add(builder, step, values))
+                values[position] = self._add(builder, step, values)
             except ValueError as refusal:
                 raise ValueError(f"{step.name} ({step.kind}): {refusal}; `exclude` keeps the layer float") from refusal
-        self._program = builder.build([values[position] for position in self.outputs])
+        program = builder.build([values[position] for position in self.outputs])
+        device = next(self.buffers()).device
+        self._program = program._replace(constants=program.constants.to(device), packed=program.packed.to(device))
 
-    def _add(self, builder: Int8GraphBuilder, step: Step, values: list[int]) -> int:
+    def run_stepwise(self, inputs: Sequence[Tensor], run: Callable[[Step, Callable[[], Tensor]], Tensor]) -> None:
+        """Compute the steps one by one: `run` is given each step and a function that computes it, and calls that.
+
+        The values are those of `forward`, bit for bit; what fusing them into one call saves is lost. For profiling.
+        """
+        given = iter(inputs)
+        tensors: dict[int, Tensor] = {}
+        for position, step in enumerate(self.steps):
+            if step.kind == "input":
+                tensors[position] = next(given)
+                continue
+            builder = Int8GraphBuilder(requantize=self.requantize)
+            sources = step.inputs if step.residual is None else (*step.inputs, step.residual)
+            values: dict[int, int] = {}
+            for source in sources:
+                scale, zero_point = self._quantization(source)
+                tensor = tensors[source]
+                values[source] = builder.input(
+                    channels=tensor.shape[1], rank=tensor.ndim, scale=scale, zero_point=zero_point, dtype=tensor.dtype
+                )
+            program = builder.build([self._add(builder, step, values)])
+            arguments = [next(given)] if step.kind == "quantize" else [tensors[source] for source in values]
+            tensors[position] = run(step, partial(_first, arguments, program))
+
+    def _quantization(self, position: int) -> tuple[float, int]:
+        """Scale and zero point of a value."""
+        step = self.steps[position]
+        if step.kind in ("max_pool2d", "flatten"):
+            return self._quantization(step.inputs[0])
+        if step.kind in ("conv2d", "linear"):
+            layer: Any = self.get_submodule(step.name)
+            return layer.output_scale.item(), int(layer.output_zero_point)
+        return self.get_buffer(f"{step.name}_scale").item(), int(self.get_buffer(f"{step.name}_zero_point"))
+
+    def _add(self, builder: Int8GraphBuilder, step: Step, values: Mapping[int, int]) -> int:
         """Hand one step to the builder; returns the builder's id of its value."""
         inputs: list[Any] = [values[position] for position in step.inputs]
         arguments = dict(step.attributes)
@@ -87,8 +124,8 @@ class Int8Segment(nn.Module):
                 arguments["residual"] = values[step.residual]
         elif step.kind not in ("max_pool2d", "flatten", "dequantize"):
             prefix = "" if step.kind in ("quantize", "input") else "output_"
-            arguments[f"{prefix}scale"] = self.get_buffer(f"{step.name}_scale").item()
-            arguments[f"{prefix}zero_point"] = int(self.get_buffer(f"{step.name}_zero_point"))
+            scale, zero_point = self._quantization(self.steps.index(step))
+            arguments |= {f"{prefix}scale": scale, f"{prefix}zero_point": zero_point}
         if step.kind in ("concat", "rescale"):  # a clamp that stands alone: the ends of its range saturate
             return builder.concat(inputs, **arguments)
         method: Callable[..., int] = getattr(builder, step.kind)
@@ -120,6 +157,10 @@ class Int8Segment(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.rebuild()
+
+
+def _first(inputs: list[Tensor], program: Int8Program) -> Tensor:
+    return int8_graph(inputs, program)[0]
 
 
 def _rebuild(segment: Int8Segment, incompatible_keys: Any) -> None:
