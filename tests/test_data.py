@@ -1,6 +1,7 @@
 """The embedded set, class folders with every defect that a user's folder has, splits, and the order of the batches."""
 
 import gzip
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,12 +127,13 @@ def test_labelled_images_take_the_labels_of_a_known_list(tmp_path: Path) -> None
     split = load_labelled(root, ("class1", "class2", "class0"), (6, 5), 1)
     assert split.images.shape == (6, 1, 6, 5)
     assert split.labels.tolist() == [2, 2, 2, 0, 0, 0]
-    with pytest.raises(DataError, match="class1: the network has no class 'class1', only class0"):
+    with pytest.raises(DataError, match="set: the network has no class 'class1', only class0"):
         load_labelled(root, ("class0",), (6, 5), 1)
-    with pytest.raises(DataError, match="missing: No such file"):
+    with pytest.raises(DataError, match="missing: no such folder or archive"):
         load_labelled(tmp_path / "missing", ("class0",), (6, 5), 1)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="expected a folder of images per class, found none"):
-        load_labelled(root / "class0", ("class0",), (6, 5), 1)
+        load_labelled(tmp_path / "empty", ("class0",), (6, 5), 1)
 
 
 @pytest.mark.parametrize("mode", ["P", "CMYK", "RGBA", "LA", "I;16", "1"])
@@ -177,10 +179,10 @@ def test_an_unreadable_image_is_named(tmp_path: Path, damage: Callable[[Path], N
 
 
 def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="missing: no such folder"):
+    with pytest.raises(DataError, match="missing: no such folder or archive"):
         load_dataset(tmp_path / "missing")
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="file: not a folder"):
+    with pytest.raises(DataError, match="file: neither a folder nor a zip archive"):
         load_dataset(tmp_path / "file")
     with pytest.raises(DataError, match="a folder of images per class, two at least; found 0"):
         load_dataset(tmp_path)
@@ -193,6 +195,36 @@ def test_wrong_arguments_are_named() -> None:
         load_dataset(validation=0.7)
     with pytest.raises(ValueError, match="image_size: the embedded images are 28x28, got 32"):
         load_dataset(image_size=32)
+
+
+@pytest.mark.parametrize("inside", ["", "photos/"])
+def test_an_archive_is_its_folder(tmp_path: Path, inside: str) -> None:
+    root = make_folder(tmp_path / "set", images=40)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("__MACOSX/class0/0.png", b"no image")
+        for path in root.rglob("*.png"):
+            archive.write(path, inside + path.relative_to(root).as_posix())
+    folder, archived = load_dataset(root), load_dataset(tmp_path / "set.zip")
+    assert archived.class_names == folder.class_names
+    assert len(archived.train) + len(archived.validation) + len(archived.test) == 80
+    if not inside:  # the split goes by the name, of which the top folder is a part
+        assert archived.train.images.equal(folder.train.images)
+        assert archived.test.labels.equal(folder.test.labels)
+    assert load_labelled(tmp_path / "set.zip", folder.class_names, (12, 12), 3).images.shape == (80, 3, 12, 12)
+
+
+def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "set")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in sorted(root.rglob("*.png")):
+            archive.write(path, path.relative_to(root).as_posix())
+    whole = (tmp_path / "set.zip").read_bytes()
+    (tmp_path / "set.zip").write_bytes(whole[:1000] + bytes(100) + whole[1100:])
+    with pytest.raises(DataError, match=r"set\.zip/class0/\w+\.png: cannot read this image"):
+        load_dataset(tmp_path / "set.zip")
+    (tmp_path / "set.zip").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"set\.zip: neither a folder nor a zip archive"):
+        load_dataset(tmp_path / "set.zip")
 
 
 def test_order_of_the_batches() -> None:

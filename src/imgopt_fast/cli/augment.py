@@ -113,7 +113,7 @@ def parse_transform(call: str) -> Transform:
 
 
 def _image_files(paths: Sequence[Path], count: int) -> list[Path]:
-    from imgopt_fast.data.folder import SUFFIXES
+    from imgopt_fast.data.files import SUFFIXES
 
     found = []
     for path in paths:

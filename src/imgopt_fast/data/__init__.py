@@ -19,7 +19,7 @@ __all__ = [
 
 
 def load_dataset(path: Path | None = None, *, image_size: int | None = None, validation: float = 0.1) -> Dataset:
-    """The data set at `path`, a class folder, or without a path the embedded Fashion-MNIST subset.
+    """The data set at `path`, a class folder or a zip archive of one; without a path the embedded Fashion-MNIST subset.
 
     `image_size` is the side of the square images that a folder gives. `validation` is the share of the training
     images that a set without a validation split gives up for one.
@@ -32,6 +32,4 @@ def load_dataset(path: Path | None = None, *, image_size: int | None = None, val
         if image_size not in (None, 28):
             raise ValueError(f"image_size: the embedded images are 28x28, got {image_size}")
         return load_embedded(validation)
-    if not path.is_dir():
-        raise DataError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}")
     return load_folder(path, image_size=image_size, validation=validation)

@@ -23,7 +23,10 @@ class TrainConfig:
     """A training; see the help text of each field. Raises ValueError, naming the field, for a value out of range."""
 
     data: str | None = option(
-        None, "class folder of images; default: the embedded Fashion-MNIST subset", "--data", "--data-dir"
+        None,
+        "class folder of images or a zip of one; default: the embedded Fashion-MNIST subset",
+        "--data",
+        "--data-dir",
     )
     img_size: int | None = option(None, "side of the square images that a folder gives; default: their own, or 64")
     validation: float = option(0.1, "share of the training images that is held out where there is no validation split")
@@ -47,7 +50,7 @@ class TrainConfig:
 
     sparsity: float = option(0.8, "share of the weights that pruning removes; 0 skips pruning")
     prune_epochs: int = option(6, "epochs of gradual pruning and recovery")
-    prune_lr: float = option(0.05, "highest learning rate while pruning")
+    prune_lr: float = option(0.1, "highest learning rate while pruning")
     prune_warmup_epochs: float = option(0.5, "epochs over which the learning rate rises to --prune-lr")
     distill: str | None = option(None, "run folder of a teacher; without one, pruning learns from the dense network")
     distill_loss_weight: float = option(0.5, "share of the loss that is the teacher's; 0 learns from the labels alone")
