@@ -114,11 +114,14 @@ def table(results: list[Result]) -> Iterator[str]:
     yield "| case | threads, ISA | ours | floor | peers |"
     yield "| --- | --- | ---: | ---: | --- |"
     for result in results:
+        name, where = f"{result.subject}: {result.case}", f"{result.threads}, {result.isa}"
+        if result.disturbed:
+            yield f"| {name} | {where} | not measured: the machine was busy | | |"
+            continue
         peers = ", ".join(cell(row) for row in sorted(result.peers, key=lambda row: row.ratio))
         floor = "" if result.floor is None else f"{result.floor / result.seconds:.0%}"
         time = f"{' '.join(duration(result.seconds).split())} ± {result.spread:.0%}"
-        name = f"{result.subject}: {result.case}"
-        yield f"| {name} | {result.threads}, {result.isa} | {time} | {floor} | {peers} |"
+        yield f"| {name} | {where} | {time} | {floor} | {peers} |"
 
 
 def cell(row: Row) -> str:

@@ -132,6 +132,8 @@ def test_result_survives_json_and_reads_well() -> None:
     text = "\n".join(results.lines(result))
     assert "missing" in text
     assert "ideal" in text or _native.core() is None
+    assert "busy" not in text
+    assert "busy" in "\n".join(results.lines(replace(result, threads=2, waited=0.5)))
     slower = results.Row("peer", 0.5, 0.5, goal=2.0)
     assert slower.met(1.0) is False
     assert "OURS  2.00x SLOWER" in results.comparison(0.5)

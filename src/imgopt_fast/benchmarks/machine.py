@@ -124,6 +124,15 @@ def pin(cores: list[int]) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
+def seconds_without_core() -> float:
+    """For how long the threads of this process have been ready to run without a core to run on (Linux tells it)."""
+    waited = 0
+    with suppress(OSError, ValueError, IndexError):
+        for thread in Path("/proc/self/task").iterdir():
+            waited += int((thread / "schedstat").read_text().split()[1])
+    return waited * 1e-9
+
+
 def use_threads(threads: int) -> None:
     """Give torch, the kernels and OpenCV `threads` threads each, and the process as many cores.
 

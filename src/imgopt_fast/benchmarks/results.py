@@ -1,5 +1,6 @@
 """Runs a case and keeps what came out, as data that JSON can hold and as text that people can read."""
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from imgopt_fast.benchmarks import machine
 from imgopt_fast.benchmarks.case import Case, Disagreement, Runner, assemble, first_line
 from imgopt_fast.benchmarks.machine import PEER_FAILURES
 from imgopt_fast.benchmarks.timing import Timing, race
+
+DISTURBED = 0.05
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Result:
     floor_goal: float | None = None
     peers: tuple[Row, ...] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
+    waited: float = 0.0  # share of the run that the process was ready but had no core
     failure: str | None = None
 
     def goals(self) -> list[bool]:
@@ -55,6 +59,11 @@ class Result:
         if self.floor is not None and self.floor_goal is not None:
             met.append(self.floor / self.seconds >= self.floor_goal)
         return [bool(m) for m in met]
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other programs spoilt it: with several threads time is wall time, and one that waits delays all."""
+        return self.threads > 1 and self.waited > DISTURBED
 
     @property
     def best(self) -> Row | None:
@@ -85,7 +94,9 @@ def run(case: Case, *, threads: int, seconds: float) -> Result:
             return Result(case.subject, case.name, threads, isa, failure=f"needs {threads} cores, has {cores}")
         contest = assemble(case)
         calls = {"": contest.ours.call, **{name: peer.call for name, peer in contest.peers.items()}}
+        begin, waiting = time.perf_counter(), machine.seconds_without_core()
         timings = race(calls, seconds, threads=threads)
+        waited = (machine.seconds_without_core() - waiting) / (time.perf_counter() - begin) / threads
         rates = machine.measure(case.isa)
         ours = timings.pop("")
         rows = [row_of(name, timing, contest.peers[name]) for name, timing in timings.items()]
@@ -95,7 +106,7 @@ def run(case: Case, *, threads: int, seconds: float) -> Result:
         return Result(
             case.subject, case.name, threads, isa, ours.median, ours.spread, len(ours.samples),
             None if rates is None else case.work().floor(rates, threads),
-            case.best_goal, case.floor_goal, tuple(rows), contest.absent,
+            case.best_goal, case.floor_goal, tuple(rows), contest.absent, waited,
         )  # fmt: skip
     except Disagreement as error:
         return Result(case.subject, case.name, threads, isa, failure=f"WRONG RESULT, not timed: {first_line(error)}")
@@ -145,6 +156,8 @@ def lines(result: Result) -> Iterator[str]:
         met = result.floor / result.seconds >= result.floor_goal
         floor += f" (goal {result.floor_goal:.0%}: {'met' if met else 'MISSED'})"
     yield f"{result.case:<46} {duration(result.seconds)} ±{result.spread:4.0%}  {floor}  [{where}]"
+    if result.disturbed:
+        yield f"    the machine is busy: no core for {result.waited:.0%} of the run; these figures mean nothing"
     for row in sorted(result.peers, key=lambda row: row.seconds):
         spread = "      " if row.spread is None else f"±{row.spread:4.0%}"
         judged = comparison(row.ratio) + verdict(row, result.seconds)

@@ -62,10 +62,12 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(found: list[Any]) -> str:
     """How the run as a whole went."""
-    ran = [result for result in found if result.failure is None]
+    ran = [result for result in found if result.failure is None and not result.disturbed]
     text = f"{len(ran)} cases"
-    if failed := len(found) - len(ran):
+    if failed := sum(result.failure is not None for result in found):
         text += f", {failed} more FAILED"
+    if disturbed := sum(result.disturbed for result in found):
+        text += f", {disturbed} more not counted because the machine was busy"
     for subject in dict.fromkeys(result.subject for result in ran):
         best = [result.best.ratio for result in ran if result.subject == subject and result.best is not None]
         if best:
