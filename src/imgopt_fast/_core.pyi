@@ -35,7 +35,7 @@ def masked_matmul(input: numpy.ndarray, values: numpy.ndarray, bias: numpy.ndarr
     """
     Product into `output`; imgopt_fast.numpy.masked_matmul has the checks.
     """
-def measure_rates(l2_bytes: typing.SupportsInt | typing.SupportsIndex, l3_bytes: typing.SupportsInt | typing.SupportsIndex) -> dict:
+def measure_rates(l2_bytes: typing.SupportsInt | typing.SupportsIndex, l3_bytes: typing.SupportsInt | typing.SupportsIndex) -> dict[str, float]:
     """
     Rates of one core under the active instruction set, measured now: `fma` (flop/s) and `int8_dot` (op/s), a multiply-add being two; `read_*` and `copy_*` (bytes/s; a copy counts what it reads and what it writes) in buffers that fit L2, L3 or neither, for caches of the given sizes.
     """
