@@ -139,15 +139,32 @@ def _taps(t: float, interpolation: int, padding: int, n: int, index: Any, weight
 
 
 @jit
-def _store(
-    out: Any, at: int, step: int, values: Any, channels: int, scale: Any, offset: Any, unit: float, to_levels: bool
-) -> None:
+def _sample(
+    source: Any, base: int, strides: Any, channels: int, height: int, width: int, px: float, py: float, fill: Any,
+    interpolation: int, padding: int, taps: Any, values: Any,
+) -> None:  # fmt: skip
+    """Any point, any mode."""
+    _, sc, sy, sx = strides
+    column, row, wx, wy = taps
+    nx = _taps(px, interpolation, padding, width, column, wx)
+    ny = _taps(py, interpolation, padding, height, row, wy)
     for c in range(channels):
-        if to_levels:
-            v = values[c] * (255.0 * unit)
-            out[at + c * step] = np.rint(min(max(v, 0.0), 255.0)) if v == v else 0
-        else:
-            out[at + c * step] = values[c] * unit * scale[c] + offset[c]
+        total = 0.0
+        for i in range(ny):
+            for j in range(nx):
+                if row[i] < 0 or column[j] < 0:
+                    total += wy[i] * wx[j] * fill[c]
+                else:
+                    total += wy[i] * wx[j] * source[base + c * sc + row[i] * sy + column[j] * sx]
+        values[c] = total
+
+
+@jit
+def _color(m: Any, unit: float, values: Any) -> None:
+    r, g, b = values[0] * unit, values[1] * unit, values[2] * unit
+    for c in range(3):
+        v = m[4 * c] * r + m[4 * c + 1] * g + m[4 * c + 2] * b + m[4 * c + 3]
+        values[c] = min(max(v, 0.0), 1.0) if v == v else v
 
 
 @jit
@@ -157,45 +174,68 @@ def _warp_rows(
     levels: bool, to_levels: bool, first: int, begin: int, end: int,
 ) -> None:  # fmt: skip
     """Output rows [begin, end), counted over the images from number `first` on."""
-    column, row = np.empty(4, np.int64), np.empty(4, np.int64)
-    wx, wy = np.empty(4), np.empty(4)
-    values, rgb = np.empty(channels), np.empty(3)
+    taps = np.empty(4, np.int64), np.empty(4, np.int64), np.empty(4), np.empty(4)
+    values = np.empty(max(channels, 3))
     sn, sc, sy, sx = strides
-    for unit_of_work in range(begin, end):
-        image, y = unit_of_work // out_height, unit_of_work % out_height
+    inner_x, inner_y = (width - 1.0, height - 1.0) if interpolation == BILINEAR else (0.0, 0.0)
+    right, below, next_plane, next_plane_out = np.uintp(sx), np.uintp(sy), np.uintp(sc), np.uintp(out_strides[1])
+    reach = 2.0 if interpolation == BICUBIC else 1.0
+    unit = 1.0 / 255.0 if levels else 1.0
+    colored = len(colors) > 0
+    factor, add = np.empty(channels), np.empty(channels)
+    for c in range(channels):  # of a sample, or of a coloured value in [0, 1]
+        factor[c] = 255.0 * (1.0 if colored else unit) if to_levels else scale[c] * (1.0 if colored else unit)
+        add[c] = 0.0 if to_levels else offset[c]
+    for row_of_batch in range(begin, end):
+        image, y = row_of_batch // out_height, row_of_batch % out_height
         m = maps[image]
         affine = m[2, 0] == 0 and m[2, 1] == 0 and m[2, 2] == 1
         cx, cy, cw = m[0, 1] * y + m[0, 2], m[1, 1] * y + m[1, 2], m[2, 1] * y + m[2, 2]
+        mx, my, mw = m[0, 0], m[1, 0], m[2, 0]
+        base = image * sn
+        at = (first + image) * out_strides[0] + y * out_strides[2]
         for x in range(out_width):
-            px, py = m[0, 0] * x + cx, m[1, 0] * x + cy
+            px, py = mx * x + cx, my * x + cy
             if not affine:
-                r = 1.0 / (m[2, 0] * x + cw)
+                r = 1.0 / (mw * x + cw)
                 px, py = px * r, py * r
-            if not (np.isfinite(px) and np.isfinite(py)):
+            if px >= 0.0 and px < inner_x and py >= 0.0 and py < inner_y:
+                ix, iy = int(px), int(py)
+                fx, fy = px - ix, py - iy
+                w11 = fx * fy
+                w01, w10, w00 = fx - w11, fy - w11, 1.0 - fx - fy + w11
+                k = np.uintp(base + iy * sy + ix * sx)  # unsigned: Numba then leaves out the wrap of negative indices
+                to = np.uintp(at)
+                for c in range(channels):
+                    v = source[k] * w00 + source[k + right] * w01
+                    v += source[k + below] * w10 + source[k + below + right] * w11
+                    k += next_plane
+                    if colored:
+                        values[c] = v
+                    else:
+                        v = v * factor[c] + add[c]
+                        out[to] = np.rint(min(max(v, 0.0), 255.0)) if to_levels else v
+                        to += next_plane_out
+                if not colored:
+                    at += out_strides[3]
+                    continue
+            elif padding == CONSTANT and not (
+                px > -reach and px < width + reach and py > -reach and py < height + reach
+            ):
+                for c in range(channels):  # no tap inside; NaN comes here too
+                    values[c] = fill[c]
+            elif np.isfinite(px) and np.isfinite(py):
+                _sample(
+                    source, base, strides, channels, height, width, px, py, fill, interpolation, padding, taps, values
+                )
+            else:
                 for c in range(channels):
                     values[c] = fill[c]
-            else:
-                nx = _taps(px, interpolation, padding, width, column, wx)
-                ny = _taps(py, interpolation, padding, height, row, wy)
-                for c in range(channels):
-                    total = 0.0
-                    base = image * sn + c * sc
-                    for i in range(ny):
-                        for j in range(nx):
-                            if row[i] < 0 or column[j] < 0:
-                                total += wy[i] * wx[j] * fill[c]
-                            else:
-                                total += wy[i] * wx[j] * source[base + row[i] * sy + column[j] * sx]
-                    values[c] = total
-            at = (first + image) * out_strides[0] + y * out_strides[2] + x * out_strides[3]
-            unit = 1.0 / 255.0 if levels else 1.0
-            if len(colors):
-                a = colors[first + image]
-                for c in range(3):
-                    rgb[c] = (a[4 * c] * values[0] + a[4 * c + 1] * values[1] + a[4 * c + 2] * values[2]) * unit + a[
-                        4 * c + 3
-                    ]
-                for c in range(3):
-                    values[c] = min(max(rgb[c], 0.0), 1.0) if rgb[c] == rgb[c] else rgb[c]
-                unit = 1.0
-            _store(out, at, out_strides[1], values, channels, scale, offset, unit, to_levels)
+            if colored:
+                _color(colors[first + image], unit, values)
+            for c in range(channels):
+                v = values[c] * factor[c] + add[c]
+                if to_levels:
+                    v = np.rint(min(max(v, 0.0), 255.0)) if v == v else 0.0
+                out[at + c * out_strides[1]] = v
+            at += out_strides[3]
