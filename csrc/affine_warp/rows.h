@@ -93,7 +93,8 @@ Source<T> prepared(const AffineWarp& p, const Map& map, int64_t image, void* scr
 // --- sampling ------------------------------------------------------------------------------------------------------
 
 template <class R>
-Point<R> point_at(const AffineWarp& p, const Map& map, const Base<R>& base, int64_t x0, int lane, int64_t y) {
+IMGOPT_INLINE Point<R> point_at(const AffineWarp& p, const Map& map, const Base<R>& base, int64_t x0, int lane,
+                                int64_t y) {
     Point<R> point = map.affine ? affine_point(base, lane) : perspective_point<R>(map.m, x0 + lane, y);
     if (p.interpolation == Interpolation::nearest) {
         point.x += point.fx >= static_cast<R>(0.5);
@@ -183,12 +184,61 @@ R bicubic(const T* data, const Taps<4>& t, R fx, R fy, double fill) {
     return sum;
 }
 
+// Bilinear samples whose taps all lie inside the image, which most do: no branch per tap, offsets once for all
+// channels.
+constexpr int kInside = 16;
+
+template <class T, class R>
+bool all_inside(const Source<T>& source, const Point<R>* points) {
+    bool inside = true;
+    for (int i = 0; i < kInside; ++i) {
+        const Point<R>& at = points[i];
+        inside &= at.finite & (at.x >= 0) & (at.y >= 0) & (at.x < source.width - 1) & (at.y < source.height - 1);
+    }
+    return inside;
+}
+
+template <class R>
+R bilinear_inside(const uint8_t* data, int64_t row, int64_t column, R fx, R fy) {
+    const BilinearWeights w = bilinear_weights(fx, fy);
+    return static_cast<R>(data[0] * w.w00 + data[column] * w.w01 + data[row] * w.w10 + data[row + column] * w.w11);
+}
+template <class T, class R>
+R bilinear_inside(const T* data, int64_t row, int64_t column, R fx, R fy) {
+    const R p00 = static_cast<R>(widened(data[0])), p10 = static_cast<R>(widened(data[row]));
+    const R above = fused(fx, static_cast<R>(widened(data[column])) - p00, p00);
+    const R below = fused(fx, static_cast<R>(widened(data[row + column])) - p10, p10);
+    return fused(fy, below - above, above);
+}
+
+template <class T, class R>
+void sample_inside(const Source<T>& source, const Point<R>* points, int64_t c0, int channels, R* to) {
+    int64_t at[kInside];
+    R fx[kInside], fy[kInside];
+    for (int i = 0; i < kInside; ++i) {
+        at[i] = points[i].y * source.row + points[i].x * source.column;
+        fx[i] = points[i].fx;
+        fy[i] = points[i].fy;
+    }
+    for (int c = 0; c < channels; ++c) {
+        const T* data = source.data + (c0 + c) * source.channel;
+        for (int i = 0; i < kInside; ++i)
+            to[c * kBlock + i] = bilinear_inside(data + at[i], source.row, source.column, fx[i], fy[i]);
+    }
+}
+
 // `count` samples of channels [c0, c0 + channels), each channel at its own kBlock values of `to`.
 template <class T, class R>
-void sample_block(const AffineWarp& p, const Source<T>& source, Point<R>* points, int count, int64_t c0, int channels,
-                  R* to) {
+void sample_block(const AffineWarp& p, const Source<T>& source, const Point<R>* points, int count, int64_t c0,
+                  int channels, R* to) {
     const R whole = static_cast<R>(unit<T>(p.interpolation));
+    const bool bilinear_wanted = p.interpolation == Interpolation::bilinear;
     for (int i = 0; i < count; ++i) {
+        if (bilinear_wanted && i % kInside == 0 && i + kInside <= count && all_inside(source, points + i)) {
+            sample_inside(source, points + i, c0, channels, to + i);
+            i += kInside - 1;
+            continue;
+        }
         const Point<R>& point = points[i];
         const auto store = [&](auto&& sampler) {
             for (int c = 0; c < channels; ++c)
@@ -199,7 +249,7 @@ void sample_block(const AffineWarp& p, const Source<T>& source, Point<R>* points
         } else if (p.interpolation == Interpolation::nearest) {
             const Taps<1> t(source, point.x, point.y, p.padding);
             store([&](const T* data, double fill) { return tap<T, R>(data, t.y[0], t.x[0], fill); });
-        } else if (p.interpolation == Interpolation::bilinear) {
+        } else if (bilinear_wanted) {
             const Taps<2> t(source, point.x, point.y, p.padding);
             store([&](const T* data, double fill) { return bilinear(data, t, point.fx, point.fy, fill); });
         } else {
