@@ -158,14 +158,8 @@ inline void copy_bytes(uint8_t* out, const uint8_t* in, int64_t n) {
     }
 }
 
-// Where 32 bytes can be read, they are copied whatever n is: what is too much is overwritten next.
-constexpr int64_t kAppendSlack = 32;
-inline void append(int8_t* out, const uint8_t* in, int64_t n, const Int8Conv2d& p) {
-    const uint8_t* end = p.input + p.batch * p.in_h * p.in_w * p.input_stride;
-    if (n <= kAppendSlack && end - in >= kAppendSlack)
-        memcpy(out, in, kAppendSlack);
-    else
-        copy_bytes(reinterpret_cast<uint8_t*>(out), in, n);
+inline void append(int8_t* out, const uint8_t* in, int64_t n, const Int8Conv2d&) {
+    copy_bytes(reinterpret_cast<uint8_t*>(out), in, n);
 }
 
 // Words hold the flipped byte; bytes stay as they are, for the tile to flip.
@@ -174,25 +168,44 @@ inline void append(int16_t* out, const uint8_t* in, int64_t n, const Int8Conv2d&
     for (int64_t i = 0; i < n; ++i) out[i] = in[i] ^ flip;
 }
 
-// Collects the left operands of a block, (pixel, depth), through the table. Taps that lie side by side in memory, as
-// those of a kernel's row do away from the border, are copied together.
+// Bytes behind every row of a strip that a copy may overwrite.
+constexpr int64_t kStripSlack = 32;
+
+// One kernel row of all pixels of a block, where taps lie side by side in memory, as they do away from the border, and
+// fit into 32 bytes: that many are copied whatever their number, and the next kernel row overwrites what is too much.
+// Returns whether it could.
+inline bool append_short_rows(const Int8Conv2d& p, const uint8_t* const* first, const uint8_t* const* last,
+                              const uint8_t* padding, int64_t pixels, int64_t pitch, int8_t* out) {
+    const uint8_t* safe = p.input + p.batch * p.in_h * p.in_w * p.input_stride - kStripSlack;
+    for (int64_t m = 0; m < pixels; ++m)
+        if (first[m] == padding || last[m] == padding || first[m] > safe) return false;
+    for (int64_t m = 0; m < pixels; ++m) memcpy(out + m * pitch, first[m], kStripSlack);
+    return true;
+}
+
+inline bool append_short_rows(const Int8Conv2d&, const uint8_t* const*, const uint8_t* const*, const uint8_t*, int64_t,
+                              int64_t, int16_t*) {
+    return false;
+}
+
+// Collects the left operands of a block through the table: `pitch` products per pixel, kernel row after kernel row.
 template <class Product>
 void fill_strip(const Int8Conv2d& p, const uint8_t* const* table, int64_t row_stride, const uint8_t* padding,
-                int64_t offset, int64_t pixels, int64_t depth, Product* strip) {
-    const int64_t channels = p.weight.group_channels, kernel_w = p.weight.kernel_w;
+                int64_t offset, int64_t pixels, int64_t pitch, Product* strip) {
+    const int64_t channels = p.weight.group_channels, kernel_w = p.weight.kernel_w, row = kernel_w * channels;
     const bool dense = p.dilation_w == 1 && channels == p.input_stride;
-    for (int64_t m = 0; m < pixels; ++m) {
-        Product* out = strip + m * depth;
-        for (int64_t ky = 0; ky < p.weight.kernel_h; ++ky) {
-            const uint8_t* const* taps = table + ky * kernel_w * row_stride + m;
-            const uint8_t* last = taps[(kernel_w - 1) * row_stride];
-            if (dense && taps[0] != padding && last != padding) {
-                append(out, taps[0] + offset, kernel_w * channels, p);
-                out += kernel_w * channels;
+    for (int64_t ky = 0; ky < p.weight.kernel_h; ++ky) {
+        const uint8_t* const* taps = table + ky * kernel_w * row_stride;
+        const uint8_t* const* last = taps + (kernel_w - 1) * row_stride;
+        Product* out = strip + ky * row;
+        if (dense && row <= kStripSlack && append_short_rows(p, taps, last, padding, pixels, pitch, out)) continue;
+        for (int64_t m = 0; m < pixels; ++m, out += pitch) {
+            if (dense && taps[m] != padding && last[m] != padding) {
+                append(out, taps[m], row, p);
                 continue;
             }
-            for (int64_t kx = 0; kx < kernel_w; ++kx, out += channels)
-                append(out, taps[kx * row_stride] + offset, channels, p);
+            for (int64_t kx = 0; kx < kernel_w; ++kx)
+                append(out + kx * channels, taps[kx * row_stride + m] + offset, channels, p);
         }
     }
 }
@@ -206,15 +219,16 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
     const Blocks blocks(p, most);
     const int64_t depth = depth_of<Isa>(w), taps = taps_of(w), per_group = w.out_channels / w.groups;
     const int64_t depth_bytes = depth * static_cast<int64_t>(sizeof(Product));
+    const int64_t pitch = depth + kStripSlack;
     const bool in_place = reads_in_place<Isa>(w);
     const int64_t table_bytes = (taps + 1) * most * 8, row_bytes = round_up(w.groups * w.group_channels, 64);
-    const int64_t strip_bytes = in_place ? 0 : most * depth_bytes + kAppendSlack;
+    const int64_t strip_bytes = in_place ? 0 : most * pitch * static_cast<int64_t>(sizeof(Product));
     char* scratch = static_cast<char*>(thread_scratch(table_bytes + row_bytes + strip_bytes));
     const uint8_t** table = reinterpret_cast<const uint8_t**>(scratch);
     uint8_t* padding = reinterpret_cast<uint8_t*>(scratch + table_bytes);
     uint8_t* strip = padding + row_bytes;
     const uint8_t** strip_rows = table + taps * most;
-    for (int64_t m = 0; m < most; ++m) strip_rows[m] = strip + m * depth_bytes;
+    for (int64_t m = 0; m < most; ++m) strip_rows[m] = strip + m * pitch * static_cast<int64_t>(sizeof(Product));
     memset(padding, p.input_zero_point ^ p.input_flip, static_cast<size_t>(row_bytes));
 
     const ByteRange range = byte_range(p);
@@ -229,7 +243,7 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
         }
         block_done = block;
         if (!in_place && group != group_done)
-            fill_strip(p, table, most, padding, group * w.group_channels, pixels, depth,
+            fill_strip(p, table, most, padding, group * w.group_channels, pixels, pitch,
                        reinterpret_cast<Product*>(strip));
         group_done = group;
 

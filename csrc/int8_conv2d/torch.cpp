@@ -15,9 +15,10 @@ constexpr int64_t kGrainProducts = int64_t{1} << 18;
 
 // True channels_last memory; strides of axes of one element do not matter.
 bool is_channels_last(const Tensor& t) {
-    const int64_t strides[] = {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
-    for (int axis = 0; axis < 4; ++axis)
-        if (t.size(axis) > 1 && t.stride(axis) != strides[axis]) return false;
+    const auto size = t.sizes(), stride = t.strides();
+    const int64_t expected[] = {size[1] * size[2] * size[3], 1, size[1] * size[3], size[1]};
+    for (size_t axis = 0; axis < 4; ++axis)
+        if (size[axis] > 1 && stride[axis] != expected[axis]) return false;
     return true;
 }
 

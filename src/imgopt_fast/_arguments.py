@@ -105,26 +105,29 @@ def check_clamp(output_min: float | None, output_max: float | None) -> None:
 
 def as_pair(name: str, value: int | Sequence[int], low: int) -> list[int]:
     """`value` as [h, w]; a single integer serves both."""
-    pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= low for v in pair):
-        raise ValueError(f"{name}: expected an integer of at least {low} or a pair of them, got {value}")
-    return pair
+    if isinstance(value, int):
+        if value >= low:
+            return [value, value]
+    else:
+        pair = list(value)
+        if len(pair) == 2 and all(isinstance(v, int) and v >= low for v in pair):
+            return pair
+    raise ValueError(f"{name}: expected an integer of at least {low} or a pair of them, got {value}")
 
 
 def as_sides(padding: Padding) -> list[int]:
     """[top, bottom, left, right]."""
     if isinstance(padding, int):
-        sides = [padding] * 4
+        if padding >= 0:
+            return [padding] * 4
     else:
         axes = [(axis, axis) if isinstance(axis, int) else tuple(axis) for axis in padding]
         sides = [side for axis in axes for side in axis]
-        if len(axes) != 2:
-            sides = []
-    if len(sides) != 4 or not all(isinstance(side, int) and side >= 0 for side in sides):
-        raise ValueError(
-            f"padding: expected an integer, (h, w) or ((top, bottom), (left, right)), none negative, got {padding}"
-        )
-    return sides
+        if len(axes) == 2 and len(sides) == 4 and all(isinstance(side, int) and side >= 0 for side in sides):
+            return sides
+    raise ValueError(
+        f"padding: expected an integer, (h, w) or ((top, bottom), (left, right)), none negative, got {padding}"
+    )
 
 
 def output_size(
