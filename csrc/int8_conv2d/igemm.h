@@ -47,6 +47,10 @@ using TileFunction = void (*)(const Tile&);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// a / stride, rounded up; a division costs as much as a vector of pointers, and most strides are 1 or 2.
+inline int64_t steps_over(int64_t a, int64_t stride) {
+    return stride == 1 ? a : stride == 2 ? (a + 1) >> 1 : ceil_div(a, stride);
+}
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How a group's output channels are cut: `vectors` of kLanes, spread evenly over `panels`.
@@ -132,8 +136,8 @@ inline void fill_table(const Int8Conv2d& p, int64_t begin, int64_t end, const ui
             const bool inside = y >= 0 && y < p.in_h;
             for (int64_t kx = 0; kx < p.weight.kernel_w; ++kx, out += row_stride) {
                 const int64_t x0 = ox * p.stride_w - p.pad_left + kx * p.dilation_w;
-                int64_t first = x0 < 0 ? smaller(ceil_div(-x0, p.stride_w), run) : 0;
-                int64_t last = x0 >= p.in_w ? 0 : smaller(ceil_div(p.in_w - x0, p.stride_w), run);
+                int64_t first = x0 < 0 ? smaller(steps_over(-x0, p.stride_w), run) : 0;
+                int64_t last = x0 >= p.in_w ? 0 : smaller(steps_over(p.in_w - x0, p.stride_w), run);
                 if (!inside || last <= first) first = last = run;
                 const uint8_t* base = p.input + ((n * p.in_h + y) * p.in_w + x0) * p.input_stride;
                 for (int64_t i = 0; i < first; ++i) out[i] = padding;
@@ -158,34 +162,21 @@ inline void copy_bytes(uint8_t* out, const uint8_t* in, int64_t n) {
     }
 }
 
-inline void append(int8_t* out, const uint8_t* in, int64_t n, const Int8Conv2d&) {
-    copy_bytes(reinterpret_cast<uint8_t*>(out), in, n);
+// Bytes behind every row of a strip that a copy may overwrite: up to 32 are copied whatever their number where so many
+// can be read, and the next kernel row overwrites what was too much.
+constexpr int64_t kStripSlack = 32;
+
+inline void append(int8_t* out, const uint8_t* in, int64_t n, const Int8Conv2d&, const uint8_t* end) {
+    if (end && n <= kStripSlack && end - in >= kStripSlack)
+        memcpy(out, in, kStripSlack);
+    else
+        copy_bytes(reinterpret_cast<uint8_t*>(out), in, n);
 }
 
 // Words hold the flipped byte; bytes stay as they are, for the tile to flip.
-inline void append(int16_t* out, const uint8_t* in, int64_t n, const Int8Conv2d& p) {
+inline void append(int16_t* out, const uint8_t* in, int64_t n, const Int8Conv2d& p, const uint8_t*) {
     const uint8_t flip = p.input_flip;
     for (int64_t i = 0; i < n; ++i) out[i] = in[i] ^ flip;
-}
-
-// Bytes behind every row of a strip that a copy may overwrite.
-constexpr int64_t kStripSlack = 32;
-
-// One kernel row of all pixels of a block, where taps lie side by side in memory, as they do away from the border, and
-// fit into 32 bytes: that many are copied whatever their number, and the next kernel row overwrites what is too much.
-// Returns whether it could.
-inline bool append_short_rows(const Int8Conv2d& p, const uint8_t* const* first, const uint8_t* const* last,
-                              const uint8_t* padding, int64_t pixels, int64_t pitch, int8_t* out) {
-    const uint8_t* safe = p.input + p.batch * p.in_h * p.in_w * p.input_stride - kStripSlack;
-    for (int64_t m = 0; m < pixels; ++m)
-        if (first[m] == padding || last[m] == padding || first[m] > safe) return false;
-    for (int64_t m = 0; m < pixels; ++m) memcpy(out + m * pitch, first[m], kStripSlack);
-    return true;
-}
-
-inline bool append_short_rows(const Int8Conv2d&, const uint8_t* const*, const uint8_t* const*, const uint8_t*, int64_t,
-                              int64_t, int16_t*) {
-    return false;
 }
 
 // Collects the left operands of a block through the table: `pitch` products per pixel, kernel row after kernel row.
@@ -194,18 +185,18 @@ void fill_strip(const Int8Conv2d& p, const uint8_t* const* table, int64_t row_st
                 int64_t offset, int64_t pixels, int64_t pitch, Product* strip) {
     const int64_t channels = p.weight.group_channels, kernel_w = p.weight.kernel_w, row = kernel_w * channels;
     const bool dense = p.dilation_w == 1 && channels == p.input_stride;
+    const uint8_t* end = p.input + p.batch * p.in_h * p.in_w * p.input_stride;
     for (int64_t ky = 0; ky < p.weight.kernel_h; ++ky) {
         const uint8_t* const* taps = table + ky * kernel_w * row_stride;
         const uint8_t* const* last = taps + (kernel_w - 1) * row_stride;
         Product* out = strip + ky * row;
-        if (dense && row <= kStripSlack && append_short_rows(p, taps, last, padding, pixels, pitch, out)) continue;
         for (int64_t m = 0; m < pixels; ++m, out += pitch) {
             if (dense && taps[m] != padding && last[m] != padding) {
-                append(out, taps[m], row, p);
+                append(out, taps[m], row, p, end);
                 continue;
             }
             for (int64_t kx = 0; kx < kernel_w; ++kx)
-                append(out + kx * channels, taps[kx * row_stride + m] + offset, channels, p);
+                append(out + kx * channels, taps[kx * row_stride + m] + offset, channels, p, nullptr);
         }
     }
 }
