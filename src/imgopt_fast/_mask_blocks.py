@@ -4,7 +4,8 @@ The table is measured by `benchmarks/tune_masked_matmul.py`, which prints it. AV
 Zen 5 core. AVX2's differences above 10 % density are within the noise. The plain-C kernel does not depend on it.
 """
 
-# Density of the mask up to which a block size is the fastest, per instruction set (None: no compiled kernels); 0 is one block.
+# Density of the mask up to which a block size is the fastest, per instruction set (None: no compiled kernels); 0
+# stands for one block.
 BLOCKS: dict[str | None, tuple[tuple[float, int], ...]] = {
     None: ((1.0, 256),),
     "scalar": ((1.0, 256),),
