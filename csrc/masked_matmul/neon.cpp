@@ -1,4 +1,4 @@
-// masked_matmul with NEON: panels of 16 samples, sixteen sums of a quad in half of the 32 registers.
+// masked_matmul with 128-bit vectors: panels of 16 samples, sixteen sums of a quad in half of the registers.
 #include <arm_neon.h>
 
 #include "lanes.h"
@@ -19,59 +19,85 @@ struct Lanes {
     static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
 
     // Four numbers of which `count` may be touched.
-    template <class Storage>
-    static Reg load_part(const Storage* from, int count) {
-        Storage part[4] = {};
-        memcpy(part, from, static_cast<size_t>(count) * sizeof(Storage));
-        return widened(part);
+    template <class T>
+    static void copy(T* to, const void* from, int count) {
+        memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
     }
-    static Reg widened(const float* from) { return vld1q_f32(from); }
-    static Reg widened(const BFloat16* from) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&from->bits), 16)); }
-    static Reg widened(const Half* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits))); }
+    static uint16x4_t load_words(const void* from, int count) {
+        uint16_t words[4] = {};
+        copy(words, from, count);
+        return vld1_u16(words);
+    }
 
-    template <class Storage>
-    static void store_part(Storage* to, Reg x, int count) {
-        Storage part[4];
-        narrowed(x, part);
-        memcpy(to, part, static_cast<size_t>(count) * sizeof(Storage));
+    static Reg load_part(const float* from, int count) {
+        if (count == 4) return load(from);
+        float lanes[4] = {};
+        copy(lanes, from, count);
+        return load(lanes);
     }
-    static void narrowed(Reg x, float* to) { vst1q_f32(to, x); }
-    static void narrowed(Reg x, BFloat16* to) {
+    static Reg load_part(const BFloat16* from, int count) {
+        return vreinterpretq_f32_u32(vshll_n_u16(load_words(from, count), 16));
+    }
+    static Reg load_part(const Half* from, int count) {
+        return vcvt_f32_f16(vreinterpret_f16_u16(load_words(from, count)));
+    }
+    static Reg load_part(const uint8_t* from, int count) {
+        uint8_t bytes[8] = {};
+        copy(bytes, from, count);
+        return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vld1_u8(bytes)))));
+    }
+    static Reg load_part(const int8_t* from, int count) {
+        int8_t bytes[8] = {};
+        copy(bytes, from, count);
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(bytes)))));
+    }
+    static void add_integers(int32_t* to, Reg x) { vst1q_s32(to, vaddq_s32(vld1q_s32(to), vcvtnq_s32_f32(x))); }
+
+    static void store_part(float* to, Reg x, int count) {
+        if (count == 4) return store(to, x);
+        float lanes[4];
+        store(lanes, x);
+        copy(to, lanes, count);
+    }
+    static void store_part(BFloat16* to, Reg x, int count) {
         const uint32x4_t bits = vreinterpretq_u32_f32(x);
         const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-        const uint32x4_t rounded = vshrq_n_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16);
-        vst1_u16(&to->bits, vmovn_u32(vbslq_u32(vceqq_f32(x, x), rounded, vdupq_n_u32(0x7fc0))));
+        const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+        const uint16x4_t number = vmovn_u32(vceqq_f32(x, x));
+        const uint16x4_t words = vbsl_u16(number, vshrn_n_u32(rounded, 16), vdup_n_u16(0x7fc0));
+        uint16_t lanes[4];
+        vst1_u16(lanes, words);
+        copy(reinterpret_cast<uint16_t*>(to), lanes, count);
     }
-    static void narrowed(Reg x, Half* to) { vst1_u16(&to->bits, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+    static void store_part(Half* to, Reg x, int count) {
+        uint16_t lanes[4];
+        vst1_u16(lanes, vreinterpret_u16_f16(vcvt_f16_f32(x)));
+        copy(reinterpret_cast<uint16_t*>(to), lanes, count);
+    }
 
-    static Reg low_halves(Reg a, Reg b) { return vcombine_f32(vget_low_f32(a), vget_low_f32(b)); }
-    static Reg high_halves(Reg a, Reg b) { return vcombine_f32(vget_high_f32(a), vget_high_f32(b)); }
-
-    static void transpose(Reg (&t)[4]) {
+    static IMGOPT_INLINE void transpose(Reg (&t)[4]) {
         const float32x4x2_t a = vtrnq_f32(t[0], t[1]), b = vtrnq_f32(t[2], t[3]);
-        t[0] = low_halves(a.val[0], b.val[0]);
-        t[1] = low_halves(a.val[1], b.val[1]);
-        t[2] = high_halves(a.val[0], b.val[0]);
-        t[3] = high_halves(a.val[1], b.val[1]);
+        t[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+        t[1] = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+        t[2] = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+        t[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
     }
 
     template <int kCount>
-    static Reg join(Reg a, Reg b) {
-        if constexpr (kCount == 2) return add(vzip1q_f32(a, b), vzip2q_f32(a, b));
-        return add(low_halves(a, b), high_halves(a, b));
+    static IMGOPT_INLINE Reg join(Reg a, Reg b) {
+        return vpaddq_f32(a, b);
     }
 
+    // There is no gather; four scalar loads are what it would be.
     static Reg gather(const float* from, const int32_t* index) {
-        float part[4];
-        for (int i = 0; i < 4; ++i) part[i] = index[i] < 0 ? 0.0f : from[index[i]];
-        return vld1q_f32(part);
+        float lanes[4];
+        for (int i = 0; i < 4; ++i) lanes[i] = index[i] < 0 ? 0.0f : from[index[i]];
+        return load(lanes);
     }
 };
 
 }  // namespace
 
-void masked_matmul(KernelTable& table) {
-    table.masked = {lanes_matmul<Lanes>, lanes_weight_grad<Lanes>, lanes_values<Lanes>};
-}
+void masked_matmul(KernelTable& table) { table.masked = Exports<Lanes>::kTable; }
 
 }  // namespace imgopt::neon
