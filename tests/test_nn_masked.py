@@ -118,8 +118,12 @@ def test_compiles() -> None:
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
     network[0].set_mask(~network[0].weight_mask)  # type: ignore[operator, union-attr, arg-type]
-    expected = network(x)
-    torch.testing.assert_close(compiled(x), expected)
+    with torch.no_grad():
+        network[0].weight.normal_()  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(compiled(x), network(x))
+    other = nn.Sequential(conv(), nn.ReLU(), nn.Flatten(), MaskedLinear(6 * 5 * 9, 3))
+    network.load_state_dict(other.state_dict())
+    torch.testing.assert_close(compiled(x), other(x))
 
 
 def test_same_padding() -> None:

@@ -34,12 +34,13 @@ class _Masked(nn.Module):
         with torch.no_grad():
             self.weight_mask.copy_(mask)
             self.weight.masked_fill_(~self.weight_mask, 0)
+        self._follow()
 
     def mask_or_layout(self) -> Tensor | MaskLayout:
         """What the operation takes for a mask: the layout, brought up to date.
 
-        A graph being traced takes the layout of the last eager call (or of `layout()`); where there was none it
-        takes the mask itself, which costs dense arithmetic.
+        A graph being traced takes the layout that is there: from an eager call, `layout()`, `set_mask` or a loaded
+        state_dict. Where there is none it takes the mask itself, which costs dense arithmetic.
         """
         if torch.compiler.is_compiling():
             return self.weight_mask if self._layout is None else self._layout
@@ -52,6 +53,15 @@ class _Masked(nn.Module):
         if self._layout is None or self._layout_of != current:
             self._layout, self._layout_of = mask_layout(mask, groups=self.groups), current
         return self._layout
+
+    def _follow(self) -> None:
+        """Analyse a new mask at once where there was a layout: a compiled forward would go on with the old one."""
+        if self._layout is not None:
+            self.layout()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._follow()
 
     def density(self) -> float:
         """Share of the weights that exist."""
