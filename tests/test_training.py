@@ -22,6 +22,7 @@ from imgopt_fast.training import (
     Report,
     TrainConfig,
     evaluate,
+    figures,
     load_network,
     load_weights,
     resume,
@@ -29,7 +30,7 @@ from imgopt_fast.training import (
     train,
 )
 from imgopt_fast.training.checkpoint import interruptible
-from imgopt_fast.training.evaluate import accuracy, confusion, density, measure_speed
+from imgopt_fast.training.evaluate import accuracy, density, measure_speed, predictions
 from imgopt_fast.training.loop import Stage, learning_rate
 from imgopt_fast.training.network import Card
 from imgopt_fast.training.run_folder import RunFolder
@@ -108,8 +109,10 @@ def test_a_training_writes_its_folder_and_reports_three_networks(shared: Report)
     assert sorted(path.name for path in report.path.iterdir()) == [
         "checkpoint.pt",
         "config.yaml",
+        "confusion.png",
         "curves.png",
         "dense.safetensors",
+        "mistakes.png",
         "model.safetensors",
         "network.yaml",
         "pruned.safetensors",
@@ -188,9 +191,9 @@ def test_a_network_comes_back_from_its_run_folder(few_images: Path, last: str) -
     probabilities = network.probabilities(test.images)
     assert probabilities.sum(dim=1).allclose(torch.ones(len(test)))
     assert (probabilities.argmax(dim=1) == test.labels).sum().item() / len(test) == report.stages[-1].test_top1
-    counts = confusion(network.module, test, network.card.prepare(), 3)
-    assert counts.sum(dim=1).equal(test.labels.bincount(minlength=3))
-    assert counts.diag().sum().item() / len(test) == report.stages[-1].test_top1
+    found = predictions(network.module, test, network.card.prepare())
+    assert found.equal(report.found)
+    assert found.equal(probabilities.argmax(dim=1))
 
 
 def test_a_teacher_is_heard(shared: Report) -> None:
@@ -436,6 +439,18 @@ def test_accuracy_counts_what_is_right() -> None:
 
     split = Split(images, (torch.arange(30) >= 14).long())
     assert accuracy(Brightness(), split, Compose([Normalize((0.0,), (1.0,))]), batch_size=7) == 24 / 30
+
+
+def test_figures_are_drawn_for_any_number_of_classes_and_mistakes(tmp_path: Path) -> None:
+    for classes, channels in ((2, 1), (30, 3)):
+        split = Split(torch.zeros(40, channels, 6, 6, dtype=torch.uint8), torch.arange(40) % classes)
+        names = [f"class{i}" for i in range(classes)]
+        for found in (split.labels, split.labels.flip(0)):
+            figures.confusion(tmp_path / "confusion.png", split.labels, found, names)
+            figures.mistakes(tmp_path / "mistakes.png", split, found, names)
+            for name in ("confusion.png", "mistakes.png"):
+                with Image.open(tmp_path / name) as image:
+                    assert min(image.size) > 200
 
 
 def test_density_counts_weights_only() -> None:

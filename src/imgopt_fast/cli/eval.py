@@ -24,7 +24,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(arguments: argparse.Namespace) -> int:
     from imgopt_fast.data import load_dataset, load_labelled
     from imgopt_fast.training import TrainConfig, load_network
-    from imgopt_fast.training.evaluate import confusion
+    from imgopt_fast.training.evaluate import predictions
 
     network = load_network(arguments.run_folder)
     card = network.card
@@ -34,9 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
         config = TrainConfig.load(arguments.run_folder / "config.yaml")
         path = Path(config.data) if config.data is not None else None
         images = load_dataset(path, image_size=config.img_size, validation=config.validation).test
-    counts = confusion(network.module, images, card.prepare(), len(card.class_names))
-    print(f"{counts.diag().sum().item() / len(images):.2%} of {len(images):,} images")
+    right = predictions(network.module, images, card.prepare()) == images.labels
+    print(f"{int(right.sum()) / len(images):.2%} of {len(images):,} images")
     width = max(map(len, card.class_names))
-    for name, right, total in zip(card.class_names, counts.diag().tolist(), counts.sum(dim=1).tolist(), strict=True):
-        print(f"  {name:{width}}  " + (f"{right / total:7.2%} of {total:,}" if total else "no images"))
+    for label, name in enumerate(card.class_names):
+        of_class = right[images.labels == label]
+        share = f"{int(of_class.sum()) / len(of_class):7.2%} of {len(of_class):,}" if len(of_class) else "no images"
+        print(f"  {name:{width}}  {share}")
     return 0

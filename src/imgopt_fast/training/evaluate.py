@@ -22,24 +22,15 @@ class Speed(NamedTuple):
 
 
 @torch.no_grad()
+def predictions(model: nn.Module, split: Split, prepare: Compose, *, batch_size: int = BATCH) -> Tensor:
+    """(N,) the class that the model finds in each image; the model is left in evaluation mode."""
+    model.eval()
+    return torch.cat([model(prepare(batch.images)).argmax(dim=1) for batch in split.in_order(batch_size)])
+
+
 def accuracy(model: nn.Module, split: Split, prepare: Compose, *, batch_size: int = BATCH) -> float:
     """Share of `split` whose class the model finds; the model is left in evaluation mode."""
-    model.eval()
-    correct = 0
-    for batch in split.in_order(batch_size):
-        correct += int((model(prepare(batch.images)).argmax(dim=1) == batch.labels).sum())
-    return correct / len(split)
-
-
-@torch.no_grad()
-def confusion(model: nn.Module, split: Split, prepare: Compose, classes: int, *, batch_size: int = BATCH) -> Tensor:
-    """(classes, classes) int64: how many images of class `row` the model takes for class `column`."""
-    model.eval()
-    counts = torch.zeros(classes, classes, dtype=torch.int64, device=split.labels.device)
-    for batch in split.in_order(batch_size):
-        found = model(prepare(batch.images)).argmax(dim=1)
-        counts += (batch.labels * classes + found).bincount(minlength=classes**2).view(classes, classes)
-    return counts
+    return int((predictions(model, split, prepare, batch_size=batch_size) == split.labels).sum()) / len(split)
 
 
 @torch.no_grad()

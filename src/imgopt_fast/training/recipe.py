@@ -22,7 +22,7 @@ from imgopt_fast.models import create_model
 from imgopt_fast.training.checkpoint import FILE as CHECKPOINT
 from imgopt_fast.training.checkpoint import load_checkpoint
 from imgopt_fast.training.config import TrainConfig
-from imgopt_fast.training.evaluate import accuracy, density, measure_speed
+from imgopt_fast.training.evaluate import accuracy, density, measure_speed, predictions
 from imgopt_fast.training.loop import Fitting, Stage, fit
 from imgopt_fast.training.network import FILE as CARD
 from imgopt_fast.training.network import WEIGHTS, Card, load_network
@@ -115,7 +115,9 @@ def _train(config: TrainConfig, run: RunFolder, checkpoint: dict[str, Any] | Non
     if config.reference_epoch:
         plain = _create(dataclasses.replace(config, channels_last=False), dataset)
         reference = reference_epoch(config, plain, dataset.train, mean, std)
-    report = Report(config, dataset, run.path, epochs, stages, reference, time.perf_counter() - began)
+    found = predictions(networks[stages[-1].stage], dataset.test, prepare)
+    seconds = time.perf_counter() - began
+    report = Report(config, dataset.to(torch.device("cpu")), run.path, epochs, stages, found.cpu(), reference, seconds)
     write_report(run, report)
     return report
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from imgopt_fast import __version__, _native
 from imgopt_fast.data import Dataset
+from imgopt_fast.training import figures
 from imgopt_fast.training.config import TrainConfig, cpu_features
 from imgopt_fast.training.evaluate import Speed
 from imgopt_fast.training.run_folder import RunFolder
@@ -50,6 +52,7 @@ class Report:
     path: Path  # of the run folder
     epochs: list[EpochRow]
     stages: list[StageRow]
+    found: Tensor  # (N,) the class that the last network finds in each test image
     reference_seconds: float | None  # of one epoch in the plain PyTorch loop
     seconds: float  # of everything
 
@@ -95,8 +98,11 @@ class Report:
 
 
 def write_report(run: RunFolder, report: Report) -> None:
+    names = report.dataset.class_names
     run.write("summary.csv", lambda path: write_summary(path, report.epochs))
-    run.write("curves.png", lambda path: _draw_curves(path, report))
+    run.write("curves.png", lambda path: figures.curves(path, report.epochs))
+    run.write("confusion.png", lambda path: figures.confusion(path, report.dataset.test.labels, report.found, names))
+    run.write("mistakes.png", lambda path: figures.mistakes(path, report.dataset.test, report.found, names))
     run.write("report.md", lambda path: path.write_text(_markdown(report)))
 
 
@@ -106,27 +112,6 @@ def write_summary(path: Path, epochs: list[EpochRow]) -> None:
         writer.writerow([field.name for field in dataclasses.fields(EpochRow)])
         # repr gives every digit, so that two runs can be compared bit for bit.
         writer.writerows([repr(v) if isinstance(v, float) else v for v in dataclasses.astuple(row)] for row in epochs)
-
-
-def _draw_curves(path: Path, report: Report) -> None:
-    from matplotlib.figure import Figure  # half a second to import, and needed once
-
-    epochs = [row.epoch for row in report.epochs]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    curves = (
-        ("training loss", [row.train_loss for row in report.epochs]),
-        ("validation accuracy, %", [100 * row.eval_top1 for row in report.epochs]),
-        ("density of the weights, %", [100 * row.density for row in report.epochs]),
-    )
-    for axes, (title, values) in zip(figure.subplots(1, len(curves)), curves, strict=True):
-        axes.plot(epochs, values, marker="o", markersize=3)
-        first_pruned = next((row.epoch for row in report.epochs if row.stage == "pruned"), None)
-        if first_pruned is not None:
-            axes.axvspan(first_pruned - 0.5, epochs[-1] + 0.5, alpha=0.12, color="tab:orange", label="pruning")
-            axes.legend(frameon=False)
-        axes.set(title=title, xlabel="epoch")
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
 
 
 def _markdown(report: Report) -> str:
@@ -155,6 +140,11 @@ imgopt_fast {__version__} ({_native.backend()}{f", {_native.active_isa()}" if _n
 torch {torch.__version__}, Python {platform.python_version()}.
 
 ![curves](curves.png)
+
+How often the final network takes images of one class (row) for another (column), and images that it gets wrong:
+
+![confusion](confusion.png)
+![mistakes](mistakes.png)
 
 Repeat it with `imgopt-fast train --config config.yaml`. The final network is `model.safetensors`.
 """

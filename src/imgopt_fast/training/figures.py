@@ -1,0 +1,79 @@
+"""The figures of a run folder. matplotlib takes half a second to import and is imported when the first one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from imgopt_fast.data import Split
+
+if TYPE_CHECKING:
+    from imgopt_fast.training.report import EpochRow
+
+DPI = 120
+COLUMNS, ROWS = 8, 3  # of the mistakes that are shown
+
+
+def curves(path: Path, rows: Sequence[EpochRow]) -> None:
+    """Loss, validation accuracy and density over the epochs, with the pruning shaded."""
+    from matplotlib.figure import Figure
+
+    epochs = [row.epoch for row in rows]
+    shown = (
+        ("training loss", [row.train_loss for row in rows]),
+        ("validation accuracy, %", [100 * row.eval_top1 for row in rows]),
+        ("density of the weights, %", [100 * row.density for row in rows]),
+    )
+    first_pruned = next((row.epoch for row in rows if row.stage == "pruned"), None)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, (title, values) in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        axes.plot(epochs, values, marker="o", markersize=3)
+        if first_pruned is not None:
+            axes.axvspan(first_pruned - 0.5, epochs[-1] + 0.5, alpha=0.12, color="tab:orange", label="pruning")
+            axes.legend(frameon=False)
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=DPI)
+
+
+def confusion(path: Path, labels: Tensor, found: Tensor, class_names: Sequence[str]) -> None:
+    """Share of the images of each class (row) that was taken for each class (column), in percent."""
+    from matplotlib.figure import Figure
+
+    classes = len(class_names)
+    counts = (labels * classes + found).bincount(minlength=classes**2).view(classes, classes)
+    shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    side = max(3.0, min(0.6 * classes + 1.5, 20.0))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+    if classes <= 20:  # beyond, the numbers would overlap
+        for row, column in torch.cartesian_prod(torch.arange(classes), torch.arange(classes)).tolist():
+            share = shares[row, column].item()
+            if share >= 0.5:
+                color = "white" if share > 50 else "black"
+                axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=color, fontsize=8)
+        axes.set_xticks(range(classes), class_names, rotation=45, ha="right")
+        axes.set_yticks(range(classes), class_names)
+    axes.set(xlabel="found", ylabel="is")
+    figure.savefig(path, dpi=DPI)
+
+
+def mistakes(path: Path, split: Split, found: Tensor, class_names: Sequence[str]) -> None:
+    """The first images of `split` whose class was not found, with what was found and what they are."""
+    from matplotlib.figure import Figure
+
+    wrong = (found != split.labels).nonzero().flatten()[: COLUMNS * ROWS].tolist()
+    figure = Figure(figsize=(1.3 * COLUMNS, 1.7 * ROWS), layout="constrained")
+    for i, axes in enumerate(figure.subplots(ROWS, COLUMNS).flat):
+        axes.axis("off")
+        if i < len(wrong):
+            image = split.images[wrong[i]].permute(1, 2, 0).squeeze(-1).numpy()
+            axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+            is_class, found_class = (class_names[int(labels[wrong[i]])] for labels in (split.labels, found))
+            axes.set_title(f"{found_class}\nis {is_class}", fontsize=7)
+    figure.savefig(path, dpi=DPI)
