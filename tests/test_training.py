@@ -150,13 +150,13 @@ def test_the_test_images_decide_nothing(few_images: Path, monkeypatch: pytest.Mo
     asked: list[int] = []
 
     def spy(model: nn.Module, split: Split, prepare: Compose) -> float:
-        asked.append(id(split))
+        asked.append(split.labels.data_ptr())
         return accuracy(model, split, prepare)
 
     monkeypatch.setattr(loop, "accuracy", spy)
     monkeypatch.setattr(recipe, "accuracy", spy)
     report = train(tiny(few_images, "run", reference_epoch=False))
-    test = id(report.dataset.test)
+    test = report.dataset.test.labels.data_ptr()
     assert asked.count(test) == 3
     assert asked[-3:] == [test] * 3
 
@@ -171,6 +171,26 @@ def test_a_device_that_is_not_there_is_named(few_images: Path) -> None:
     for device in ("cuda:99", "nonsense"):
         with pytest.raises(ValueError, match=f"device: cannot use '{device}'"):
             train(tiny(few_images, "run", device=device))
+
+
+QUICK: dict[str, Any] = {"epochs": 1, "prune_epochs": 0, "quantize": "none", "reference_epoch": False}
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rand": {"aa": "rand"},
+    "trivial": {"aa": "trivial"},
+    "erasing": {"reprob": 1.0},
+    "mixing": {"mixup": 0.4, "cutmix": 1.0},
+    "adamw": {"opt": "adamw"},
+    "clipped": {"clip_grad": 0.01},
+}
+
+
+def test_every_way_to_train_differs_and_repeats(shared: Report) -> None:
+    images = Path(shared.config.data or "")
+    found = {name: results(train(tiny(images, name, **QUICK, **way)).path) for name, way in WAYS.items()}
+    assert len({str(rows) for rows in found.values()}) == len(WAYS)
+    for name in ("trivial", "mixing"):
+        assert results(train(tiny(images, f"{name} again", **QUICK, **WAYS[name])).path) == found[name]
 
 
 def test_stages_can_be_left_out(few_images: Path) -> None:
@@ -198,10 +218,9 @@ def test_a_network_comes_back_from_its_run_folder(few_images: Path, last: str) -
 
 def test_a_teacher_is_heard(shared: Report) -> None:
     images, teacher = Path(shared.config.data or ""), str(shared.path)
-    quick = {"epochs": 1, "prune_epochs": 0, "quantize": "none", "reference_epoch": False}
-    taught = train(tiny(images, "taught", distill=teacher, **quick)).path
-    alone = train(tiny(images, "alone", **quick)).path
-    deaf = train(tiny(images, "deaf", distill=teacher, distill_loss_weight=0.0, **quick)).path
+    taught = train(tiny(images, "taught", distill=teacher, **QUICK)).path
+    alone = train(tiny(images, "alone", **QUICK)).path
+    deaf = train(tiny(images, "deaf", distill=teacher, distill_loss_weight=0.0, **QUICK)).path
     assert results(taught) != results(alone)
     assert results(deaf) == results(alone)
 
@@ -383,6 +402,10 @@ def test_a_wrong_config_file_is_explained(tmp_path: Path, text: str, message: st
         {"momentum": 1.0},
         {"sparsity": 1.0},
         {"hflip": 1.5},
+        {"reprob": -0.5},
+        {"mixup": -1.0},
+        {"clip_grad": 0.0},
+        {"opt": "adam"},
         {"weight_decay": -1.0},
         {"scale": (2.0, 1.0)},
         {"validation": 0.5},

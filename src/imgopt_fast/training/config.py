@@ -37,16 +37,23 @@ class TrainConfig:
     epochs: int = option(20, "epochs of dense training")
     batch_size: int = option(128, "images per step", "-b", "--batch-size")
     lr: float = option(0.2, "highest learning rate")
+    opt: str = option("sgd", "optimizer; adamw wants an --lr of about 0.002", choices=("sgd", "adamw"))
     momentum: float = option(0.9, "momentum of SGD (Nesterov's)")
     weight_decay: float = option(5e-4, "weight decay of the convolution and linear weights")
     sched: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "linear"))
     warmup_epochs: float = option(2.0, "epochs over which the learning rate rises to --lr")
     smoothing: float = option(0.1, "label smoothing")
+    clip_grad: float | None = option(None, "largest norm of the gradient; default: as it comes")
 
     hflip: float = option(0.5, "probability of a horizontal flip")
     degrees: float = option(10.0, "random rotation, in degrees either way")
     translate: float = option(0.1, "random shift, as a share of the image's size")
     scale: tuple[float, float] = option((0.9, 1.1), "random zoom, lowest and highest")
+
+    aa: str = option("none", "policy of random operations on top", choices=("none", "rand", "trivial"))
+    reprob: float = option(0.0, "probability of erasing a random rectangle")
+    mixup: float = option(0.0, "alpha of mixing an image with the one before it; 0 mixes none")
+    cutmix: float = option(0.0, "alpha of pasting a rectangle of the image before; 0 pastes none")
 
     sparsity: float = option(0.8, "share of the weights that pruning removes; 0 skips pruning")
     prune_epochs: int = option(6, "epochs of gradual pruning and recovery")
@@ -76,9 +83,11 @@ class TrainConfig:
             _expect(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         for name in ("momentum", "smoothing", "sparsity"):
             _expect(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
-        for name in ("weight_decay", "warmup_epochs", "prune_warmup_epochs", "degrees", "translate"):
+        for name in ("weight_decay", "warmup_epochs", "prune_warmup_epochs", "degrees", "translate", "mixup", "cutmix"):
             _expect(getattr(self, name) >= 0, name, "a number that is not negative", getattr(self, name))
-        _expect(0 <= self.hflip <= 1, "hflip", "a probability", self.hflip)
+        for name in ("hflip", "reprob"):
+            _expect(0 <= getattr(self, name) <= 1, name, "a probability", getattr(self, name))
+        _expect(self.clip_grad is None or self.clip_grad > 0, "clip_grad", "a positive number", self.clip_grad)
         _expect(0 <= self.distill_loss_weight <= 1, "distill_loss_weight", "a share", self.distill_loss_weight)
         _expect(0 < self.validation < 0.5, "validation", "a share between 0 and 0.5", self.validation)
         _expect(self.img_size is None or self.img_size >= 8, "img_size", "at least 8", self.img_size)

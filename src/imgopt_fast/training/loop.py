@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from imgopt_fast.augment import Compose
 from imgopt_fast.compress import Pruner, distillation_loss
 from imgopt_fast.data import Dataset, batches_per_epoch
+from imgopt_fast.training.augmentation import Augmentation
 from imgopt_fast.training.checkpoint import FILE, SECONDS, Position, interruptible, restore, save_checkpoint
 from imgopt_fast.training.config import TrainConfig
 from imgopt_fast.training.evaluate import accuracy, density
@@ -55,7 +56,7 @@ class Fitting:
 
     config: TrainConfig
     dataset: Dataset
-    augment: Compose
+    augment: Augmentation
     prepare: Compose
     run: RunFolder
 
@@ -104,11 +105,13 @@ def fit(
             began, count = time.perf_counter(), 0
             loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64, device=device)
             for index, batch in images.shuffled(config.batch_size, seed=config.seed, epoch=at.epoch, first=at.batch):
-                augmented = fitting.augment(batch.images, key=(config.seed, at.epoch, index))
+                views, targets = fitting.augment(batch.images, batch.labels, (config.seed, at.epoch, index))
                 with torch.autocast(device.type, precision, enabled=autocast):
-                    loss = _loss(model(augmented), batch.labels, augmented, teacher, config)
+                    loss = _loss(model(views), targets, views, teacher, config)
                 optimizer.zero_grad()
                 loss.backward()
+                if config.clip_grad is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
                 optimizer.step()
                 schedule.step()
                 if pruner is not None:
@@ -170,9 +173,11 @@ def learning_rate(step: int, stage: Stage, steps_per_epoch: int, sched: str) -> 
     return 1 - progress if sched == "linear" else (1 + math.cos(math.pi * progress)) / 2
 
 
-def _optimizer(model: nn.Module, config: TrainConfig, lr: float) -> torch.optim.SGD:
-    """SGD; biases and batch norm's parameters do not decay."""
+def _optimizer(model: nn.Module, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    """SGD or AdamW; biases and batch norm's parameters do not decay."""
     decay = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if config.opt == "adamw":
+        return torch.optim.AdamW(groups, lr)
     return torch.optim.SGD(groups, lr, config.momentum, nesterov=config.momentum > 0)

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from imgopt_fast.augment import Compose, Normalize, RandomAffine, RandomHorizontalFlip
+from imgopt_fast.augment import Compose, Normalize
 from imgopt_fast.compress import Int8Config, PruneConfig, prune, quantize
 from imgopt_fast.data import Dataset, batches_per_epoch, load_dataset
 from imgopt_fast.models import create_model
+from imgopt_fast.training.augmentation import Augmentation
 from imgopt_fast.training.checkpoint import FILE as CHECKPOINT
 from imgopt_fast.training.checkpoint import load_checkpoint
 from imgopt_fast.training.config import TrainConfig
@@ -60,10 +61,8 @@ def _train(config: TrainConfig, run: RunFolder, checkpoint: dict[str, Any] | Non
     data = Path(config.data) if config.data is not None else None
     dataset = load_dataset(data, image_size=config.img_size, validation=config.validation)
     mean, std = dataset.statistics()
-    flip = RandomHorizontalFlip(config.hflip)
-    shift = (config.translate, config.translate)
-    affine = RandomAffine(config.degrees, translate=shift, scale=config.scale, interpolation="bilinear")
-    augment, prepare = Compose([flip, affine, Normalize(mean, std)]), Compose([Normalize(mean, std)])
+    prepare = Compose([Normalize(mean, std)])
+    augment = Augmentation(config, Normalize(mean, std), len(dataset.class_names))
     dataset = dataset.to(_device(config))
     fitting = Fitting(config, dataset, augment, prepare, run)
     files = _weight_files(config)
