@@ -194,7 +194,7 @@ def test_every_way_to_train_differs_and_repeats(shared: Report) -> None:
 
 
 def test_stages_can_be_left_out(few_images: Path) -> None:
-    report = train(tiny(few_images, "dense", prune_epochs=0, quantize="none", reference_epoch=False))
+    report = train(tiny(few_images, "dense", sparsity=0.0, quantize="none", reference_epoch=False))
     assert [row.stage for row in report.stages] == ["dense"]
     assert not (report.path / "pruned.safetensors").exists()
     assert "dense" in report.table()

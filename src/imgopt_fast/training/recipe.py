@@ -68,7 +68,9 @@ def _train(config: TrainConfig, run: RunFolder, checkpoint: dict[str, Any] | Non
     files = _weight_files(config)
     torch.manual_seed(config.seed)
     model = _create(config, dataset)
-    teacher = load_network(Path(config.distill)).as_teacher(dataset, (mean, std)) if config.distill else None
+    teacher = None
+    if config.distill is not None:
+        teacher = load_network(Path(config.distill)).as_teacher(dataset, (mean, std)).to(_device(config))
     networks = {}
 
     dense = Stage("dense", 0, config.epochs, config.lr, config.warmup_epochs)
@@ -123,7 +125,11 @@ def _train(config: TrainConfig, run: RunFolder, checkpoint: dict[str, Any] | Non
 
 def _weight_files(config: TrainConfig) -> dict[str, str]:
     """Stages of the recipe and the files that keep their networks; the last one is the result."""
-    stages = ["dense"] + ["pruned"] * (config.prune_epochs > 0) + ["int8"] * (config.quantize == "int8")
+    stages = (
+        ["dense"]
+        + ["pruned"] * (config.prune_epochs > 0 and config.sparsity > 0)
+        + ["int8"] * (config.quantize == "int8")
+    )
     return {stage: WEIGHTS if stage == stages[-1] else f"{stage}.safetensors" for stage in stages}
 
 
