@@ -32,14 +32,20 @@ struct PackIndices {
     }
 };
 
+// 16 pixels, of which `count` may be read; what lies behind the last one is not used.
 template <int C>
-IMGOPT_INLINE __m512i load_pixels(const Source<uint8_t>& source, const uint8_t* from, bool planar, int count) {
-    if (!planar)
-        return _mm512_maskz_loadu_epi8(count == kLanes ? ~0ull >> (64 - kLanes * C) : (1ull << count * C) - 1, from);
-    const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
-    __m512i pixels = _mm512_castsi128_si512(_mm_maskz_loadu_epi8(mask, from));
+IMGOPT_INLINE __m512i load_pixels(const Source<uint8_t>& source, const uint8_t* from, bool planar, int32_t count) {
+    if (!planar) {
+        if (count * C >= 64) return _mm512_loadu_si512(from);
+        return _mm512_maskz_loadu_epi8((1ull << count * C) - 1, from);
+    }
+    const auto plane = [&](int c) {
+        const uint8_t* at = from + c * source.channel;
+        return count >= kLanes ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(at))
+                               : _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), at);
+    };
+    __m512i pixels = _mm512_castsi128_si512(plane(0));
     if constexpr (C > 1) {
-        const auto plane = [&](int c) { return _mm_maskz_loadu_epi8(mask, from + c * source.channel); };
         pixels = _mm512_inserti32x4(pixels, plane(1), 1);
         pixels = _mm512_inserti32x4(pixels, plane(2), 2);
         if constexpr (C > 3) pixels = _mm512_inserti32x4(pixels, plane(3), 3);
@@ -54,7 +60,7 @@ void pack_pixels(const Source<uint8_t>& source, const uint8_t* first, const uint
     constexpr int bytes = position_bytes(C, taps) * kLanes;
     const __m512i low = _mm512_load_si512(kIndices.index[0]), high = _mm512_load_si512(kIndices.index[1]);
     for (int32_t i = 0; i < count; i += kLanes, to += bytes) {
-        const int n = count - i < kLanes ? count - i : kLanes;
+        const int32_t n = count - i;
         const int64_t at = int64_t{i} * (planar ? 1 : C);
         const __m512i a = load_pixels<C>(source, first + at, planar, n);
         const __m512i b = taps == 2 ? load_pixels<C>(source, second + at, planar, n) : a;
@@ -342,15 +348,26 @@ IMGOPT_INLINE void store(uint8_t* to, const Target& at, const Epilogue<C>& e, co
         const __mmask16 mask = static_cast<__mmask16>((1u << at.count) - 1);
         for (int c = 0; c < C; ++c) {
             const __m512i positive = _mm512_max_epi32(level[c], _mm512_setzero_si512());
-            _mm_mask_storeu_epi8(to + c * at.channel, mask, _mm512_cvtusepi32_epi8(positive));
+            const __m128i bytes = _mm512_cvtusepi32_epi8(positive);
+            if (at.count == kLanes)
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + c * at.channel), bytes);
+            else
+                _mm_mask_storeu_epi8(to + c * at.channel, mask, bytes);
         }
         return;
     }
     const __m512i packed =
         _mm512_packus_epi16(_mm512_packus_epi32(level[0], level[1]), _mm512_packus_epi32(level[2], level[3]));
     const __m512i pixels = _mm512_permutexvar_epi8(_mm512_load_si512(kIndices.bytes), packed);
-    const int bytes = at.count * C;
-    _mm512_mask_storeu_epi8(to, bytes == 64 ? ~0ull : (1ull << bytes) - 1, pixels);
+    if (at.count < kLanes) {
+        _mm512_mask_storeu_epi8(to, (1ull << at.count * C) - 1, pixels);
+    } else if constexpr (C == 4) {
+        _mm512_storeu_si512(to, pixels);
+    } else {
+        // Whole vectors avoid the mask: a masked byte store costs as much as the sampling.
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(pixels));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 32), _mm512_extracti32x4_epi32(pixels, 2));
+    }
 }
 
 template <int C>
@@ -368,7 +385,11 @@ IMGOPT_INLINE void store(float* to, const Target& at, const Epilogue<C>& e, cons
     __m512 out[C];
     normalize(e, v, out);
     if (at.planar) {
-        for (int c = 0; c < C; ++c) _mm512_mask_storeu_ps(to + c * at.channel, lanes_below(at.count), out[c]);
+        for (int c = 0; c < C; ++c)
+            if (at.count == kLanes)
+                _mm512_storeu_ps(to + c * at.channel, out[c]);
+            else
+                _mm512_mask_storeu_ps(to + c * at.channel, lanes_below(at.count), out[c]);
         return;
     }
     for (int i = 0; i < C; ++i) {
@@ -401,7 +422,11 @@ IMGOPT_INLINE void store(T* to, const Target& at, const Epilogue<C>& e, const __
     __m256i out[4];
     for (int c = 0; c < 4; ++c) out[c] = narrowed(wide[c < C ? c : 0], to);
     if (at.planar) {
-        for (int c = 0; c < C; ++c) _mm256_mask_storeu_epi16(to + c * at.channel, lanes_below(at.count), out[c]);
+        for (int c = 0; c < C; ++c)
+            if (at.count == kLanes)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c * at.channel), out[c]);
+            else
+                _mm256_mask_storeu_epi16(to + c * at.channel, lanes_below(at.count), out[c]);
         return;
     }
     const __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(out[0]), out[1], 1);
