@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune
 
 from imgopt_fast.compress import Int8Config, quantize
 from imgopt_fast.compress.quantize import QatModel, profile, qat, sensitivity
@@ -253,6 +254,81 @@ def test_masked_layers_quantize_like_dense_ones():
         twin.bias.data = layer.bias.detach()
     images = torch.randn(8, 3, 9, 9)
     assert torch.equal(quantize(masked, [images])(images), quantize(dense, [images])(images))
+
+
+class Awkward(nn.Module):
+    """Layers for models that are written in ways a tracer may stumble over; `forward` is one of the functions below."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.conv3, self.norm, self.fc = nn.Conv2d(8, 16, 1), nn.BatchNorm2d(8), nn.Linear(16, 5)
+        self.attend = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.written = forward
+
+    def forward(self, x):
+        return self.written(self, x)
+
+
+def preactivation(m, x):
+    x = m.conv1(x)
+    x = x + m.conv2(F.relu(m.norm(x)))
+    return m.conv3(F.relu(m.norm(x)))
+
+
+def shared_layer_and_dict(m, x):
+    x = F.relu(m.conv2(F.relu(m.conv2(F.relu(m.conv1(x))))))
+    return {"logits": m.fc(m.conv3(x).mean((2, 3)))}
+
+
+def channel_shuffle(m, x):
+    b, _, h, w = x.shape
+    x = F.relu(m.conv1(x)).view(b, 2, 4, h, w).transpose(1, 2).reshape(b, 8, h, w)
+    left, right = x.chunk(2, 1)
+    return m.conv3(m.conv2(torch.cat([right, left], 1)))
+
+
+def write_into_view(m, x):
+    x = m.conv1(x)
+    x[:, :4].relu_()
+    return m.conv3(m.conv2(x))
+
+
+def attention(m, x):
+    tokens = m.conv3(F.relu(m.conv1(x))).flatten(2).transpose(1, 2)
+    return m.fc(m.attend(tokens)[:, 0])
+
+
+def value_read_twice(m, x):
+    a = m.conv2(F.relu(m.conv1(x)))
+    b = F.relu(a + m.conv2(a))
+    return m.conv3(F.relu(b + a))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [preactivation, shared_layer_and_dict, channel_shuffle, write_into_view, attention, value_read_twice],
+)
+def test_awkward_models(forward):
+    model = Awkward(forward).eval().requires_grad_(False)
+    images = torch.randn(16, 3, 8, 8)
+    expected = model(images)
+    result = quantize(model, [images])
+    got = pickle.loads(pickle.dumps(result))(images)
+    if isinstance(expected, dict):
+        expected, got = expected["logits"], got["logits"]
+    assert decibels(expected, got) > 30
+    assert result.report.int8_layers
+
+
+def test_layers_of_torch_prune_and_parametrizations():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    nn.utils.parametrizations.weight_norm(model[2])
+    images = torch.randn(16, 3, 8, 8)
+    result = quantize(model, [images])
+    assert decibels(model(images), result(images)) > 30
+    assert result.report.int8_layers == ["0", "2", "4"]
 
 
 @pytest.mark.parametrize("name", ["residual", "islands"])

@@ -6,6 +6,7 @@ A ReLU, ReLU6, clamp or Hardtanh goes into the operation before it, a residual a
 so that the sum is rounded once.
 """
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -40,7 +41,17 @@ RESHAPES = {
     aten.squeeze.dims,
 }
 # Free of arithmetic, so nobody needs to be told that they are not int8.
-SILENT = {*RESHAPES, aten.sym_size.int, aten.permute.default, aten.transpose.int, aten.unsqueeze.default}
+SILENT = {
+    *RESHAPES,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.slice.Tensor,
+    aten.select.int,
+    operator.getitem,
+}
 
 
 @dataclass(eq=False)

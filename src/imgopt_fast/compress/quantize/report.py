@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from imgopt_fast import _native
@@ -57,13 +58,13 @@ def describe(graph: GraphModule, fusion: Fusion, segments: int) -> QuantizationR
             operation = fusion.operations[node]
             weights = 0 if operation.weight is None else operation.weight.numel()
             layers.append(LayerReport(operation.name, operation.kind, "int8", "", weights))
-        elif node in fusion.reasons and node.target not in SILENT:
+        elif node in fusion.reasons and node.target not in SILENT and isinstance(node.meta.get("val"), Tensor):
             layers.append(_float_row(graph, node, fusion.reasons[node]))
     return QuantizationReport(layers, segments)
 
 
 def _float_row(graph: GraphModule, node: Node, reason: str) -> LayerReport:
-    name = layer_name(node)
+    name = layer_name(node) or node.name
     operation = str(node.target).removeprefix("aten.").removesuffix(".default")
     constants = [constant(graph, source) for source in node.all_input_nodes]
     weights = sum(value.numel() for value in constants if value is not None and value.ndim > 1)

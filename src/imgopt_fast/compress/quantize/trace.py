@@ -9,11 +9,13 @@ it. ResNet-50 traces in 1 to 4 s on one core.
 
 import copy
 import operator
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 from imgopt_fast.nn import MaskedConv2d, MaskedLinear
@@ -41,7 +43,7 @@ def trace(model: nn.Module, sample: Tensor) -> tuple[GraphModule, tuple[int, ...
     `sample` is a batch of real input; only its shape counts. The graph owns copies of the parameters. Raises
     ValueError, with the tracer's message and what to do, when torch.export cannot follow the model.
     """
-    model = dense(copy.deepcopy(model)).eval()
+    model = dense(_copy(model)).eval()
     images = sample[:1].expand(2, *sample.shape[1:])  # a batch of 1 would be traced as a constant
     spatial = range(2, sample.ndim)
     program, size = None, None
@@ -100,8 +102,14 @@ def arguments(node: Node) -> dict[str, Any]:
 
 
 def dense(model: nn.Module) -> nn.Module:
-    """`model` with every masked layer replaced, in place, by its dense counterpart of weight where(mask, weight, 0)."""
+    """`model` with every masked layer replaced, in place, by its dense counterpart of weight where(mask, weight, 0).
+
+    Masks of torch.nn.utils.prune, which a hook applies in every forward, are applied for good.
+    """
     for name, layer in list(model.named_modules()):
+        for hook in list(layer._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(layer, hook._tensor_name)
         twin: nn.Linear | nn.Conv2d
         if isinstance(layer, MaskedLinear):
             twin = nn.Linear(layer.in_features, layer.out_features, device="meta")
@@ -118,12 +126,24 @@ def dense(model: nn.Module) -> nn.Module:
     return model
 
 
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy; what hooks compute into attributes of a module, as torch.nn.utils.prune does, loses its history."""
+    memo = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, memo)
+
+
 def _export(model: nn.Module, images: Tensor, dynamic: tuple[int, ...]) -> torch.export.ExportedProgram:
     shapes = (dict.fromkeys(dynamic, torch.export.Dim.AUTO),)
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
     if any(_writes_into_view(node) for node in program.graph.nodes):
-        program = program.run_decompositions({})  # exact for any aliasing, and slower than the rest of the trace
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's own, about its own trees
+            program = program.run_decompositions({})  # exact for any aliasing, and slower than the rest of the trace
     return program
 
 
@@ -196,6 +216,8 @@ def _drop_identities(graph: GraphModule) -> None:
         if node.target in IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
+        elif node.target is aten.view.default:  # its input may be in another layout now: channels_last, not contiguous
+            node.target = aten.reshape.default
         elif node.op == "call_function" and not node.users and _name(node).startswith(("_assert", "sym_constrain")):
             graph.graph.erase_node(node)
 
