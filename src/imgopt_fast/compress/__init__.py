@@ -2,6 +2,16 @@
 
 from imgopt_fast.compress.distill import distillation_loss
 from imgopt_fast.compress.prune import PruneConfig, Pruner, prune
-from imgopt_fast.compress.quantize import Int8Config, qat, quantize, sensitivity
+from imgopt_fast.compress.quantize import Int8Config, profile, qat, quantize, sensitivity
 
-__all__ = ["Int8Config", "PruneConfig", "Pruner", "distillation_loss", "prune", "qat", "quantize", "sensitivity"]
+__all__ = [
+    "Int8Config",
+    "PruneConfig",
+    "Pruner",
+    "distillation_loss",
+    "profile",
+    "prune",
+    "qat",
+    "quantize",
+    "sensitivity",
+]
