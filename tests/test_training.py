@@ -2,9 +2,12 @@
 
 import csv
 import dataclasses
+import io
 import math
 import os
 import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from imgopt_fast.training.checkpoint import interruptible
 from imgopt_fast.training.evaluate import accuracy, density, measure_speed, predictions
 from imgopt_fast.training.loop import Stage, learning_rate
 from imgopt_fast.training.network import Card
+from imgopt_fast.training.progress import Progress
 from imgopt_fast.training.run_folder import RunFolder
 
 # Seconds, not minutes: two epochs of a network of one stage on the images of `few_images`.
@@ -260,8 +264,6 @@ def test_a_diverged_training_says_so_and_leaves_whole_epochs(few_images: Path) -
 
 def press_ctrl_c_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """From step number `step` on, counted over all trainings, SIGINT arrives after the step."""
-    from imgopt_fast.training.progress import Progress
-
     advance, steps = Progress.advance, 0
 
     def press(self: Progress, images: int) -> None:
@@ -474,6 +476,26 @@ def test_figures_are_drawn_for_any_number_of_classes_and_mistakes(tmp_path: Path
             for name in ("confusion.png", "mistakes.png"):
                 with Image.open(tmp_path / name) as image:
                     assert min(image.size) > 200
+
+
+def test_progress_shows_where_somebody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return watched
+
+    for watched in (True, False):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        with Progress("dense", 1000) as progress:
+            progress.advance(400)
+            progress.note(loss="0.5")
+            time.sleep(0.2)  # beyond the interval at which the line is drawn
+            progress.advance(600)
+        shown = sys.stderr.getvalue()
+        if watched:
+            for word in ("dense: 100%", "images/s", "loss=0.5"):
+                assert word in shown
+        else:
+            assert shown == ""
 
 
 def test_density_counts_weights_only() -> None:

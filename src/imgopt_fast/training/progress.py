@@ -1,5 +1,6 @@
 """One live line per stage of a training: images per second and the time left. Silent where nobody watches."""
 
+import shutil
 from types import TracebackType
 
 from tqdm import tqdm
@@ -9,8 +10,17 @@ class Progress:
     """Counts images; a context manager. tqdm shows nothing when stderr is not a terminal."""
 
     def __init__(self, stage: str, images: int, *, done: int = 0) -> None:
+        # A terminal that does not know its size (some in containers) says 0 by 0, where tqdm would draw nothing.
+        terminal = shutil.get_terminal_size()
         self._bar = tqdm(
-            total=images, initial=done, desc=stage, unit=" images", unit_scale=True, dynamic_ncols=True, disable=None
+            total=images,
+            initial=done,
+            desc=stage,
+            unit=" images",
+            unit_scale=True,
+            ncols=terminal.columns,
+            nrows=terminal.lines,
+            disable=None,
         )
 
     def advance(self, images: int) -> None:
