@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import require
 from PIL import Image
 
 from imgopt_fast.cli import main
@@ -167,8 +168,8 @@ def test_help_is_quick_and_says_what_there_is(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_installed_command_is_this_one() -> None:
-    command = shutil.which("imgopt-fast")
-    if command is None:
-        pytest.skip("the package is on the path but not installed")
+    command = shutil.which("imgopt-fast", path=str(Path(sys.executable).parent))
+    require(command is not None, "the installed command beside the interpreter")
+    assert command is not None
     result = subprocess.run([command, "--version"], text=True, capture_output=True, check=True)
     assert result.stdout.startswith("imgopt-fast ")
