@@ -11,6 +11,10 @@
 
 #include "kernels.h"
 
+#if defined(IMGOPT_HAVE_NEON) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace imgopt {
 namespace {
 
@@ -68,6 +72,15 @@ void fill_avx512(KernelTable& t) {
 #endif
 
 #if defined(IMGOPT_HAVE_NEON)
+// The units use the dot product and half precision of ARMv8.2, which a Cortex-A72, say, does not have.
+bool has_neon() {
+#if defined(__linux__)
+    const unsigned long have = getauxval(AT_HWCAP);
+    return (have & HWCAP_ASIMDDP) && (have & HWCAP_ASIMDHP);
+#else
+    return true;  // every 64-bit processor of Apple's that runs macOS
+#endif
+}
 void fill_neon(KernelTable& t) {
     neon::affine_warp(t);
     neon::int8_conv2d(t);
@@ -91,7 +104,7 @@ constexpr Isa kIsas[] = {
     {"avx512", has_avx512, fill_avx512},
 #endif
 #if defined(IMGOPT_HAVE_NEON)
-    {"neon", always, fill_neon},
+    {"neon", has_neon, fill_neon},
 #endif
 };
 constexpr int kCount = sizeof(kIsas) / sizeof(kIsas[0]);
