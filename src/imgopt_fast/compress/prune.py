@@ -29,16 +29,17 @@ _FEWEST_CHANNELS = 4  # convolutions that see an image: few weights, and every l
 class PruneConfig:
     """What to prune, how far and when.
 
-    sparsity      share of the weights of the pruned layers to remove in the end, 0 to 1
-    method        "magnitude" removes the smallest absolute values, "random" any (seeded by `seed`)
-    scope         "layer" prunes each layer alike, "global" ranks the weights of all layers together
-    structure     "unstructured"; "RxC", e.g. "4x1": blocks of R outputs by C inputs stand or fall together;
-                  "N:M", e.g. "2:4": at most N of M neighbouring inputs remain (`sparsity` is then 1 - N/M and unused)
-    start_step    steps before the first mask; 0: `prune` itself sets it
-    end_step      steps at which `sparsity` is reached; at most start_step: one shot at start_step
-    update_every  steps between two masks of the ramp
-    exclude       names of layers (or of modules above them) that stay dense. The first convolution (at most 4 input
-                  channels) and depthwise convolutions stay dense in any case.
+    Args:
+        sparsity: share of the weights of the pruned layers to remove in the end, 0 to 1.
+        method: "magnitude" removes the smallest absolute values, "random" any (seeded by `seed`).
+        scope: "layer" prunes each layer alike, "global" ranks the weights of all layers together.
+        structure: "unstructured"; "RxC", e.g. "4x1": blocks of R outputs by C inputs stand or fall together; "N:M",
+            e.g. "2:4": at most N of M neighbouring inputs remain (`sparsity` is then 1 - N/M and unused).
+        start_step: steps before the first mask; 0: `prune` itself sets it.
+        end_step: steps at which `sparsity` is reached; at most start_step: one shot at start_step.
+        update_every: steps between two masks of the ramp.
+        exclude: names of layers (or of modules above them) that stay dense. The first convolution (at most 4 input
+            channels) and depthwise convolutions stay dense in any case.
 
     Raises ValueError for values outside of these.
     """

@@ -13,15 +13,16 @@ class Int8Config:
     Activations are uint8 with one scale and zero point per tensor (zero point 0 behind a ReLU); weights are int8,
     symmetric, one scale per output channel.
 
-    calibration: how the range of an activation follows from the values seen. "minmax" takes all of it; "percentile"
-        cuts `percentile` % off nothing: it keeps that share of the values; "mse" minimises the expected squared
-        error of rounding and clipping; "entropy" minimises the Kullback-Leibler divergence to the 8-bit histogram.
-    percentile: share of the values kept, in (50, 100], for "percentile" only.
-    power_of_two: every scale a power of two and the arithmetic shifts only (`requantize="shift"`), for hardware
-        without multipliers behind its accumulators.
-    equalize: move scale between consecutive layers until their channels have like ranges (cross-layer equalization).
-    bias_correction: take the mean shift that rounded weights cause out of the bias.
-    exclude: qualified names of modules that stay float, each with all below it: "layer1" covers "layer1.0.conv1".
+    Args:
+        calibration: how the range of an activation follows from the values seen. "minmax" takes all of it; "percentile"
+            keeps `percentile` % of the values; "mse" minimises the expected squared
+            error of rounding and clipping; "entropy" minimises the Kullback-Leibler divergence to the 8-bit histogram.
+        percentile: share of the values kept, in (50, 100], for "percentile" only.
+        power_of_two: every scale a power of two and the arithmetic shifts only (`requantize="shift"`), for hardware
+            without multipliers behind its accumulators.
+        equalize: move scale between consecutive layers until their channels have like ranges (cross-layer).
+        bias_correction: take the mean shift that rounded weights cause out of the bias.
+        exclude: qualified names of modules that stay float, each with all below it: "layer1" covers "layer1.0.conv1".
     """
 
     calibration: Calibration = "mse"
