@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import logging
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -18,9 +20,10 @@ from imgopt_fast.compress.quantize import QatModel, profile, qat, sensitivity
 from imgopt_fast.compress.quantize.calibrate import Histogram, Scale, choose_scale, observe
 from imgopt_fast.compress.quantize.equalize import equalize
 from imgopt_fast.compress.quantize.fold import fold
-from imgopt_fast.compress.quantize.fuse import fuse
+from imgopt_fast.compress.quantize.fuse import Operation, fuse
 from imgopt_fast.compress.quantize.model import to_int8
 from imgopt_fast.compress.quantize.prepare import make_plan
+from imgopt_fast.compress.quantize.rounding import round_to_grid, second_moment
 from imgopt_fast.compress.quantize.simulate import Simulation, fake_quantize
 from imgopt_fast.compress.quantize.trace import trace
 from imgopt_fast.compress.quantize.weights import quantize_weight
@@ -598,18 +601,110 @@ def test_profile_covers_the_network(name):
     assert sum(step.share for step in found.steps) == pytest.approx(1)
     names = {step.name for step in found.steps}
     assert {layer.name.replace(".", "_") for layer in quantized(name).report.layers if layer.dtype == "int8"} <= names
-    assert all(step.seconds > 0 and step.output_bytes > 0 for step in found.steps)
+    assert all(step.seconds > 0 and step.live_bytes > 0 for step in found.steps)
     assert "silu" in str(found) or name == "residual"
 
 
 def test_stepwise_is_the_whole_segment():
     _, images = network("residual")
     segment = quantized("residual").network.segment_0
-    made = []
+    made, held = [], []
 
-    def run(step, compute):
+    def run(step, compute, bytes_held):
         made.append(compute())
+        held.append(bytes_held)
         return made[-1]
 
     segment.run_stepwise([images], run)
     assert torch.equal(made[-1], segment(images)[0])
+    # The second block's convolution runs while its own input alone is held, the residual's two while both are.
+    sizes = [tensor.nbytes for tensor in made]
+    names = [step.name for step in segment.steps]
+    assert held[names.index("stem")] == sizes[0]
+    pool, conv2 = (next(i for i, name in enumerate(names) if text in name) for text in ("pool", "conv2"))
+    assert held[conv2] == sizes[pool] + sizes[conv2 - 1]
+
+
+def test_report_takes_the_measurements():
+    model, images = network("residual")
+    seen = []
+
+    def score(alone):
+        seen.append(alone(images[:2]))
+        return float(len(seen) % 3)
+
+    ranked = sensitivity(model, [images[:16]], score=score)
+    assert [layer.score for layer in ranked] == [0, 0, 1, 1, 2, 2]
+    assert all(not torch.equal(output, seen[0]) for output in seen[1:])
+    found = profile(quantized("residual"), images[:2])
+    report = quantized("residual").report.measured(found, ranked)
+    rows = {layer.name: layer for layer in report.layers}
+    assert rows["conv1"].share == next(step.share for step in found.steps if step.name == "conv1")
+    assert rows["down.0"].decibels == next(layer.decibels for layer in ranked if layer.name == "down.0")
+    assert found.peak_bytes == max(step.live_bytes for step in found.steps) > images[:2].nbytes
+    assert "KiB live" in str(report)
+    assert "KiB live" not in str(quantized("residual").report)
+
+
+def test_second_order_rounding_is_near_the_best_of_all_roundings():
+    torch.manual_seed(5)
+    weight, scale = torch.randn(3, 7), torch.full((3,), 0.2)
+    inputs = torch.randn(50, 7) @ torch.randn(7, 7)  # correlated, or every weight could be rounded for itself
+
+    def error(rounded):
+        return (inputs @ (rounded - weight).T).square().sum(0)
+
+    corners = torch.tensor(list(itertools.product((0.0, 1.0), repeat=7)))
+    grid = (torch.floor(weight / 0.2)[:, None] + corners) * 0.2
+    best = torch.stack([error(grid[:, i]) for i in range(len(corners))]).min(0).values
+    found = round_to_grid(weight, scale, (inputs.T @ inputs).double()[None])
+    nearest = torch.round(weight / 0.2) * 0.2
+    assert torch.allclose(found / 0.2, torch.round(found / 0.2), atol=1e-4)
+    assert (error(found) <= error(nearest)).all()
+    assert error(found).sum() < error(nearest).sum() / 2
+    assert error(found).sum() < 2 * best.sum()
+
+
+@pytest.mark.parametrize("kind", ["grouped", "linear"])
+def test_second_moment_is_the_quadratic_form_of_the_error(kind):
+    torch.manual_seed(6)
+    if kind == "linear":
+        attributes, inputs = {}, torch.randn(9, 5)
+        weight, off = torch.randn(4, 5), torch.randn(4, 5)
+        sums = F.linear(inputs, off)
+    else:
+        attributes = {"stride": (2, 1), "padding": ((1, 0), (2, 1)), "dilation": (1, 2), "groups": 2}
+        inputs, off = torch.randn(3, 4, 9, 8), torch.randn(6, 2, 3, 2)
+        weight = torch.randn_like(off)
+        sums = F.conv2d(F.pad(inputs, (2, 1, 1, 0)), off, None, (2, 1), 0, (1, 2), 2)
+    operation = Operation(
+        "linear" if kind == "linear" else "conv2d", "x", None, None, [], weight, attributes=attributes
+    )
+    moment = second_moment(operation, inputs)
+    rows = off.double().view(len(moment), -1, moment.shape[1])
+    assert torch.allclose((rows @ moment * rows).sum(), sums.double().square().sum(), rtol=1e-5)
+
+
+def test_second_order_rounding_reaches_the_kernels():
+    model, images = network("residual")
+    nearest = quantized("residual").network.segment_0.conv1.weight_int8
+    network_ = quantize(model, images.split(16), Int8Config(rounding="second_order", bias_correction=False))
+    chosen = network_.network.segment_0.conv1.weight_int8
+    assert 0 < (chosen.int() - nearest.int()).abs().float().mean() < 1
+    assert decibels(model(images), network_(images)) > 40
+
+
+def test_calibration_holds_no_more_than_two_batches():
+    model, _ = network("inverted")
+    alive, most = weakref.WeakSet(), 0
+
+    def batches():
+        nonlocal most
+        for _ in range(12):
+            images = torch.randn(4, 3, 16, 16)
+            alive.add(images)
+            most = max(most, len(alive))
+            yield images
+
+    quantize(model, batches())
+    assert most <= 3  # the first, which biases are corrected on, the last, and the one just made

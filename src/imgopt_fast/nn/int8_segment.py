@@ -29,6 +29,11 @@ class Step(NamedTuple):
     residual: int | None
     attributes: dict[str, Any]
 
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """Everything that it reads, the residual last."""
+        return self.inputs if self.residual is None else (*self.inputs, self.residual)
+
 
 class Int8Segment(nn.Module):
     """Runs `steps` on its inputs, float ones for "quantize" steps and uint8 ones for "input" steps, in their order.
@@ -80,21 +85,25 @@ class Int8Segment(nn.Module):
         device = next(self.buffers()).device
         self._program = program._replace(constants=program.constants.to(device), packed=program.packed.to(device))
 
-    def run_stepwise(self, inputs: Sequence[Tensor], run: Callable[[Step, Callable[[], Tensor]], Tensor]) -> None:
-        """Compute the steps one by one: `run` is given each step and a function that computes it, and calls that.
+    def run_stepwise(self, inputs: Sequence[Tensor], run: Callable[[Step, Callable[[], Tensor], int], Tensor]) -> None:
+        """Compute the steps one by one: `run` is given each step, a function that computes it, and the bytes of the
+        values that the segment holds meanwhile; it calls the function and returns its result.
 
         The values are those of `forward`, bit for bit; what fusing them into one call saves is lost. For profiling.
         """
         given = iter(inputs)
         tensors: dict[int, Tensor] = {}
+        last_reader = {source: position for position, step in enumerate(self.steps) for source in step.sources}
         for position, step in enumerate(self.steps):
+            for source in [held for held in tensors if last_reader.get(held, position) < position]:
+                if source not in self.outputs:
+                    del tensors[source]
             if step.kind == "input":
                 tensors[position] = next(given)
                 continue
             builder = Int8GraphBuilder(requantize=self.requantize)
-            sources = step.inputs if step.residual is None else (*step.inputs, step.residual)
             values: dict[int, int] = {}
-            for source in sources:
+            for source in step.sources:
                 scale, zero_point = self._quantization(source)
                 tensor = tensors[source]
                 values[source] = builder.input(
@@ -102,7 +111,8 @@ class Int8Segment(nn.Module):
                 )
             program = builder.build([self._add(builder, step, values)])
             arguments = [next(given)] if step.kind == "quantize" else [tensors[source] for source in values]
-            tensors[position] = run(step, partial(_first, arguments, program))
+            held = sum(tensor.nbytes for tensor in tensors.values())
+            tensors[position] = run(step, partial(_first, arguments, program), held)
 
     def _quantization(self, position: int) -> tuple[float, int]:
         """Scale and zero point of a value."""

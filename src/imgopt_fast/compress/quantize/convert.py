@@ -155,7 +155,9 @@ class _SegmentWriter:
     def _layer(self, operation: Operation) -> nn.Module:
         source = self.plan.scale_of(operation.inputs[0])
         assert operation.weight is not None
-        weight, weight_scale = quantize_weight(operation.weight, operation.bias, source.scale, self.plan.config)
+        weight, weight_scale = quantize_weight(
+            operation.weight, operation.bias, source.scale, self.plan.config, operation.weight_scale
+        )
         result = None if self.plan.fusion.gives_float(operation) else self.plan.scales[operation.output]
         make: Any = Int8Conv2d if operation.kind == "conv2d" else Int8Linear
         try:

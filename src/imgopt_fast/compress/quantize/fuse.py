@@ -65,6 +65,7 @@ class Operation:
     inputs: list[Node]
     weight: Tensor | None = None
     bias: Tensor | None = None
+    weight_scale: Tensor | None = None  # of weights that are on their int8 grid already
     residual: Node | None = None
     minimum: float | None = None
     maximum: float | None = None

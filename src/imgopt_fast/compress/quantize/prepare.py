@@ -14,6 +14,7 @@ from imgopt_fast.compress.quantize.equalize import equalize
 from imgopt_fast.compress.quantize.fold import fold
 from imgopt_fast.compress.quantize.fuse import PASSING, Fusion, fuse
 from imgopt_fast.compress.quantize.plan import Plan, scaled_nodes
+from imgopt_fast.compress.quantize.rounding import optimize_rounding
 from imgopt_fast.compress.quantize.trace import trace
 
 # Images of the first batch on which biases are corrected and channels equalized. Their activations are held in memory
@@ -37,6 +38,8 @@ def make_plan(model: nn.Module, calibration: Iterable[Any], config: Int8Config) 
     scales = {node: choose_scale(histogram, config) for node, histogram in histograms.items()}
     _share_concat_scales(fusion, scales)
     plan = Plan(graph, image_size, fusion, scales, config)
+    if config.rounding == "second_order":
+        optimize_rounding(plan, first[:SAMPLE])
     if config.bias_correction:
         correct_bias(plan, first[:SAMPLE])
     return plan

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
+from torch.utils import _pytree as pytree
 
 from imgopt_fast.compress.quantize.model import Int8Model
 from imgopt_fast.nn import Int8Segment, Step
@@ -19,14 +20,14 @@ REPEATS = 5  # the fastest of so many runs: what disturbs a run only ever adds t
 
 
 class StepProfile(NamedTuple):
-    """One int8 step or float operation; `output_bytes` is the size of what it makes."""
+    """One int8 step or float operation; `live_bytes` are the activations in memory while it runs, its own included."""
 
     name: str
     operation: str
     dtype: str
     seconds: float
     share: float
-    output_bytes: int
+    live_bytes: int
 
 
 class NetworkProfile(NamedTuple):
@@ -36,15 +37,21 @@ class NetworkProfile(NamedTuple):
     seconds: float
     batch: int
 
+    @property
+    def peak_bytes(self) -> int:
+        """Most activations in memory at one time, the network's input included, its weights not."""
+        return max(step.live_bytes for step in self.steps)
+
     def __str__(self) -> str:
         width = max(len(step.name) for step in self.steps)
-        lines = [f"{'step':{width}}  {'operation':18} {'runs in':8} {'us':>9} {'share':>6} {'KiB made':>9}"]
+        lines = [f"{'step':{width}}  {'operation':18} {'runs in':8} {'us':>9} {'share':>6} {'KiB live':>9}"]
         for step in self.steps:
             lines.append(
                 f"{step.name:{width}}  {step.operation:18} {step.dtype:8} {1e6 * step.seconds:9.1f} {step.share:6.1%} "
-                f"{step.output_bytes / 1024:9.1f}"
+                f"{step.live_bytes / 1024:9.1f}"
             )
-        return "\n".join([*lines, f"whole call: {1e3 * self.seconds:.3f} ms at batch {self.batch}"])
+        peak = f"{self.peak_bytes / 1024:.1f} KiB of activations"
+        return "\n".join([*lines, f"whole call: {1e3 * self.seconds:.3f} ms at batch {self.batch}, {peak}"])
 
 
 @torch.no_grad()
@@ -52,23 +59,29 @@ def profile(model: Int8Model, images: Tensor) -> NetworkProfile:
     """Time every int8 step and float operation of `model` on `images`, each alone and as the fastest of five runs."""
     rows: list[tuple[str, str, str, float, int]] = []
 
-    def run_step(step: Step, compute: Callable[[], Tensor]) -> Tensor:
-        seconds, result = _fastest(compute)
-        rows.append((step.name, step.kind, "int8", seconds, result.nbytes))
-        return result
-
     class Watch(Interpreter):
+        def held(self) -> int:
+            """Bytes of the values that the graph still holds; views of one memory count once."""
+            tensors = [leaf for leaf in pytree.tree_leaves(list(self.env.values())) if isinstance(leaf, Tensor)]
+            return sum({tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+        def run_step(self, step: Step, compute: Callable[[], Tensor], held: int) -> Tensor:
+            seconds, result = _fastest(compute)
+            rows.append((step.name, step.kind, "int8", seconds, self.held() + held + result.nbytes))
+            return result
+
         def run_node(self, n: Node) -> Any:
             if n.op not in ("call_function", "call_module"):
                 return super().run_node(n)
             if n.op == "call_function":
                 seconds, result = _fastest(partial(super().run_node, n))
                 if isinstance(result, Tensor) and n.target is not operator.getitem:
-                    rows.append((n.name, str(n.target), str(result.dtype)[6:], seconds, result.nbytes))
+                    operation = str(n.target).removeprefix("aten.").removesuffix(".default")
+                    rows.append((n.name, operation, str(result.dtype)[6:], seconds, self.held() + result.nbytes))
                 return result
             segment = model.network.get_submodule(str(n.target))
             assert isinstance(segment, Int8Segment)
-            segment.run_stepwise([self.env[source] for source in n.args if isinstance(source, Node)], run_step)
+            segment.run_stepwise([self.env[source] for source in n.args if isinstance(source, Node)], self.run_step)
             return super().run_node(n)
 
     Watch(model.network).run(images)

@@ -55,4 +55,4 @@ def qat(model: nn.Module, calibration: Iterable[Any], config: Int8Config | None 
     and the batch norms' statistics are those of inference. Its `convert()` gives the int8 network, whose output is
     that of the trained module in evaluation mode.
     """
-    return QatModel(make_plan(model, calibration, config or Int8Config()))
+    return QatModel(make_plan(model, calibration, replace(config or Int8Config(), rounding="nearest")))

@@ -1,25 +1,49 @@
 """What became of each layer."""
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from imgopt_fast import _native
+from imgopt_fast.compress.quantize.convert import key
 from imgopt_fast.compress.quantize.fuse import SILENT, Fusion
+from imgopt_fast.compress.quantize.sensitivity import LayerSensitivity
 from imgopt_fast.compress.quantize.trace import constant, layer_name
+
+if TYPE_CHECKING:  # profile takes the Int8Model that carries this report
+    from imgopt_fast.compress.quantize.profile import NetworkProfile
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer or float operation. `dtype` is what really runs; `reason` says why it is not int8, "" where it is."""
+    """One layer or float operation. `dtype` is what really runs; `reason` says why it is not int8, "" where it is.
+
+    `share` of the time, `live_bytes` of activations while it runs, and `decibels` and `score` of the network in which
+    it alone is int8 are None until `QuantizationReport.measured` fills them in.
+    """
 
     name: str
     operation: str
     dtype: str
     reason: str
     parameters: int
+    share: float | None = None
+    live_bytes: int | None = None
+    decibels: float | None = None
+    score: float | None = None
+
+
+# The measured columns: field, heading, how a value is written.
+_MEASURED: list[tuple[str, str, Callable[[Any], str]]] = [
+    ("share", "time", "{:.1%}".format),
+    ("live_bytes", "KiB live", lambda size: f"{size / 1024:.1f}"),
+    ("decibels", "dB alone", "{:.1f}".format),
+    ("score", "score", "{:.4g}".format),
+]
 
 
 @dataclass
@@ -39,11 +63,32 @@ class QuantizationReport:
         """Name of each part that stayed float, and why."""
         return {layer.name: layer.reason for layer in self.layers if layer.dtype != "int8"}
 
+    def measured(
+        self, profile: "NetworkProfile | None" = None, sensitivity: Iterable[LayerSensitivity] = ()
+    ) -> "QuantizationReport":
+        """This report with the columns that `profile` and `sensitivity` measured; layers without a measurement keep
+        theirs empty."""
+        steps = {} if profile is None else {step.name: step for step in profile.steps}
+        noise = {layer.name: layer for layer in sensitivity}
+        layers = []
+        for layer in self.layers:
+            if step := steps.get(key(layer.name)):
+                layer = replace(layer, share=step.share, live_bytes=step.live_bytes)
+            if found := noise.get(layer.name):
+                layer = replace(layer, decibels=found.decibels, score=found.score)
+            layers.append(layer)
+        return replace(self, layers=layers)
+
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [5])
-        lines = [f"{'layer':{width}}  {'operation':20}  {'runs in':8}  why not int8"]
+        shown = [column for column in _MEASURED if any(getattr(layer, column[0]) is not None for layer in self.layers)]
+        head = "".join(f"  {title:>8}" for _, title, _ in shown)
+        lines = [f"{'layer':{width}}  {'operation':20}  {'runs in':8}{head}  why not int8"]
         for layer in self.layers:
-            lines.append(f"{layer.name:{width}}  {layer.operation:20}  {layer.dtype:8}  {layer.reason}".rstrip())
+            cells = ((getattr(layer, field), write) for field, _, write in shown)
+            values = "".join(f"  {'' if value is None else write(value):>8}" for value, write in cells)
+            line = f"{layer.name:{width}}  {layer.operation:20}  {layer.dtype:8}{values}  {layer.reason}"
+            lines.append(line.rstrip())
         total = sum(layer.parameters for layer in self.layers)
         inside = sum(layer.parameters for layer in self.layers if layer.dtype == "int8")
         lines.append(f"{inside:,} of {total:,} weights in int8, in {self.segments} segments")

@@ -1,7 +1,7 @@
-"""Which layer costs the accuracy: the error of the output when one layer alone is int8."""
+"""Which layer costs the accuracy: the error of the output, or any score of it, when one layer alone is int8."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,19 +16,29 @@ from imgopt_fast.compress.quantize.simulate import Simulation
 
 
 class LayerSensitivity(NamedTuple):
-    """Signal to noise of the network's output, in decibels, when only layer `name` is int8: low is bad."""
+    """What int8 in layer `name` alone does: signal to noise of the network's output in decibels (low is bad), and what
+    the caller's `score` makes of that network, None without one."""
 
     name: str
     decibels: float
+    score: float | None
 
 
 @torch.no_grad()
 def sensitivity(
-    model: nn.Module, calibration: Iterable[Any], config: Int8Config | None = None
+    model: nn.Module,
+    calibration: Iterable[Any],
+    config: Int8Config | None = None,
+    *,
+    score: Callable[[nn.Module], float] | None = None,
 ) -> list[LayerSensitivity]:
     """Rank the int8 layers of `model`, the most harmful first; `Int8Config.exclude` takes their names.
 
-    Arguments and errors are those of `quantize`. The error is measured on the first batch: one pass per layer.
+    Args:
+        model, calibration, config: as for `quantize`, with its errors. The noise is measured on the first batch, one
+            pass per layer.
+        score: called once per layer with the network in which that layer alone is int8; a higher result is better, such
+            as the accuracy on a validation set. The ranking then follows it, and the noise among equals.
     """
     batches = list(calibration)
     simulation = Simulation(make_plan(model, batches, config or Int8Config()))
@@ -40,8 +50,9 @@ def sensitivity(
         if chosen.weight is not None:
             simulation.rounded = partial(operator.is_, chosen)
             noise = (_flat(simulation(images)) - exact).square().mean()
-            ranked.append(LayerSensitivity(chosen.name, float(10 * torch.log10(exact.var() / noise))))
-    return sorted(ranked, key=lambda layer: layer.decibels)
+            decibels = float(10 * torch.log10(exact.var() / noise))
+            ranked.append(LayerSensitivity(chosen.name, decibels, None if score is None else score(simulation)))
+    return sorted(ranked, key=lambda layer: (layer.score or 0.0, layer.decibels))
 
 
 def _flat(output: Any) -> Tensor:

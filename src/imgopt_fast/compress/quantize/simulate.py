@@ -73,7 +73,7 @@ class Simulation(nn.Module):
 
     def sums(self, operation: Operation, values: Values) -> Tensor:
         """What the operation computes before residual, clamp and rounding."""
-        inputs = [self._read(operation, source, values) for source in operation.inputs]
+        inputs = [self.read(operation, source, values) for source in operation.inputs]
         attributes = operation.attributes
         if operation.weight is not None:
             parameters = self._weights(operation)
@@ -99,13 +99,14 @@ class Simulation(nn.Module):
     def finish(self, operation: Operation, sums: Tensor, values: Values) -> Tensor:
         """Residual, clamp, and rounding to the output's scale."""
         if operation.residual is not None:
-            sums = sums + self._read(operation, operation.residual, values)
+            sums = sums + self.read(operation, operation.residual, values)
         if operation.minimum is not None or operation.maximum is not None:
             sums = sums.clamp(operation.minimum, operation.maximum)
         stays = operation.kind in PASSING or self.plan.fusion.gives_float(operation)
         return sums if stays or not self.rounded(operation) else fake_quantize(sums, self.plan.scales[operation.output])
 
-    def _read(self, operation: Operation, source: Node, values: Values) -> Tensor:
+    def read(self, operation: Operation, source: Node, values: Values) -> Tensor:
+        """What `operation` sees of a value: rounded where the operation rounds and the value is not yet."""
         value: Tensor = values[source]
         producer = self.plan.fusion.operations.get(source)
         if not self.rounded(operation) or (producer is not None and self.rounded(producer)):
@@ -117,7 +118,7 @@ class Simulation(nn.Module):
         if not self.rounded(operation):
             return layer.weight, layer.bias
         step = self.plan.scale_of(operation.inputs[0]).scale
-        stored, scale = quantize_weight(layer.weight, layer.bias, step, self.plan.config)
+        stored, scale = quantize_weight(layer.weight, layer.bias, step, self.plan.config, operation.weight_scale)
         weight = stored.to(layer.weight.dtype) * scale.view(-1, *[1] * (stored.ndim - 1))
         bias = torch.round(layer.bias.detach() / (step * scale)) * (step * scale)
         return layer.weight + (weight - layer.weight).detach(), layer.bias + (bias - layer.bias).detach()

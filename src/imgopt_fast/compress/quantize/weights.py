@@ -15,14 +15,21 @@ SMALLEST_SCALE = 2.0**-40  # for channels without weights: inside what the kerne
 
 
 def quantize_weight(
-    weight: Tensor, bias: Tensor | None, input_scale: float, config: Int8Config
+    weight: Tensor, bias: Tensor | None, input_scale: float, config: Int8Config, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(int8 weight, float32 scale per output channel) of a float weight whose first axis is the output channel.
 
-    "mse" calibration searches each channel's scale for the least squared error; the others map the largest magnitude
-    to 127. A channel whose bias would not fit into int32 gets a coarser scale.
+    A given `scale` is kept. Else "mse" calibration searches each channel's scale for the least squared error; the
+    others map the largest magnitude to 127. A channel whose bias would not fit into int32 gets a coarser scale.
     """
     rows = weight.detach().double().flatten(1)
+    if scale is None:
+        scale = _choose_scale(rows, bias, input_scale, config)
+    stored = _round(rows, scale.double())
+    return stored.to(torch.int8).reshape(weight.shape), scale
+
+
+def _choose_scale(rows: Tensor, bias: Tensor | None, input_scale: float, config: Int8Config) -> Tensor:
     scale = (rows.abs().amax(1) / LEVELS).clamp(min=SMALLEST_SCALE)
     if bias is not None:
         scale = torch.maximum(scale, bias.detach().double().abs() / (input_scale * BIAS_STEPS))
@@ -40,9 +47,7 @@ def quantize_weight(
         fits = torch.ones_like(candidates, dtype=torch.bool)
     error = torch.stack([(rows - _round(rows, step) * step[:, None]).square().sum(1) for step in candidates])
     best = torch.where(fits, error, torch.inf).argmin(0)
-    chosen = candidates.gather(0, best[None])[0].float()
-    stored = _round(rows, chosen.double())
-    return stored.to(torch.int8).reshape(weight.shape), chosen
+    return candidates.gather(0, best[None])[0].float()
 
 
 def _round(rows: Tensor, scale: Tensor) -> Tensor:
