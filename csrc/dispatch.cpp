@@ -28,6 +28,7 @@ void fill_scalar(KernelTable& t) {
     scalar::affine_warp(t);
     scalar::int8_conv2d(t);
     scalar::masked_matmul(t);
+    scalar::masked_sgd(t);
     scalar::photometric(t);
     scalar::probe(t);
 }
@@ -42,6 +43,7 @@ void fill_avx2(KernelTable& t) {
     avx2::affine_warp(t);
     avx2::int8_conv2d(t);
     avx2::masked_matmul(t);
+    avx2::masked_sgd(t);
     avx2::photometric(t);
     avx2::probe(t);
 }
@@ -66,6 +68,7 @@ void fill_avx512(KernelTable& t) {
     avx512::affine_warp(t);
     avx512::int8_conv2d(t);
     avx512::masked_matmul(t);
+    avx512::masked_sgd(t);
     avx512::photometric(t);
     avx512::probe(t);
 }
@@ -85,6 +88,7 @@ void fill_neon(KernelTable& t) {
     neon::affine_warp(t);
     neon::int8_conv2d(t);
     neon::masked_matmul(t);
+    neon::masked_sgd(t);
     neon::photometric(t);
     neon::probe(t);
 }

@@ -319,6 +319,24 @@ struct Masked {
     void (*int8_matmul)(const Int8MaskedMatmul& p, int64_t begin, int64_t end);  // unit: as for matmul
 };
 
+// --- masked_sgd ----------------------------------------------------------------------------------------------------
+// One step of stochastic gradient descent over the kept entries of a weight, in memory order, float32, every
+// operation rounded by itself:
+//   g = grad + decay * weight;  v = first ? g : factor * v + gain * g  (v = g without velocity);
+//   weight = weight - rate * (nesterov ? g + factor * v : v).
+// Entries off the mask are neither read nor written. The velocity holds the kept entries only, one after the other.
+struct MaskedSgd {
+    static constexpr int64_t kBlock = 4096;  // a unit of work: 16 KiB of weights
+    const uint64_t* bits;                    // bit i of word j: entry 64 j + i is kept; zero past the end
+    const int64_t* offsets;                  // per block, how many entries are kept before it
+    float* weight;
+    float* velocity;  // or null
+    const float* grad;
+    int64_t entries;
+    float rate, factor, gain, decay;
+    bool first, nesterov;
+};
+
 // --- photometric ---------------------------------------------------------------------------------------------------
 // Both work on values as they are, levels of uint8 or units of [0, 1], in float32; uint8 rounds half to even. Output
 // has the input's layout. csrc/photometric/arithmetic.h is this text as code. Hue (HSV, hexcone): with v the largest
@@ -364,6 +382,7 @@ struct KernelTable {
     void (*int8_pool)(const Int8Pool&, int64_t begin, int64_t end);
     void (*int8_dequantize)(const Int8Dequantize&, int64_t begin, int64_t end);
     Masked masked;
+    void (*masked_sgd)(const MaskedSgd&, int64_t begin, int64_t end);  // unit: a block
     // Units: images; rows, batch · planes · height of them.
     void (*adjust_hue)(const Hue&, int64_t begin, int64_t end);
     void (*adjust_sharpness)(const Sharpness&, int64_t begin, int64_t end);
@@ -389,6 +408,7 @@ namespace scalar {
 void affine_warp(KernelTable& table);
 void int8_conv2d(KernelTable& table);
 void masked_matmul(KernelTable& table);
+void masked_sgd(KernelTable& table);
 void photometric(KernelTable& table);
 void probe(KernelTable& table);
 }  // namespace scalar
@@ -396,6 +416,7 @@ namespace avx2 {
 void affine_warp(KernelTable& table);
 void int8_conv2d(KernelTable& table);
 void masked_matmul(KernelTable& table);
+void masked_sgd(KernelTable& table);
 void photometric(KernelTable& table);
 void probe(KernelTable& table);
 }  // namespace avx2
@@ -407,6 +428,7 @@ namespace avx512 {
 void affine_warp(KernelTable& table);
 void int8_conv2d(KernelTable& table);
 void masked_matmul(KernelTable& table);
+void masked_sgd(KernelTable& table);
 void photometric(KernelTable& table);
 void probe(KernelTable& table);
 }  // namespace avx512
@@ -414,6 +436,7 @@ namespace neon {
 void affine_warp(KernelTable& table);
 void int8_conv2d(KernelTable& table);
 void masked_matmul(KernelTable& table);
+void masked_sgd(KernelTable& table);
 void photometric(KernelTable& table);
 void probe(KernelTable& table);
 }  // namespace neon

@@ -1,0 +1,7 @@
+#include "arithmetic.h"
+
+namespace imgopt::scalar {
+
+void masked_sgd(KernelTable& table) { table.masked_sgd = imgopt::masked_sgd; }
+
+}  // namespace imgopt::scalar
