@@ -21,7 +21,7 @@ class Int8Config:
         percentile: share of the values kept, in (50, 100], for "percentile" only.
         power_of_two: every scale a power of two and the arithmetic shifts only (`requantize="shift"`), for hardware
             without multipliers behind its accumulators.
-        equalize: move scale between consecutive layers until their channels have like ranges (cross-layer).
+        equalize: move scale between consecutive layers so that no channel has less than 4 bits (cross-layer).
         bias_correction: take the mean shift that rounded weights cause out of the bias.
         rounding: "nearest" rounds each weight for itself; "second_order" chooses the directions for the least error of
             the layer's output on the first calibration batch (Frantar et al. 2022), which takes seconds and helps most
