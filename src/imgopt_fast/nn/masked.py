@@ -1,29 +1,45 @@
 """Linear and convolution layers whose pruned weights cost nothing, forward or backward.
 
 The Parameter `weight` stays dense and the bool buffer `weight_mask` says which of it exists; both are what a
-state_dict holds. The structure that the kernels walk is derived: made on first use, again when the mask changes, and
-left out of state_dict, pickle and deepcopy.
+state_dict holds. What the kernels walk is derived, the layout of the mask for training and the packed weight for
+inference: made on first use, again when the mask or the weight changes, and left out of state_dict, pickle and
+deepcopy.
 """
 
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from imgopt_fast.ops.masked_matmul import MaskLayout, mask_layout, masked_conv2d, masked_matmul
+from imgopt_fast.ops.masked_matmul import (
+    MaskLayout,
+    PackedMaskedWeight,
+    mask_layout,
+    masked_conv2d,
+    masked_matmul,
+    pack_masked_weight,
+)
 
 
 class _Masked(nn.Module):
-    """What both layers share: the mask, and the layout that follows it."""
+    """What both layers share: the mask, and the layout and the packed weight that follow it."""
 
     weight: nn.Parameter
     weight_mask: Tensor
     groups: int = 1
+    # Set: the gradient of `weight` is that of all its entries, from a dense product, which is what regrowing needs.
+    dense_gradient: bool = False
 
     def _init_mask(self) -> None:
         self.register_buffer("weight_mask", torch.ones_like(self.weight, dtype=torch.bool))
+        self._forget()
+
+    def _forget(self) -> None:
         self._layout: MaskLayout | None = None
         self._layout_of: tuple[int, int] | None = None
+        self._packed: PackedMaskedWeight | None = None
+        self._packed_of: tuple[int, ...] | None = None
 
     def set_mask(self, mask: Tensor) -> None:
         """Keep the weights where `mask`, bool of the weight's shape, is set; the others become exactly zero."""
@@ -54,6 +70,32 @@ class _Masked(nn.Module):
             self._layout, self._layout_of = mask_layout(mask, groups=self.groups), current
         return self._layout
 
+    def packed(self) -> PackedMaskedWeight:
+        """The present weight and mask packed for inference, again if either has changed.
+
+        A change through `weight.data`, which torch does not count, is seen after the next call of `train` or `eval`.
+        """
+        weight, mask = self.weight, self.weight_mask
+        current = (id(weight), weight._version, id(mask), mask._version)
+        if self._packed is None or self._packed_of != current:
+            self._packed = pack_masked_weight(weight.detach(), mask, groups=self.groups)
+            self._packed_of = current
+        return self._packed
+
+    def _weight_and_mask(self) -> tuple[Tensor | PackedMaskedWeight, Tensor | MaskLayout | None]:
+        """What the operation takes: packed for inference in evaluation mode, otherwise the weight and its layout."""
+        if self.training and self.dense_gradient and torch.is_grad_enabled():
+            # Zero off the mask, and with the gradient 1 there.
+            return torch.where(self.weight_mask, self.weight, self.weight - self.weight.detach()), None
+        inference = not self.training and not torch.is_grad_enabled()
+        if inference and not torch.compiler.is_compiling() and not self.weight.is_inference():
+            return self.packed(), None
+        return self.weight, self.mask_or_layout()
+
+    def train(self, mode: bool = True) -> Self:
+        self._packed = None
+        return super().train(mode)
+
     def _follow(self) -> None:
         """Analyse a new mask at once where there was a layout: a compiled forward would go on with the old one."""
         if self._layout is not None:
@@ -68,11 +110,11 @@ class _Masked(nn.Module):
         return float(self.weight_mask.float().mean()) if self.weight_mask.numel() else 1.0
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._layout = self._layout_of = None  # the device may change
+        self._forget()  # the device may change
         return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layout": None, "_layout_of": None}
+        return {**self.__dict__, "_layout": None, "_layout_of": None, "_packed": None, "_packed_of": None}
 
 
 class MaskedLinear(_Masked):
@@ -108,7 +150,10 @@ class MaskedLinear(_Masked):
         self._init_mask()
 
     def forward(self, input: Tensor) -> Tensor:
-        return masked_matmul(input, self.weight, self.mask_or_layout(), self.bias)
+        weight, mask = self._weight_and_mask()
+        if isinstance(weight, Tensor) and mask is None:
+            return F.linear(input, weight, self.bias)
+        return masked_matmul(input, weight, mask, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, density={self.density():.3f}"
@@ -164,9 +209,11 @@ class MaskedConv2d(_Masked):
         self._init_mask()
 
     def forward(self, input: Tensor) -> Tensor:
-        return masked_conv2d(
-            input, self.weight, self.mask_or_layout(), self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        weight, mask = self._weight_and_mask()
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        if isinstance(weight, Tensor) and mask is None:
+            return F.conv2d(input, weight, self.bias, *geometry)
+        return masked_conv2d(input, weight, mask, self.bias, *geometry)
 
     def extra_repr(self) -> str:
         return (
