@@ -12,6 +12,8 @@ struct Lanes {
 
     static Reg zero() { return _mm256_setzero_ps(); }
     static Reg splat(float x) { return _mm256_set1_ps(x); }
+    static Reg load_four(const float* from) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from)); }
+    static Reg spread(Reg four, int i) { return _mm256_permutevar_ps(four, _mm256_set1_epi32(i)); }
     static Reg load(const float* from) { return _mm256_loadu_ps(from); }
     static void store(float* to, Reg x) { _mm256_storeu_ps(to, x); }
     static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }

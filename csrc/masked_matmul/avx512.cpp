@@ -16,6 +16,8 @@ struct Lanes {
 
     static Reg zero() { return _mm512_setzero_ps(); }
     static Reg splat(float x) { return _mm512_set1_ps(x); }
+    static Reg load_four(const float* from) { return _mm512_broadcast_f32x4(_mm_loadu_ps(from)); }
+    static Reg spread(Reg four, int i) { return _mm512_permutevar_ps(four, _mm512_set1_epi32(i)); }
     static Reg load(const float* from) { return _mm512_loadu_ps(from); }
     static void store(float* to, Reg x) { _mm512_storeu_ps(to, x); }
     static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
