@@ -194,6 +194,16 @@ def test_matches_integer_oracle(isa: str, rng: np.random.Generator, geometry: di
         assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_lanes_and_strips(isa: str, rng: np.random.Generator, kernel: int, stride: int) -> None:
+    """Every remainder of a vector's lanes, maps narrower and wider than a strip, odd and even numbers of rows."""
+    pad = kernel // 2
+    for c, (h, w) in itertools.product((16, 24, 32, 40, 80, 96, 112), ((4, 61), (7, 6))):
+        geometry = {"k": (kernel, kernel), "stride": (stride, stride), "padding": ((pad, pad), (pad, pad))}
+        check(*layer(rng, n=2, c=c, o=c, groups=c, h=h, w=w, input_dtype=DTYPES[c // 8 % 2], **geometry))
+
+
 @pytest.mark.parametrize("requantize", ["float", "shift"])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_epilogues(isa: str, rng: np.random.Generator, requantize: str, with_residual: bool) -> None:

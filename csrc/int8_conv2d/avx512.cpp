@@ -14,27 +14,27 @@ namespace {
 
 // What the epilogue of bytes needs, broadcast once per tile.
 struct ByteEpilogue {
-    __m512i zero_point, low, high, flip;
+    __m512 most;
+    __m512i zero_point, low, flip;
 
     ByteEpilogue(const Int8Conv2d& p, ByteRange range)
-        : zero_point(_mm512_set1_epi16(p.output_zero_point)),
+        : most(_mm512_set1_ps(p.high)),
+          zero_point(_mm512_set1_epi16(p.output_zero_point)),
           low(_mm512_set1_epi8(static_cast<char>(range.low))),
-          high(_mm512_set1_epi8(static_cast<char>(range.high))),
           flip(_mm512_set1_epi8(static_cast<char>(p.output_flip))) {}
 
-    // Saturates 64 rounded values to bytes. Packing works within 128-bit lanes, so dword 4L + j of the result holds
-    // channels 4L.. of vector j.
-    __m512i operator()(__m512i q0, __m512i q1, __m512i q2, __m512i q3) const {
-        const __m512i q01 = _mm512_adds_epi16(_mm512_packs_epi32(q0, q1), zero_point);
-        const __m512i q23 = _mm512_adds_epi16(_mm512_packs_epi32(q2, q3), zero_point);
-        const __m512i bytes = _mm512_packus_epi16(q01, q23);
-        return _mm512_xor_si512(_mm512_min_epu8(_mm512_max_epu8(bytes, low), high), flip);
+    // y rounded to an integer of at most round(high); rounding is monotonic. The minimum also keeps the conversion
+    // from turning a huge y into INT_MIN; a very negative one becomes it as it should.
+    __m512i round(__m512 y) const { return _mm512_cvtps_epi32(_mm512_min_ps(y, most)); }
+
+    // Two vectors of rounded values, saturated to words within 128-bit lanes, with the zero point.
+    __m512i words(__m512i q0, __m512i q1) const { return _mm512_adds_epi16(_mm512_packs_epi32(q0, q1), zero_point); }
+
+    // Dword 4L + j of the result holds channels 4L.. of vector j.
+    __m512i bytes(__m512i q01, __m512i q23) const {
+        return _mm512_xor_si512(_mm512_max_epu8(_mm512_packus_epi16(q01, q23), low), flip);
     }
 };
-
-// y rounded to an integer. The minimum keeps the conversion from turning a huge y into INT_MIN; a very negative one
-// becomes INT_MIN as it should.
-__m512i round_to_int(__m512 y) { return _mm512_cvtps_epi32(_mm512_min_ps(y, _mm512_set1_ps(1073741824.0f))); }
 
 // float(r - zero point) * multiplier of 16 channels.
 struct ResidualTerm {
@@ -102,9 +102,10 @@ template <int MR, int NV, bool Residual>
             if constexpr (Residual)
                 y = _mm512_add_ps(
                     y, term(residual + i * residual_stride + 16 * j, static_cast<__mmask16>(mask >> (16 * j))));
-            q[j] = round_to_int(y);
+            q[j] = to_bytes.round(y);
         }
-        store_bytes<NV>(out + i * output_stride, to_bytes(q[0], q[1], q[2], q[3]), full, mask);
+        store_bytes<NV>(out + i * output_stride, to_bytes.bytes(to_bytes.words(q[0], q[1]), to_bytes.words(q[2], q[3])),
+                        full, mask);
     }
 }
 

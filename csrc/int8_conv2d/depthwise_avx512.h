@@ -1,24 +1,29 @@
-// Depthwise convolution on AVX-512 VNNI, 64 channels at a time. vpdpbusd wants the four products of a sum in one dword,
-// so up to four rows of an input column are interleaved to [r0 r1 r2 r3] per channel: once per column, however many
-// taps read it. Interleaving works within 128-bit lanes and leaves vector j with channels 16L + 4j + i in dword 4L + i,
-// which is exactly the order that packing to bytes undoes.
+// Depthwise convolution on AVX-512 VNNI, 64 lanes at a time. vpdpbusd wants the four products of a sum in one dword,
+// so four rows of an input column are interleaved to [r0 r1 r2 r3] per channel: once per column, however many taps read
+// it, and once for two output rows, which differ in their weights only: [w0 w1 w2 0] and [0 w0 w1 w2] for 3 rows.
+// Interleaving works within 128-bit lanes and leaves vector j with channels 16L + 4j + i in dword 4L + i, which is
+// exactly the order that packing to bytes undoes. Lanes are 64 channels of a pixel, or, where at most 32 channels are
+// left, those of two neighbouring pixels.
+//
+// Work runs along memory, all channels of a strip of pixels before the next strip, and asks for the rows below ahead of
+// time: with one pass over the image per block of channels, a layer whose data came from memory took twice as long.
 #pragma once
 
-#include "igemm.h"
+#include "columns_avx512.h"
 
 namespace imgopt::avx512 {
 namespace {
 
 constexpr int64_t kDepthwiseChannels = 64;
-constexpr int64_t kColumnBytes = 256;  // one column of 64 channels, four rows
-constexpr int64_t kStripPixels = 16;   // output pixels whose columns are interleaved together; they stay in L1
-constexpr int kPixels = 4;             // output pixels that share a load of weights
+constexpr int64_t kFetchedBytes = 1 << 19;  // a layer of more is likely to lie beyond a cache of 1 MB
+constexpr int64_t kStripBytes = 16384;      // of the columns that are interleaved together; they stay in L1
+constexpr int64_t kStripPixels = 28;        // at most so many output pixels of a row
 
 bool is_depthwise(const Int8Weight& w) { return w.group_channels == 1 && w.out_channels == w.groups; }
 
 int64_t depthwise_blocks(const Int8Weight& w) { return ceil_div(w.out_channels, kDepthwiseChannels); }
-int64_t row_groups(const Int8Weight& w) { return ceil_div(w.kernel_h, 4); }
-int64_t depthwise_block_bytes(const Int8Weight& w) { return w.kernel_w * row_groups(w) * kColumnBytes; }
+int64_t row_groups(int64_t rows) { return ceil_div(rows, 4); }
+int64_t depthwise_block_bytes(const Int8Weight& w) { return w.kernel_w * row_groups(w.kernel_h) * kColumnBytes; }
 
 int64_t depthwise_weight_bytes(const Int8Weight& w) { return depthwise_blocks(w) * depthwise_block_bytes(w); }
 
@@ -31,201 +36,383 @@ void depthwise_weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* p
         uint8_t* block = packed + c / kDepthwiseChannels * depthwise_block_bytes(w);
         for (int64_t ky = 0; ky < w.kernel_h; ++ky)
             for (int64_t kx = 0; kx < w.kernel_w; ++kx)
-                block[(kx * row_groups(w) + ky / 4) * kColumnBytes + vector * 64 + dword * 4 + ky % 4] =
+                block[(kx * row_groups(w.kernel_h) + ky / 4) * kColumnBytes + vector * 64 + dword * 4 + ky % 4] =
                     static_cast<uint8_t>(weight[(c * w.kernel_h + ky) * w.kernel_w + kx]);
     }
 }
 
-// Rows of a unit: enough pixels that the constants of the channels, gathered once per unit, weigh nothing.
-int64_t rows_per_unit(const Int8Conv2d& p) { return smaller(p.out_h, ceil_div(64, p.out_w)); }
-int64_t strips_of(const Int8Conv2d& p) { return ceil_div(p.out_h, rows_per_unit(p)); }
-int64_t depthwise_units(const Int8Conv2d& p) {
-    if (p.batch * p.out_h * p.out_w == 0) return 0;
-    return p.batch * strips_of(p) * depthwise_blocks(p.weight);
-}
-
-// One output row of one block of channels.
-struct DepthwiseRow {
-    const Int8Conv2d* conv;
-    const uint8_t* image;    // of the block's channels
-    const uint8_t* padding;  // 64 zero points, as stored
-    const int8_t* weight;
-    int64_t channel, channels, n, oy;
-    __m512i offset[4];
-    __m512 multiplier[4];
-    ByteRange range;
-};
-
-// Interleaves rows 4g.. of `count` input columns from x0 on into the strip; `ROWS` of the four are real.
-template <int ROWS>
-void interleave_rows(const DepthwiseRow& r, int64_t g, int64_t x0, int64_t count, int64_t column_bytes,
-                     uint8_t* strip) {
-    const Int8Conv2d& p = *r.conv;
-    const __mmask64 mask = r.channels >= 64 ? ~uint64_t{0} : (uint64_t{1} << r.channels) - 1;
-    const __m512i flip = _mm512_set1_epi8(static_cast<char>(p.input_flip));
-    const __m512i zero_point = _mm512_set1_epi8(static_cast<char>(p.input_zero_point));
-    const uint8_t* row[ROWS];
-    int64_t step[ROWS];
-    for (int i = 0; i < ROWS; ++i) {
-        const int64_t y = r.oy * p.stride_h - p.pad_top + (4 * g + i) * p.dilation_h;
-        const bool inside = y >= 0 && y < p.in_h;
-        row[i] = inside ? r.image + y * p.in_w * p.input_stride : r.padding;
-        step[i] = inside ? p.input_stride : 0;
-    }
-    for (int64_t x = x0; x < x0 + count; ++x, strip += column_bytes) {
-        __m512i* out = reinterpret_cast<__m512i*>(strip);
-        if (x < 0 || x >= p.in_w) {
-            for (int j = 0; j < 4; ++j) _mm512_store_si512(out + j, zero_point);
-            continue;
-        }
-        __m512i u[4] = {};
-#pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i)
-            u[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, row[i] + x * step[i]), flip);
-        const __m512i low01 = _mm512_unpacklo_epi8(u[0], u[1]), high01 = _mm512_unpackhi_epi8(u[0], u[1]);
-        const __m512i low23 = _mm512_unpacklo_epi8(u[2], u[3]), high23 = _mm512_unpackhi_epi8(u[2], u[3]);
-        _mm512_store_si512(out + 0, _mm512_unpacklo_epi16(low01, low23));
-        _mm512_store_si512(out + 1, _mm512_unpackhi_epi16(low01, low23));
-        _mm512_store_si512(out + 2, _mm512_unpacklo_epi16(high01, high23));
-        _mm512_store_si512(out + 3, _mm512_unpackhi_epi16(high01, high23));
-    }
-}
-
-void interleave_columns(const DepthwiseRow& r, int64_t x0, int64_t count, uint8_t* strip) {
-    const int64_t groups = row_groups(r.conv->weight);
-    for (int64_t g = 0; g < groups; ++g) {
-        const int64_t rows = smaller(4, r.conv->weight.kernel_h - 4 * g), bytes = groups * kColumnBytes;
-        const auto interleave = rows == 1   ? interleave_rows<1>
-                                : rows == 2 ? interleave_rows<2>
-                                : rows == 3 ? interleave_rows<3>
-                                            : interleave_rows<4>;
-        interleave(r, g, x0, count, bytes, strip + g * kColumnBytes);
-    }
-}
-
 // What the common kernels know when they are compiled: then addresses are constants, and neighbouring pixels share
-// their loads of columns. Zeros: any geometry.
-template <int TAPS, int GROUPS, int STRIDE>
-struct Columns {
-    int64_t taps, groups, pixel_bytes, tap_bytes;
+// their loads of columns. An output row reads `groups` groups of four input rows; ROWS output rows are computed
+// together, either from the same groups (SHARED) or each from its own, which saves the steps between strips only.
+template <int TAPS, int GROUPS, int STRIDE, int ROWS, bool SHARED>
+struct Geometry {
+    static constexpr bool kFixed = true, kShared = SHARED;
+    static constexpr int kRows = ROWS;
+    static constexpr int64_t taps = TAPS, groups = GROUPS, stride = STRIDE, dilation = 1;
 
-    explicit Columns(const Int8Conv2d& p)
-        : taps(TAPS ? TAPS : p.weight.kernel_w),
-          groups(TAPS ? GROUPS : row_groups(p.weight)),
-          pixel_bytes((TAPS ? STRIDE : p.stride_w) * groups * kColumnBytes),
-          tap_bytes((TAPS ? 1 : p.dilation_w) * groups * kColumnBytes) {}
+    explicit Geometry(const Int8Conv2d&) {}
 
     static bool fits(const Int8Conv2d& p) {
-        return p.weight.kernel_w == TAPS && row_groups(p.weight) == GROUPS && p.stride_w == STRIDE && p.dilation_w == 1;
+        const Int8Weight& w = p.weight;
+        return w.kernel_w == TAPS && row_groups(w.kernel_h) == GROUPS && p.stride_w == STRIDE && p.stride_h == STRIDE &&
+               p.dilation_w == 1 && p.dilation_h == 1 &&
+               (!SHARED || row_groups(w.kernel_h + (ROWS - 1) * STRIDE) == GROUPS) && !p.residual && !p.float_output &&
+               !p.shift;
     }
 };
 
-// Sums of kPixels pixels, vector j.
-template <int TAPS, int GROUPS, int STRIDE>
-[[gnu::always_inline]] inline void depthwise_sums(const DepthwiseRow& r, const Columns<TAPS, GROUPS, STRIDE>& c,
-                                                  const uint8_t* strip, int j, __m512i (&sums)[kPixels]) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kPixels; ++i) sums[i] = r.offset[j];
-    const auto add_tap = [&](int64_t kx, int64_t g) __attribute__((always_inline)) {
-        const __m512i w = _mm512_loadu_si512(r.weight + (kx * c.groups + g) * kColumnBytes + 64 * j);
-        const uint8_t* column = strip + kx * c.tap_bytes + g * kColumnBytes + 64 * j;
-#pragma GCC unroll 4
-        for (int i = 0; i < kPixels; ++i)
-            sums[i] = _mm512_dpbusd_epi32(sums[i], _mm512_load_si512(column + i * c.pixel_bytes), w);
-    };
-    if constexpr (TAPS > 0) {
-#pragma GCC unroll 5
-        for (int kx = 0; kx < TAPS; ++kx)
-#pragma GCC unroll 2
-            for (int g = 0; g < GROUPS; ++g) add_tap(kx, g);
-    } else {
-        for (int64_t kx = 0; kx < c.taps; ++kx)
-            for (int64_t g = 0; g < c.groups; ++g) add_tap(kx, g);
+struct AnyGeometry {
+    static constexpr bool kFixed = false, kShared = true;
+    static constexpr int kRows = 1;
+    int64_t taps, groups, stride, dilation;
+
+    explicit AnyGeometry(const Int8Conv2d& p)
+        : taps(p.weight.kernel_w), groups(row_groups(p.weight.kernel_h)), stride(p.stride_w), dilation(p.dilation_w) {}
+};
+
+// Groups of a column of the strip.
+template <class G>
+int64_t column_groups(const G& g) {
+    return g.groups * (G::kShared ? 1 : G::kRows);
+}
+
+// A block of channels, ready for the lanes: its constants, then (output row, tap, rows / 4, vector) of weights.
+struct DepthwiseBlock {
+    __m512i offset[4];
+    __m512 multiplier[4];
+    __m512i weight[];
+};
+
+// Vector j of four holds lanes L of `in`, channels 16L + 4j..; with `halves` lanes 2 and 3 repeat 0 and 1.
+void lanes_of_channels(const void* in, bool halves, void* out) {
+    __m512i v[4];
+    for (int i = 0; i < 4; ++i) v[i] = _mm512_loadu_si512(static_cast<const char*>(in) + 64 * (halves ? i % 2 : i));
+    const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44), b = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
+    const __m512i c = _mm512_shuffle_i32x4(v[0], v[1], 0xee), d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+    __m512i* to = static_cast<__m512i*>(out);
+    _mm512_store_si512(to + 0, _mm512_shuffle_i32x4(a, b, 0x88));
+    _mm512_store_si512(to + 1, _mm512_shuffle_i32x4(a, b, 0xdd));
+    _mm512_store_si512(to + 2, _mm512_shuffle_i32x4(c, d, 0x88));
+    _mm512_store_si512(to + 3, _mm512_shuffle_i32x4(c, d, 0xdd));
+}
+
+// The weights of output row v lie v * stride rows further down, or are the same for groups of its own.
+template <class G>
+void prepare_block(const Int8Conv2d& p, const G& g, int64_t channel, bool halves, DepthwiseBlock* block) {
+    lanes_of_channels(p.offset + channel, halves, block->offset);
+    lanes_of_channels(p.multiplier + channel, halves, block->multiplier);
+    const uint8_t* packed = p.packed + channel / kDepthwiseChannels * depthwise_block_bytes(p.weight);
+    __m512i* out = block->weight;
+    const int shift = G::kShared ? static_cast<int>(g.stride) : 0;
+    for (int v = 0; v < G::kRows; ++v) {
+        const __m128i down = _mm_cvtsi32_si128(8 * v * shift);
+        const __m128i up = _mm_cvtsi32_si128(32 - 8 * v * shift);
+        for (int64_t i = 0; i < g.taps * g.groups * 4; ++i) {
+            __m512i w = _mm512_sll_epi32(_mm512_loadu_si512(packed + 64 * i), down);
+            if (v * shift > 0 && i / 4 % g.groups > 0)
+                w = _mm512_or_si512(w, _mm512_srl_epi32(_mm512_loadu_si512(packed + 64 * (i - 4)), up));
+            _mm512_store_si512(out++, halves ? _mm512_shuffle_i32x4(w, w, 0x44) : w);
+        }
     }
 }
 
-// float output, shifts, or a residual: a sum at a time.
-[[gnu::noinline]] void depthwise_rare(const DepthwiseRow& r, int64_t pixel, const int32_t* sums) {
-    for (int64_t c = 0; c < r.channels; ++c)
-        store_sum(*r.conv, pixel, r.channel + c, sums[c % 16 / 4 * 16 + c / 16 * 4 + c % 4]);
+// Where a vector of bytes goes: all its lanes to one pixel, or half of them to each of two.
+struct DepthwiseOutput {
+    uint8_t* data;
+    int64_t row_bytes, stride;
+    __mmask64 mask;
+};
+
+template <class L>
+[[gnu::always_inline]] inline void store_lanes(uint8_t* out, __m512i bytes, const DepthwiseOutput& to, bool second) {
+    if constexpr (L::kPixels == 1) {
+        L::store_whole(out, bytes, to.mask);
+    } else {
+        L::store_half(out, _mm512_castsi512_si256(bytes), to.mask);
+        if (second) L::store_half(out + to.stride, _mm512_extracti64x4_epi64(bytes, 1), to.mask);
+    }
 }
 
-template <int TAPS, int GROUPS, int STRIDE>
-void depthwise_row(const DepthwiseRow& r, uint8_t* strip) {
-    const Int8Conv2d& p = *r.conv;
-    const ByteEpilogue to_bytes(p, r.range);
-    const Columns<TAPS, GROUPS, STRIDE> columns(p);
-    const int64_t stride = p.stride_w, out_w = p.out_w, output_stride = p.output_stride, first = -p.pad_left;
-    const int64_t span = (columns.taps - 1) * p.dilation_w + 1;
-    const int64_t row = (r.n * p.out_h + r.oy) * out_w;
-    const bool rare = p.residual || p.float_output || p.shift;
-    const __mmask64 mask = r.channels >= 64 ? ~uint64_t{0} : (uint64_t{1} << r.channels) - 1;
-    uint8_t* out = static_cast<uint8_t*>(p.output) + row * output_stride + r.channel;
-    for (int64_t ox = 0; ox < out_w; ox += kStripPixels) {
-        const int64_t pixels = smaller(kStripPixels, out_w - ox);
-        interleave_columns(r, ox * stride + first, (pixels - 1) * stride + span, strip);
-        for (int64_t i = 0; i < pixels; i += kPixels) {
-            const int64_t real = smaller(kPixels, pixels - i);
-            const uint8_t* from = strip + i * columns.pixel_bytes;
-            __m512i q[4][kPixels];
+// Adds the products of COUNT neighbouring vectors of each of ROWS output rows, vector j of the four.
+template <class G, int ROWS, int PIXELS, int COUNT>
+[[gnu::always_inline]] inline void depthwise_sums(const G& g, const DepthwiseBlock* block, const uint8_t* strip, int j,
+                                                  __m512i (&sums)[ROWS][COUNT]) {
+    const int64_t column_bytes = column_groups(g) * kColumnBytes, vector_bytes = PIXELS * g.stride * column_bytes;
+#pragma GCC unroll 2
+    for (int v = 0; v < ROWS; ++v)
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) depthwise_sums(r, columns, from, j, q[j]);
-            if (rare) {
-                for (int64_t k = 0; k < real; ++k) {
-                    alignas(64) int32_t sums[64];
-                    for (int j = 0; j < 4; ++j) _mm512_store_si512(sums + 16 * j, q[j][k]);
-                    depthwise_rare(r, row + ox + i + k, sums);
-                }
-                continue;
+        for (int i = 0; i < COUNT; ++i) sums[v][i] = block->offset[j];
+    const auto add_tap = [&](int64_t kx, int64_t group) __attribute__((always_inline)) {
+        const uint8_t* column = strip + kx * g.dilation * column_bytes + group * kColumnBytes + 64 * j;
+        const __m512i* weight = block->weight + (kx * g.groups + group) * 4 + j;
+        __m512i w[ROWS];
+#pragma GCC unroll 2
+        for (int v = 0; v < ROWS; ++v) w[v] = weight[v * g.taps * g.groups * 4];
+#pragma GCC unroll 4
+        for (int i = 0; i < COUNT; ++i) {
+#pragma GCC unroll 2
+            for (int v = 0; v < ROWS; ++v) {
+                const int64_t own = G::kShared ? 0 : v * g.groups * kColumnBytes;
+                const __m512i x = _mm512_load_si512(column + i * vector_bytes + own);
+                sums[v][i] = _mm512_dpbusd_epi32(sums[v][i], x, w[v]);
             }
+        }
+    };
+    if constexpr (G::kFixed) {
+#pragma GCC unroll 5
+        for (int64_t kx = 0; kx < G::taps; ++kx)
+#pragma GCC unroll 2
+            for (int64_t group = 0; group < G::groups; ++group) add_tap(kx, group);
+    } else {
+        for (int64_t kx = 0; kx < g.taps; ++kx)
+            for (int64_t group = 0; group < g.groups; ++group) add_tap(kx, group);
+    }
+}
+
+// COUNT vectors of each of ROWS output rows. `second`: the last vector has two real pixels.
+template <class G, int ROWS, class L, int COUNT>
+[[gnu::always_inline]] inline void depthwise_vectors(const G& g, const DepthwiseBlock* block,
+                                                     const ByteEpilogue& to_bytes, const uint8_t* strip,
+                                                     const DepthwiseOutput& to, int64_t pixel, bool second) {
+    __m512i words[2][ROWS][COUNT];
+#pragma GCC unroll 2
+    for (int pair = 0; pair < 2; ++pair) {
+        __m512i q[2][ROWS][COUNT];
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            depthwise_sums<G, ROWS, L::kPixels, COUNT>(g, block, strip, 2 * pair + j, q[j]);
+#pragma GCC unroll 2
+            for (int v = 0; v < ROWS; ++v)
 #pragma GCC unroll 4
-            for (int k = 0; k < kPixels; ++k) {
-                if (k >= real) break;
+                for (int i = 0; i < COUNT; ++i)
+                    q[j][v][i] =
+                        to_bytes.round(_mm512_mul_ps(_mm512_cvtepi32_ps(q[j][v][i]), block->multiplier[2 * pair + j]));
+        }
+#pragma GCC unroll 2
+        for (int v = 0; v < ROWS; ++v)
 #pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j)
-                    q[j][k] = round_to_int(_mm512_mul_ps(_mm512_cvtepi32_ps(q[j][k]), r.multiplier[j]));
-                _mm512_mask_storeu_epi8(out + (ox + i + k) * output_stride, mask,
-                                        to_bytes(q[0][k], q[1][k], q[2][k], q[3][k]));
+            for (int i = 0; i < COUNT; ++i) words[pair][v][i] = to_bytes.words(q[0][v][i], q[1][v][i]);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < ROWS; ++v)
+#pragma GCC unroll 4
+        for (int i = 0; i < COUNT; ++i)
+            store_lanes<L>(to.data + v * to.row_bytes + (pixel + i * L::kPixels) * to.stride,
+                           to_bytes.bytes(words[0][v][i], words[1][v][i]), to, second || i + 1 < COUNT);
+}
+
+// One strip of one block: `pixels` output pixels of ROWS rows.
+template <class G, int ROWS, class L>
+void depthwise_strip(const G& g, const DepthwiseBlock* block, const ByteEpilogue& to_bytes, const uint8_t* strip,
+                     const DepthwiseOutput& to, int64_t pixels) {
+    const int64_t vectors = ceil_div(pixels, L::kPixels), pixel_bytes = g.stride * column_groups(g) * kColumnBytes;
+    const bool even = pixels % L::kPixels == 0;
+    int64_t i = 0;
+    for (; i + 4 <= vectors; i += 4)
+        depthwise_vectors<G, ROWS, L, 4>(g, block, to_bytes, strip + i * L::kPixels * pixel_bytes, to, i * L::kPixels,
+                                         even || i + 4 < vectors);
+    if (i + 2 <= vectors) {
+        depthwise_vectors<G, ROWS, L, 2>(g, block, to_bytes, strip + i * L::kPixels * pixel_bytes, to, i * L::kPixels,
+                                         even || i + 2 < vectors);
+        i += 2;
+    }
+    if (i < vectors)
+        depthwise_vectors<G, ROWS, L, 1>(g, block, to_bytes, strip + i * L::kPixels * pixel_bytes, to, i * L::kPixels,
+                                         even);
+}
+
+inline void prefetch_bytes(const uint8_t* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
+}
+
+// The operation for one geometry. A unit of work is G::kRows output rows, or the last ones of an image.
+template <class G>
+struct Depthwise {
+    const Int8Conv2d& p;
+    const G g;
+    const ByteEpilogue to_bytes;
+    const bool rare, large;
+    const int64_t block_bytes, strip_pixels;
+    InputRows* inputs;  // per group
+    uint8_t *blocks, *strip, *padding;
+
+    static int64_t units(const Int8Conv2d& p) { return p.batch * ceil_div(p.out_h, G::kRows); }
+
+    explicit Depthwise(const Int8Conv2d& conv)
+        : p(conv),
+          g(conv),
+          to_bytes(conv, byte_range(conv)),
+          rare(conv.residual || conv.float_output || conv.shift),
+          large(is_large()),
+          block_bytes(static_cast<int64_t>(sizeof(DepthwiseBlock)) + G::kRows * g.taps * g.groups * kColumnBytes),
+          strip_pixels(pixels_of_strip()) {
+        const int64_t channels = p.weight.out_channels;
+        const int64_t inputs_bytes = round_up(column_groups(g) * static_cast<int64_t>(sizeof(InputRows)), 64);
+        const int64_t blocks_bytes = depthwise_blocks(p.weight) * block_bytes;
+        // Two pixels of a vector read their columns side by side, where the second may lie behind the strip.
+        const int64_t columns = strip_pixels * g.stride + (g.taps - 1) * g.dilation + 1;
+        const int64_t strip_bytes = columns * column_groups(g) * kColumnBytes;
+        uint8_t* scratch = static_cast<uint8_t*>(thread_scratch(inputs_bytes + blocks_bytes + strip_bytes + 64));
+        inputs = reinterpret_cast<InputRows*>(scratch);
+        blocks = scratch + inputs_bytes;
+        strip = blocks + blocks_bytes;
+        padding = strip + strip_bytes;
+        memset(padding, p.input_zero_point ^ p.input_flip, 64);
+        for (int64_t c = 0; c < channels; c += kDepthwiseChannels) prepare_block(p, g, c, halves(c), block_at(c));
+    }
+
+    bool halves(int64_t channel) const { return !rare && p.weight.out_channels - channel <= 32; }
+    DepthwiseBlock* block_at(int64_t channel) const {
+        return reinterpret_cast<DepthwiseBlock*>(blocks + channel / kDepthwiseChannels * block_bytes);
+    }
+
+    // Strips of nearly equal length, a multiple of four pixels.
+    int64_t pixels_of_strip() const {
+        const int64_t columns = kStripBytes / (column_groups(g) * kColumnBytes) - (g.taps - 1) * g.dilation;
+        int64_t most = smaller(columns / g.stride / 4 * 4, kStripPixels);
+        most = most > 4 ? most : 4;
+        return round_up(ceil_div(p.out_w, ceil_div(p.out_w, most)), 4);
+    }
+
+    // The input rows of ROWS output rows.
+    template <int ROWS>
+    void find_rows(int64_t n, int64_t oy) const {
+        const int64_t row_bytes = p.in_w * p.input_stride;
+        const int64_t rows = p.weight.kernel_h + (G::kShared ? (ROWS - 1) * g.stride : 0);
+        for (int64_t group = 0; group < (G::kShared ? 1 : ROWS) * g.groups; ++group) {
+            InputRows& in = inputs[group];
+            const int64_t first = group % g.groups * 4, own = group / g.groups;  // own: the output row of the group
+            in.real = smaller(4, rows - first);
+            for (int64_t i = 0; i < in.real; ++i) {
+                const int64_t y = (oy + own) * p.stride_h - p.pad_top + (first + i) * p.dilation_h;
+                const bool inside = y >= 0 && y < p.in_h;
+                in.row[i] = inside ? p.input + (n * p.in_h + y) * row_bytes : padding;
+                in.step[i] = inside ? p.input_stride : 0;
+                in.channel_step[i] = inside;
             }
         }
     }
+
+    template <int ROWS, class L>
+    void interleave(int64_t channel, const ColumnRange& columns) const {
+        for (int64_t group = 0; group < (G::kShared ? 1 : ROWS) * g.groups; ++group)
+            interleave_function<L>(inputs[group].real)(inputs[group], channel, columns, strip + group * kColumnBytes);
+    }
+
+    template <int ROWS, class L>
+    void strip_of(int64_t channel, const ColumnRange& columns, const DepthwiseOutput& to, int64_t pixels) const {
+        interleave<ROWS, L>(channel, columns);
+        depthwise_strip<G, ROWS, L>(g, block_at(channel), to_bytes, strip, to, pixels);
+    }
+
+    // One strip, all channels: `pixels` outputs of ROWS rows from `pixel` on, which is at column ox.
+    template <int ROWS>
+    void channels(int64_t pixel, int64_t ox, int64_t pixels) const {
+        ColumnRange columns{ox * p.stride_w - p.pad_left,
+                            (pixels - 1) * g.stride + (g.taps - 1) * g.dilation + 1,
+                            p.in_w,
+                            g.stride,
+                            column_groups(g) * kColumnBytes,
+                            ~uint64_t{0},
+                            _mm512_set1_epi8(static_cast<char>(p.input_flip)),
+                            _mm512_set1_epi8(static_cast<char>(p.input_zero_point))};
+        uint8_t* out = static_cast<uint8_t*>(p.output) + pixel * p.output_stride;
+        for (int64_t c = 0; c < p.weight.out_channels; c += kDepthwiseChannels) {
+            const int64_t left = p.weight.out_channels - c;
+            if (left < kDepthwiseChannels) columns.mask = (uint64_t{1} << left) - 1;
+            if (rare) {
+                interleave<1, Lanes<64, true>>(c, columns);
+                store_rare(c, pixel, pixels);
+                continue;
+            }
+            const DepthwiseOutput to = {out + c, p.out_w * p.output_stride, p.output_stride, columns.mask};
+            if (left >= 64)
+                strip_of<ROWS, Lanes<64, false>>(c, columns, to, pixels);
+            else if (left > 32)
+                strip_of<ROWS, Lanes<64, true>>(c, columns, to, pixels);
+            else if (left == 32)
+                strip_of<ROWS, Lanes<32, false>>(c, columns, to, pixels);
+            else if (left == 16)
+                strip_of<ROWS, Lanes<16, false>>(c, columns, to, pixels);
+            else
+                strip_of<ROWS, Lanes<32, true>>(c, columns, to, pixels);
+        }
+    }
+
+    // float output, shifts, or a residual: a sum at a time.
+    [[gnu::noinline]] void store_rare(int64_t channel, int64_t pixel, int64_t pixels) const {
+        const int64_t channels = smaller(kDepthwiseChannels, p.weight.out_channels - channel);
+        for (int64_t i = 0; i < pixels; ++i) {
+            alignas(64) int32_t sums[64];
+            for (int j = 0; j < 4; ++j) {
+                __m512i q[1][1];
+                depthwise_sums<G, 1, 1, 1>(g, block_at(channel), strip + i * g.stride * g.groups * kColumnBytes, j, q);
+                _mm512_store_si512(sums + 16 * j, q[0][0]);
+            }
+            for (int64_t c = 0; c < channels; ++c)
+                store_sum(p, pixel + i, channel + c, sums[c % 16 / 4 * 16 + c / 16 * 4 + c % 4]);
+        }
+    }
+
+    // Whether input and output are too large to stay in a cache of 1 MB from layer to layer.
+    bool is_large() const {
+        return p.batch * (p.in_h * p.in_w * p.input_stride + p.out_h * p.out_w * p.output_stride) > kFetchedBytes;
+    }
+
+    // Asks for what the rows below the present ones will read and write, `pixels` outputs of ROWS rows from ox on.
+    template <int ROWS>
+    void fetch_below(int64_t n, int64_t oy, int64_t ox, int64_t pixels) const {
+        const int64_t in_row = p.in_w * p.input_stride, out_row = p.out_w * p.output_stride;
+        const int64_t y = oy * p.stride_h - p.pad_top + (ROWS - 1) * p.stride_h + p.weight.kernel_h;
+        const uint8_t* in = p.input + (n * p.in_h + y) * in_row + ox * p.stride_w * p.input_stride;
+        const uint8_t* out =
+            static_cast<const uint8_t*>(p.output) + (n * p.out_h + oy + ROWS) * out_row + ox * p.output_stride;
+        for (int64_t s = 0; s < ROWS * p.stride_h; ++s)
+            prefetch_bytes(in + s * in_row, pixels * p.stride_w * p.input_stride);
+        for (int v = 0; v < ROWS; ++v) prefetch_bytes(out + v * out_row, pixels * p.output_stride);
+    }
+
+    // ROWS output rows from oy on, strip after strip.
+    template <int ROWS>
+    void rows(int64_t n, int64_t oy) const {
+        find_rows<ROWS>(n, oy);
+        const int64_t row = n * p.out_h + oy;
+        for (int64_t ox = 0; ox < p.out_w; ox += strip_pixels) {
+            const int64_t pixels = smaller(strip_pixels, p.out_w - ox);
+            if (large) fetch_below<ROWS>(n, oy, ox, pixels);
+            channels<ROWS>(row * p.out_w + ox, ox, pixels);
+        }
+    }
+
+    void run(int64_t begin, int64_t end) const {
+        const int64_t per_image = ceil_div(p.out_h, G::kRows);
+        for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t n = unit / per_image, oy = unit % per_image * G::kRows;
+            if (G::kRows == 1 || oy + G::kRows <= p.out_h)
+                rows<G::kRows>(n, oy);
+            else
+                rows<1>(n, oy);
+        }
+    }
+};
+
+// Calls `use` with the geometry that serves the layer.
+template <class Use>
+auto with_geometry(const Int8Conv2d& p, const Use& use) {
+    if (Geometry<3, 1, 1, 2, true>::fits(p)) return use(Geometry<3, 1, 1, 2, true>(p));
+    if (Geometry<3, 1, 2, 2, false>::fits(p)) return use(Geometry<3, 1, 2, 2, false>(p));
+    if (Geometry<5, 2, 1, 2, true>::fits(p)) return use(Geometry<5, 2, 1, 2, true>(p));
+    if (Geometry<5, 2, 2, 2, true>::fits(p)) return use(Geometry<5, 2, 2, 2, true>(p));
+    return use(AnyGeometry(p));
+}
+
+int64_t depthwise_units(const Int8Conv2d& p) {
+    if (p.batch * p.out_h * p.out_w == 0) return 0;
+    return with_geometry(p, [&](auto g) { return Depthwise<decltype(g)>::units(p); });
 }
 
 void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
-    const Int8Weight& w = p.weight;
-    // The last pixels of a strip are computed kPixels at a time: the columns they read beyond it hold old bytes.
-    const int64_t columns = (kStripPixels + kPixels) * p.stride_w + (w.kernel_w - 1) * p.dilation_w + 1;
-    const int64_t strip_bytes = columns * row_groups(w) * kColumnBytes;
-    uint8_t* strip = static_cast<uint8_t*>(thread_scratch(strip_bytes + 64));
-    uint8_t* padding = strip + strip_bytes;
-    memset(padding, p.input_zero_point ^ p.input_flip, 64);
-    const auto compute_row = Columns<3, 1, 1>::fits(p)   ? depthwise_row<3, 1, 1>
-                             : Columns<3, 1, 2>::fits(p) ? depthwise_row<3, 1, 2>
-                             : Columns<5, 2, 1>::fits(p) ? depthwise_row<5, 2, 1>
-                             : Columns<5, 2, 2>::fits(p) ? depthwise_row<5, 2, 2>
-                                                         : depthwise_row<0, 0, 0>;
-    const ByteRange range = byte_range(p);
-    const int64_t blocks = depthwise_blocks(w), rows = rows_per_unit(p), strips = strips_of(p);
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 32, 33, 34, 35, 48, 49, 50, 51);
-    for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t block = unit % blocks, strip_index = unit / blocks % strips;
-        DepthwiseRow r{};
-        r.conv = &p;
-        r.padding = padding;
-        r.range = range;
-        r.n = unit / blocks / strips;
-        r.channel = block * kDepthwiseChannels;
-        r.channels = smaller(kDepthwiseChannels, w.out_channels - r.channel);
-        r.image = p.input + r.n * p.in_h * p.in_w * p.input_stride + r.channel;
-        r.weight = reinterpret_cast<const int8_t*>(p.packed) + block * depthwise_block_bytes(w);
-        for (int j = 0; j < 4; ++j) {
-            const __m512i index = _mm512_add_epi32(first, _mm512_set1_epi32(4 * j));
-            r.offset[j] = _mm512_i32gather_epi32(index, p.offset + r.channel, 4);
-            r.multiplier[j] = _mm512_i32gather_ps(index, p.multiplier + r.channel, 4);
-        }
-        for (r.oy = strip_index * rows; r.oy < smaller((strip_index + 1) * rows, p.out_h); ++r.oy)
-            compute_row(r, strip);
-    }
+    with_geometry(p, [&](auto g) { Depthwise<decltype(g)>(p).run(begin, end); });
 }
 
 }  // namespace
