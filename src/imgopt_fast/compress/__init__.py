@@ -4,6 +4,8 @@ from imgopt_fast.compress.distill import distillation_loss
 from imgopt_fast.compress.masked_sgd import MaskedSGD
 from imgopt_fast.compress.prune import PruneConfig, Pruner, prune, pruning_sensitivity
 from imgopt_fast.compress.quantize import Int8Config, profile, qat, quantize, sensitivity
+from imgopt_fast.compress.weights import load_weights, save_weights
+from imgopt_fast.nn import pack
 
 __all__ = [
     "Int8Config",
@@ -11,10 +13,13 @@ __all__ = [
     "PruneConfig",
     "Pruner",
     "distillation_loss",
+    "load_weights",
+    "pack",
     "profile",
     "prune",
     "pruning_sensitivity",
     "qat",
     "quantize",
+    "save_weights",
     "sensitivity",
 ]

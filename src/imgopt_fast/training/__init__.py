@@ -14,9 +14,9 @@ _HOME_OF = {
     "StageRow": "report",
     "TrainConfig": "config",
     "load_network": "network",
-    "load_weights": "weights",
+    "load_weights": "imgopt_fast.compress",
     "resume": "recipe",
-    "save_weights": "weights",
+    "save_weights": "imgopt_fast.compress",
     "train": "recipe",
 }
 
@@ -26,4 +26,5 @@ __all__ = sorted(_HOME_OF)
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    home = _HOME_OF[name]
+    return getattr(import_module(home if "." in home else f"{__name__}.{home}"), name)

@@ -10,10 +10,9 @@ import yaml
 from torch import Tensor, nn
 
 from imgopt_fast.augment import Compose, Normalize
-from imgopt_fast.compress import Int8Config, PruneConfig, prune, quantize
+from imgopt_fast.compress import Int8Config, PruneConfig, load_weights, prune, quantize
 from imgopt_fast.data import Dataset
 from imgopt_fast.models import create_model
-from imgopt_fast.training.weights import load_weights
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel
 

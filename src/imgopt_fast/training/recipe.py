@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from imgopt_fast.augment import Compose, Normalize
-from imgopt_fast.compress import Int8Config, PruneConfig, prune, quantize
+from imgopt_fast.compress import Int8Config, PruneConfig, load_weights, prune, quantize, save_weights
 from imgopt_fast.data import Dataset, batches_per_epoch, load_dataset
 from imgopt_fast.models import create_model
 from imgopt_fast.training.augmentation import Augmentation
@@ -30,7 +30,6 @@ from imgopt_fast.training.network import WEIGHTS, Card, load_network
 from imgopt_fast.training.reference_loop import reference_epoch
 from imgopt_fast.training.report import Report, StageRow, write_report
 from imgopt_fast.training.run_folder import RunFolder
-from imgopt_fast.training.weights import load_weights, save_weights
 
 PRUNE_RAMP = 0.5  # share of the pruning steps over which weights are removed; the rest recovers
 PRUNE_UPDATES = 20  # mask updates on that way
