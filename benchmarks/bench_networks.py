@@ -1,4 +1,4 @@
-"""ResNet-18, ResNet-50 and MobileNetV2 in int8 and pruned, against torch, torch fx int8, onnxruntime and OpenVINO.
+"""ResNet-18, ResNet-50 and MobileNetV2 in int8 against torch, torch fx int8, onnxruntime and OpenVINO.
 
 The cases are those of imgopt_fast.benchmarks.networks.
 """

@@ -188,76 +188,6 @@ class GradientCase(MatmulCase):
 
 
 @dataclass(eq=False)
-class StepCase(Case):
-    """A training step at 90 %: forward, backward and masked SGD of an MLP 4096-4096-1000 at batch 256."""
-
-    subject: ClassVar[str] = "masked_matmul"
-    name: str = "training step 90% MLP 4096-4096-1000"
-    quick: bool = False
-    batch: int = 256
-    widths: tuple[int, ...] = (4096, 4096, 1000)
-    sparsity: float = 0.9
-    rate: float = 1e-3
-    momentum: float = 0.9
-
-    @cached_property
-    def input(self) -> torch.Tensor:
-        return torch.randn(self.batch, self.widths[0], generator=torch.Generator().manual_seed(1))
-
-    @cached_property
-    def label(self) -> torch.Tensor:
-        return torch.randint(0, self.widths[-1], (self.batch,), generator=torch.Generator().manual_seed(4))
-
-    @cached_property
-    def masks(self) -> list[torch.Tensor]:
-        pairs = zip(self.widths[1:], self.widths[:-1], strict=True)
-        return [random_mask(outputs, inputs, self.sparsity) for outputs, inputs in pairs]
-
-    def weights(self) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(2)
-        return [
-            (torch.randn(mask.shape, generator=generator) * mask / (0.1 * mask.shape[1]) ** 0.5).requires_grad_()
-            for mask in self.masks
-        ]
-
-    def step(self, product: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]) -> Runner:
-        weights = self.weights()
-        momenta = [torch.zeros_like(w) for w in weights]
-        masks = [mask.float() for mask in self.masks]
-
-        def call() -> torch.Tensor:
-            hidden = product(self.input, weights[0], 0).relu()
-            loss = F.cross_entropy(product(hidden, weights[1], 1), self.label)
-            grads = torch.autograd.grad(loss, weights)
-            with torch.no_grad():
-                for weight, momentum, grad, mask in zip(weights, momenta, grads, masks, strict=True):
-                    momentum.mul_(self.momentum).add_(grad)
-                    weight.sub_(momentum * mask, alpha=self.rate)
-            return loss.detach()
-
-        return Runner(call, Agreement(1e-4, relative=True))
-
-    def ours(self) -> Runner:
-        layouts = [mask_layout(mask) for mask in self.masks]
-        return self.step(lambda x, weight, layer: masked_matmul(x, weight, layouts[layer]))
-
-    def peers(self) -> Mapping[str, Callable[[], Runner]]:
-        return {"torch": self.with_torch}
-
-    def with_torch(self) -> Runner:
-        masks = [mask.float() for mask in self.masks]
-        runner = self.step(lambda x, weight, layer: F.linear(x, weight * masks[layer]))
-        return Runner(runner.call, runner.agreement, goal=4.0)
-
-    def work(self) -> Work:
-        # Three products per layer but for the first, whose input needs no gradient; weights, momenta and gradients
-        # are read and written once at the kept positions.
-        kept = [int(mask.sum()) for mask in self.masks]
-        products = 2 * kept[0] + 3 * kept[1]
-        return Work(flops=2.0 * self.batch * products, bytes_read=12.0 * sum(kept), bytes_written=8.0 * sum(kept))
-
-
-@dataclass(eq=False)
 class ConvolutionCase(Case):
     """A pruned convolution of ResNet-50 at 90 %, batch 8, channels_last: inference with packed weights."""
 
@@ -369,7 +299,6 @@ def _cases() -> list[Case]:
     for sparsity, goal in WEIGHT_GRADIENT_GOALS.items():
         found.append(GradientCase("training", sparsity, of="weight", ideal_goal=goal, quick=sparsity == 0.9))
     found += [GradientCase("training", sparsity, of="input") for sparsity in WEIGHT_GRADIENT_GOALS]
-    found.append(StepCase())
     found += [ConvolutionCase(256, 64, 1, 56), ConvolutionCase(1024, 256, 1, 14)]
     found += [ConvolutionCase(64, 64, 3, 56), ConvolutionCase(256, 256, 3, 14)]
     found += [ConvolutionStepCase(1024, 256, 1, 14), ConvolutionStepCase(256, 256, 3, 14)]

@@ -1,4 +1,4 @@
-"""Whole classifiers at 224 x 224, from float input to logits: int8 and pruned against float32 and the other engines.
+"""Whole classifiers at 224 x 224, from float input to logits: int8 against float32 and the other engines.
 
 Weights are random and the batch norms hold the statistics of random images: speed does not depend on accuracy.
 torch fx, onnxruntime and OpenVINO quantize the same network with their own recommended settings, from the same
@@ -6,7 +6,6 @@ calibration images, and OpenVINO runs the very model that onnxruntime does. Quan
 the comparison with float32 is only to catch a network that computes something else.
 """
 
-import copy
 import io
 import logging
 import tempfile
@@ -207,56 +206,13 @@ def size_of(name: str) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-@cache
-def pruned_model(name: str, sparsity: float) -> nn.Module:
-    """The network without the smallest weights of each layer, which the masked layers skip."""
-    compress = import_module("imgopt_fast.compress")
-    model = copy.deepcopy(folded_model(name))
-    compress.prune(model, compress.PruneConfig(sparsity=sparsity))
-    return model.eval()
-
-
-@dataclass(eq=False)
-class PrunedCase(Int8Case):
-    """A network pruned to 90 %, float32, against the same weights in dense layers."""
-
-    sparsity: float = 0.9
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"{self.model} pruned {self.sparsity:.0%} N={self.batch}"
-
-    def ours(self) -> Runner:
-        return self.forward(pruned_model(self.model, self.sparsity))
-
-    def peers(self) -> Mapping[str, Callable[[], Runner]]:
-        return {"torch": self.with_dense}
-
-    def with_dense(self) -> Runner:
-        dense = copy.deepcopy(folded_model(self.model))
-        dense.load_state_dict(pruned_model(self.model, self.sparsity).state_dict(), strict=False)
-        runner = self.forward(dense, 2.0)
-        return Runner(runner.call, Agreement(1e-3, relative=True), goal=2.0)
-
-    def work(self) -> Work:
-        # As above for the kept weights, in float32.
-        whole = super().work()
-        kept = 1 - self.sparsity
-        weights = size_of(self.model)[1]
-        return Work(
-            flops=whole.int8_ops * kept,
-            bytes_read=4.0 * (weights * kept + self.input.numel()),
-            bytes_written=whole.bytes_written,
-        )
-
-
 def _cases() -> list[Case]:
     found: list[Case] = []
     for model in ("resnet18", "resnet50", "mobilenetv2"):
         for batch in (1, 16):
             quick = model == "resnet18" and batch == 1
             found += [Int8Case(model, batch, quick=quick), Int8Case(model, batch, threads=2)]
-    return [*found, PrunedCase("resnet18", 1), PrunedCase("resnet18", 16)]
+    return found
 
 
 CASES = _cases()
