@@ -64,10 +64,11 @@ struct Probe {
 // Padding: a tap outside the image is `fill` (constant, blended tap by tap) or the border pixel (edge). reflect (about
 //   the border pixel's centre, period 2n - 2) and symmetric (about its outer edge, period 2n) first fold the
 //   coordinate; a mirrored fraction f > 0 becomes 1 - f. An axis of size 1 replicates.
-// Weights. nearest: floor(x + 1/2). bilinear on uint8: integers of the fixed sum S = 32512 = 127 · 256,
-//   w11 = rne(fx fy S), w01 = rne((fx - fx fy) S), w10 = rne((fy - fx fy) S), w00 the rest, products in R; the sum
-//   |acc| <= 255 (S + 2) < 2^24 is exact in int32 and in float32. S splits into two signed bytes, 127 · 256, which is
-//   what the int8 dot products take, and 1/S rounds so that rne(acc · f32(1/S)) is the exact quotient rounded half to
+// Weights. nearest: floor(x + 1/2). bilinear on uint8: integers of the fixed sum S = 32512 = 127 · 256. The right column
+//   has w1 = rne(fx S), product in R, the left one w0 = S - w1; with v = min(rne(fy 2^15), 2^15 - 1) the lower row has
+//   (w v + 2^14) >> 15 of each, the upper one the rest. No weight is negative, and they are off by less than 0.016
+//   levels; acc <= 255 S < 2^23 is exact in int32 and in float32. S splits into two bytes, 127 · 256, which is what the
+//   int8 dot products take, and 1/S rounds so that rne(acc · f32(1/S)) is the exact quotient rounded half to
 //   even for every acc (tested exhaustively). bicubic on uint8 (Keys, a = -0.75): horizontally rne(w S) with the tap
 //   at floor(x) taking the rest, exact in int32 (|acc| < 1.4 · 255 S < 2^24), then vertically fma over the rows in
 //   ascending order with weights in R. Floating images: bilinear fma(fx, p01 - p00, p00) per row, then the same in y;

@@ -244,13 +244,15 @@ struct BilinearWeights {
     int32_t w00, w01, w10, w11;  // row, column
 };
 
+// The columns' weights first, then each of them shared between the rows by a multiplication in 15 bits: none is
+// negative, the sum is exact whatever the rounding, and a vector unit works on words.
 template <class R>
 IMGOPT_HD inline BilinearWeights bilinear_weights(R fx, R fy) {
-    const R sum = kWeightSum, both = fx * fy;
-    const int32_t w11 = static_cast<int32_t>(nearest_integer(both * sum));
-    const int32_t w01 = static_cast<int32_t>(nearest_integer((fx - both) * sum));
-    const int32_t w10 = static_cast<int32_t>(nearest_integer((fy - both) * sum));
-    return {kWeightSum - w11 - w01 - w10, w01, w10, w11};
+    const int32_t right = static_cast<int32_t>(nearest_integer(fx * static_cast<R>(kWeightSum)));
+    const int32_t rounded = static_cast<int32_t>(nearest_integer(fy * static_cast<R>(32768)));
+    const int32_t below = rounded < 32767 ? rounded : 32767, left = kWeightSum - right;
+    const int32_t w11 = (right * below + 16384) >> 15, w10 = (left * below + 16384) >> 15;
+    return {left - w10, right - w11, w10, w11};
 }
 
 template <class R>

@@ -1,30 +1,21 @@
-// affine_warp for AVX2 with FMA. Eight pixels at a time, as in the AVX-512 unit, with what AVX2 has instead of VNNI:
+// affine_warp for AVX2 with FMA. Sixteen pixels at a time, as in the AVX-512 unit, with what AVX2 has instead of VNNI:
 // the 16-bit weights go whole into vpmaddwd, two taps per multiplication, which is exact; byte shuffles widen the taps
 // on the way.
 #include <immintrin.h>
 
-#include "window.h"
+#include "stores_avx2.h"
+#include "windowed.h"
 
 namespace imgopt::avx2 {
 namespace {
 
-constexpr int kLanes = 8;
-
 // --- packing -------------------------------------------------------------------------------------------------------
-
-IMGOPT_INLINE __m128i bytes_at(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
-IMGOPT_INLINE void put_bytes(uint8_t* to, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), v); }
 
 IMGOPT_INLINE int32_t dword_at(const uint8_t* from) {
     int32_t v;
     __builtin_memcpy(&v, from, 4);
     return v;
 }
-
-IMGOPT_INLINE __m256i dwords_at(const int32_t* from) {
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
-}
-IMGOPT_INLINE void put_dwords(int32_t* to, __m256i v) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), v); }
 
 // Four pixels side by side, C bytes each. Reads 16 bytes where they are interleaved.
 template <int C>
@@ -97,19 +88,20 @@ struct Points {
     int finite;  // bit per lane
 };
 
+IMGOPT_INLINE __m256 along(float step, float start, int lane) {
+    const __m256 first = _mm256_set_ps(7, 6, 5, 4, 3, 2, 1, 0);
+    const __m256 lanes = _mm256_add_ps(first, _mm256_set1_ps(static_cast<float>(lane)));
+    return _mm256_fmadd_ps(_mm256_set1_ps(step), lanes, _mm256_set1_ps(start));
+}
+
 IMGOPT_INLINE Points affine_points(const Base<float>& base, int lane) {
-    const __m256 lanes =
-        _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_set1_epi32(lane), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0)));
     const __m256 far = _mm256_set1_ps(static_cast<float>(kFarInBlock)), near = _mm256_sub_ps(_mm256_setzero_ps(), far);
-    const auto along = [&](float step, float start) {
-        const __m256 v = _mm256_fmadd_ps(_mm256_set1_ps(step), lanes, _mm256_set1_ps(start));
-        return _mm256_min_ps(_mm256_max_ps(v, near), far);
-    };
-    const __m256 x = along(base.step_x, base.fx), y = along(base.step_y, base.fy);
+    const __m256 x = _mm256_min_ps(_mm256_max_ps(along(base.step_x, base.fx, lane), near), far);
+    const __m256 y = _mm256_min_ps(_mm256_max_ps(along(base.step_y, base.fy, lane), near), far);
     const __m256 wx = _mm256_floor_ps(x), wy = _mm256_floor_ps(y);
     return {_mm256_add_epi32(_mm256_set1_epi32(base.x), _mm256_cvttps_epi32(wx)),
             _mm256_add_epi32(_mm256_set1_epi32(base.y), _mm256_cvttps_epi32(wy)), _mm256_sub_ps(x, wx),
-            _mm256_sub_ps(y, wy), base.finite ? 0xff : 0};
+            _mm256_sub_ps(y, wy), 0xff};
 }
 
 struct HalfPoints {
@@ -148,50 +140,104 @@ IMGOPT_INLINE void round_to_nearest(Points& at) {
     at.fx = at.fy = _mm256_setzero_ps();
 }
 
-// fold() of arithmetic.h, lane by lane, for the vectors that leave the image.
+// fold() of arithmetic.h. One mirroring serves coordinates within a period of the image; others are rare and go one by
+// one.
 IMGOPT_INLINE void fold_axis(__m256i& i, __m256& f, int32_t n, Padding padding) {
-    const __m256i inside =
-        _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_setzero_si256(), i), _mm256_cmpgt_epi32(_mm256_set1_epi32(n), i));
-    if (_mm256_movemask_epi8(inside) == -1 || n == 1) return;
-    alignas(32) int32_t index[kLanes];
-    alignas(32) float fraction[kLanes];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(index), i);
-    _mm256_store_ps(fraction, f);
-    for (int lane = 0; lane < kLanes; ++lane) fold(index[lane], fraction[lane], n, padding);
-    i = _mm256_load_si256(reinterpret_cast<const __m256i*>(index));
-    f = _mm256_load_ps(fraction);
-}
-
-// --- sampling ------------------------------------------------------------------------------------------------------
-
-IMGOPT_INLINE __m256i offsets_in(const Window& w, int bytes, int lead, const Points& at) {
-    const auto cut = [](__m256i v, int32_t first, int32_t last) {
-        v = _mm256_sub_epi32(v, _mm256_set1_epi32(first));
-        return _mm256_min_epi32(_mm256_max_epi32(v, _mm256_setzero_si256()), _mm256_set1_epi32(last));
+    const auto outside_of = [&](__m256i v) {
+        return _mm256_or_si256(_mm256_srai_epi32(v, 31), _mm256_cmpgt_epi32(v, _mm256_set1_epi32(n - 1)));
     };
-    const __m256i x = cut(at.x, w.x0 + lead, w.x_last), y = cut(at.y, w.y0 + lead, w.y_last);
-    return _mm256_add_epi32(_mm256_mullo_epi32(y, _mm256_set1_epi32(static_cast<int32_t>(w.pitch))),
-                            _mm256_mullo_epi32(x, _mm256_set1_epi32(bytes)));
+    const __m256i outside = outside_of(i);
+    if (_mm256_testz_si256(outside, outside) || n == 1) return;
+    const int32_t below = padding == Padding::reflect ? 0 : -1;
+    const int32_t above = padding == Padding::reflect ? 2 * n - 2 : 2 * n - 1;
+    const __m256i sum =
+        _mm256_blendv_epi8(_mm256_set1_epi32(above), _mm256_set1_epi32(below), _mm256_srai_epi32(i, 31));
+    const __m256i mirrored = _mm256_sub_epi32(sum, i);
+    if (!_mm256_testz_si256(outside, outside_of(mirrored))) {
+        alignas(32) int32_t index[kLanes];
+        alignas(32) float fraction[kLanes];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(index), i);
+        _mm256_store_ps(fraction, f);
+        for (int lane = 0; lane < kLanes; ++lane) fold(index[lane], fraction[lane], n, padding);
+        i = _mm256_load_si256(reinterpret_cast<const __m256i*>(index));
+        f = _mm256_load_ps(fraction);
+        return;
+    }
+    const __m256 positive = _mm256_cmp_ps(f, _mm256_setzero_ps(), _CMP_GT_OQ);
+    const __m256i between = _mm256_and_si256(outside, _mm256_castps_si256(positive));
+    i = _mm256_add_epi32(_mm256_blendv_epi8(i, mirrored, outside), between);
+    f = _mm256_blendv_ps(f, _mm256_sub_ps(_mm256_set1_ps(1), f), _mm256_castsi256_ps(between));
 }
+
+// --- offsets and weights -------------------------------------------------------------------------------------------
 
 // Weights of eight pixels, two 16-bit ones per dword: taps 0 and 1, taps 2 and 3.
 struct PairedWeights {
     __m256i first, second;
 };
 
-IMGOPT_INLINE PairedWeights paired(__m256i w0, __m256i w1, __m256i w2, __m256i w3) {
-    return {_mm256_blend_epi16(w0, _mm256_slli_epi32(w1, 16), 0xaa),
-            _mm256_blend_epi16(w2, _mm256_slli_epi32(w3, 16), 0xaa)};
+// Two vectors of pixels.
+struct Group {
+    alignas(32) int32_t offset[2 * kLanes];  // of the position in the window, bytes, from `origin`
+    const uint8_t* origin;
+    __m256 fx[2], fy[2];
+    int finite[2];
+    PairedWeights weights[2];
+    bool touched;  // or all of it is fill
+};
+
+// Written so that the compiler does not see the other end of it: it would move each offset through vpextrd.
+IMGOPT_INLINE void keep(int32_t* to, __m256i v) {
+    __asm__("vmovdqa %1, %0" : "=m"(*reinterpret_cast<__m256i*>(to)) : "x"(v));
 }
 
-IMGOPT_INLINE PairedWeights paired_weights(__m256 fx, __m256 fy) {
-    const __m256 sum = _mm256_set1_ps(kWeightSum), both = _mm256_mul_ps(fx, fy);
-    const __m256i w11 = _mm256_cvtps_epi32(_mm256_mul_ps(both, sum));
-    const __m256i w01 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(fx, both), sum));
-    const __m256i w10 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(fy, both), sum));
-    const __m256i w00 =
-        _mm256_sub_epi32(_mm256_sub_epi32(_mm256_set1_epi32(kWeightSum), w11), _mm256_add_epi32(w01, w10));
-    return paired(w00, w10, w01, w11);
+// Offsets where every coordinate of the group lies inside the window. They are exact in float32: below 2^20.
+template <int bytes, bool rounds>
+IMGOPT_INLINE void locate_inside(const Window& w, int lead, const Base<float>& base, int lane, Group& to, int half) {
+    to.origin = w.data + (int64_t{base.y} - w.y0 - lead) * w.pitch + (int64_t{base.x} - w.x0 - lead) * bytes;
+    const __m256 x = along(base.step_x, base.fx, lane), y = along(base.step_y, base.fy, lane);
+    __m256 wx = _mm256_floor_ps(x), wy = _mm256_floor_ps(y);
+    to.fx[half] = _mm256_sub_ps(x, wx);
+    to.fy[half] = _mm256_sub_ps(y, wy);
+    if constexpr (rounds) {
+        const __m256 middle = _mm256_set1_ps(0.5f), one = _mm256_set1_ps(1);
+        wx = _mm256_add_ps(wx, _mm256_and_ps(_mm256_cmp_ps(to.fx[half], middle, _CMP_GE_OQ), one));
+        wy = _mm256_add_ps(wy, _mm256_and_ps(_mm256_cmp_ps(to.fy[half], middle, _CMP_GE_OQ), one));
+    }
+    const __m256 along_x = _mm256_mul_ps(wx, _mm256_set1_ps(bytes));
+    const __m256 offset = _mm256_fmadd_ps(wy, _mm256_set1_ps(static_cast<float>(w.pitch)), along_x);
+    keep(to.offset + half * kLanes, _mm256_cvttps_epi32(offset));
+}
+
+// Offsets of any coordinates. The clamp does the border's work and keeps every load inside.
+IMGOPT_INLINE void locate_clamped(const Window& w, int bytes, int lead, const Points& at, Group& to, int half) {
+    const auto cut = [](__m256i v, int32_t first, int32_t last) {
+        v = _mm256_sub_epi32(v, _mm256_set1_epi32(first));
+        return _mm256_min_epi32(_mm256_max_epi32(v, _mm256_setzero_si256()), _mm256_set1_epi32(last));
+    };
+    const __m256i x = cut(at.x, w.x0 + lead, w.x_last), y = cut(at.y, w.y0 + lead, w.y_last);
+    const __m256i rows = _mm256_mullo_epi32(y, _mm256_set1_epi32(static_cast<int32_t>(w.pitch)));
+    to.origin = w.data;
+    to.fx[half] = at.fx;
+    to.fy[half] = at.fy;
+    to.finite[half] = at.finite;
+    keep(to.offset + half * kLanes, _mm256_add_epi32(rows, _mm256_mullo_epi32(x, _mm256_set1_epi32(bytes))));
+}
+
+// bilinear_weights() of arithmetic.h for 16 pixels, as words: packs leaves four of the first and four of the second
+// vector in each 128 bits, which the unpacking takes apart again.
+IMGOPT_INLINE void weigh_bilinear(Group& to) {
+    const auto words = [](const __m256* f, float unit) {
+        const __m256 factor = _mm256_set1_ps(unit);
+        return _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(f[0], factor)),
+                                  _mm256_cvtps_epi32(_mm256_mul_ps(f[1], factor)));
+    };
+    const __m256i right = words(to.fx, kWeightSum), below = words(to.fy, 32768);  // saturates at 32767
+    const __m256i left = _mm256_sub_epi16(_mm256_set1_epi16(kWeightSum), right);
+    const __m256i w11 = _mm256_mulhrs_epi16(right, below), w10 = _mm256_mulhrs_epi16(left, below);
+    const __m256i w01 = _mm256_sub_epi16(right, w11), w00 = _mm256_sub_epi16(left, w10);
+    to.weights[0] = {_mm256_unpacklo_epi16(w00, w10), _mm256_unpacklo_epi16(w01, w11)};
+    to.weights[1] = {_mm256_unpackhi_epi16(w00, w10), _mm256_unpackhi_epi16(w01, w11)};
 }
 
 // bicubic_weights() of arithmetic.h.
@@ -208,14 +254,33 @@ IMGOPT_INLINE void bicubic_weights(__m256 f, __m256* to) {
     to[3] = _mm256_mul_ps(_mm256_mul_ps(a, g), _mm256_mul_ps(f, f));
 }
 
-IMGOPT_INLINE PairedWeights paired_bicubic_weights(__m256 f) {
+// The columns' weights.
+IMGOPT_INLINE void weigh_bicubic(Group& to) {
     const __m256 sum = _mm256_set1_ps(kWeightSum);
-    __m256 w[4];
-    bicubic_weights(f, w);
-    const __m256i w0 = _mm256_cvtps_epi32(_mm256_mul_ps(w[0], sum)), w2 = _mm256_cvtps_epi32(_mm256_mul_ps(w[2], sum));
-    const __m256i w3 = _mm256_cvtps_epi32(_mm256_mul_ps(w[3], sum));
-    const __m256i w1 = _mm256_sub_epi32(_mm256_sub_epi32(_mm256_set1_epi32(kWeightSum), w0), _mm256_add_epi32(w2, w3));
-    return paired(w0, w1, w2, w3);
+    const auto pair = [](__m256i even, __m256i odd) {
+        return _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa);
+    };
+    for (int h = 0; h < 2; ++h) {
+        __m256 w[4];
+        bicubic_weights(to.fx[h], w);
+        const __m256i w0 = _mm256_cvtps_epi32(_mm256_mul_ps(w[0], sum));
+        const __m256i w2 = _mm256_cvtps_epi32(_mm256_mul_ps(w[2], sum));
+        const __m256i w3 = _mm256_cvtps_epi32(_mm256_mul_ps(w[3], sum));
+        const __m256i others = _mm256_add_epi32(w0, _mm256_add_epi32(w2, w3));
+        to.weights[h] = {pair(w0, _mm256_sub_epi32(_mm256_set1_epi32(kWeightSum), others)), pair(w2, w3)};
+    }
+}
+
+// --- sampling ------------------------------------------------------------------------------------------------------
+
+// The 4 bytes at each of eight positions.
+IMGOPT_INLINE __m256i load_dwords(const uint8_t* data, const int32_t* offset) {
+    const auto quarter = [&](int i) {
+        const auto at = [&](int k) { return dword_at(data + offset[4 * i + k]); };
+        const __m128i two = _mm_insert_epi32(_mm_cvtsi32_si128(at(0)), at(1), 1);
+        return _mm_insert_epi32(_mm_insert_epi32(two, at(2), 2), at(3), 3);
+    };
+    return _mm256_set_m128i(quarter(1), quarter(0));
 }
 
 IMGOPT_INLINE __m256 weighted(__m256i first, __m256i second, const PairedWeights& w) {
@@ -255,7 +320,7 @@ IMGOPT_INLINE void load_planes(const uint8_t* data, const int32_t* offset, __m25
 }
 template <>
 IMGOPT_INLINE void load_planes<1>(const uint8_t* data, const int32_t* offset, __m256i* first, __m256i* second) {
-    const __m256i taps = _mm256_i32gather_epi32(reinterpret_cast<const int*>(data), dwords_at(offset), 1);
+    const __m256i taps = load_dwords(data, offset);
     const __m256i even = _mm256_and_si256(taps, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(taps, 8);
     first[0] = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa);
     second[0] = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
@@ -263,37 +328,36 @@ IMGOPT_INLINE void load_planes<1>(const uint8_t* data, const int32_t* offset, __
 
 // Samples of eight pixels: levels times kWeightSum, one register per channel.
 template <int C>
-IMGOPT_INLINE void bilinear_samples(const Window& w, const BlockTaps& block, int first_lane, __m256* to) {
-    const PairedWeights weights = {dwords_at(block.weight[0] + first_lane), dwords_at(block.weight[1] + first_lane)};
+IMGOPT_INLINE void bilinear_samples(const Group& at, int half, __m256* to) {
     __m256i first[4], second[4];
-    load_planes<C>(w.data, block.offset + first_lane, first, second);
-    for (int c = 0; c < C; ++c) to[c] = weighted(first[c], second[c], weights);
+    load_planes<C>(at.origin, at.offset + half * kLanes, first, second);
+    for (int c = 0; c < C; ++c) to[c] = weighted(first[c], second[c], at.weights[half]);
 }
 
 // Four rows of four columns: each row in exact integers like the bilinear taps, then the rows in float32.
 template <int C>
-IMGOPT_INLINE void bicubic_samples(const Window& w, const BlockTaps& block, int first_lane, __m256* to) {
-    const PairedWeights weights = {dwords_at(block.weight[0] + first_lane), dwords_at(block.weight[1] + first_lane)};
-    for (int row = 0; row < 4; ++row) {
-        const __m256 weight = _mm256_load_ps(block.row_weight[row] + first_lane);
+IMGOPT_INLINE void bicubic_samples(const Window& w, const Group& at, int half, __m256* to) {
+    __m256 rows[4];
+    bicubic_weights(at.fy[half], rows);
+    const auto sums = [&](int row, __m256* sum) __attribute__((always_inline)) {
         __m256i first[4], second[4];
-        load_planes<C>(w.data + row * w.pitch, block.offset + first_lane, first, second);
-        for (int c = 0; c < C; ++c) {
-            const __m256 sum = weighted(first[c], second[c], weights);
-            to[c] = row ? _mm256_fmadd_ps(weight, sum, to[c]) : _mm256_mul_ps(weight, sum);
-        }
+        load_planes<C>(at.origin + row * w.pitch, at.offset + half * kLanes, first, second);
+        for (int c = 0; c < C; ++c) sum[c] = weighted(first[c], second[c], at.weights[half]);
+    };
+    __m256 sum[C];
+    sums(0, sum);
+    for (int c = 0; c < C; ++c) to[c] = _mm256_mul_ps(rows[0], sum[c]);
+    for (int row = 1; row < 4; ++row) {
+        sums(row, sum);
+        for (int c = 0; c < C; ++c) to[c] = _mm256_fmadd_ps(rows[row], sum[c], to[c]);
     }
 }
 
 template <int C>
-IMGOPT_INLINE void nearest_samples(const Window& w, const BlockTaps& block, int first_lane, __m256* to) {
-    const __m256i offset = dwords_at(block.offset + first_lane);
-    const __m256i pixels = _mm256_i32gather_epi32(reinterpret_cast<const int*>(w.data), offset, 1);
-    const __m256i byte = _mm256_set1_epi32(255);
+IMGOPT_INLINE void nearest_samples(const Group& at, int half, __m256* to) {
+    const __m256i pixels = load_dwords(at.origin, at.offset + half * kLanes), byte = _mm256_set1_epi32(255);
     for (int c = 0; c < C; ++c) to[c] = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(pixels, 8 * c), byte));
 }
-
-// --- epilogue and stores -------------------------------------------------------------------------------------------
 
 IMGOPT_INLINE void apply_color(const float* m, float unit, __m256* v) {
     const __m256 factor = _mm256_set1_ps(unit);
@@ -306,132 +370,70 @@ IMGOPT_INLINE void apply_color(const float* m, float unit, __m256* v) {
     }
 }
 
-// Eight elements of a plane, or fewer, to consecutive places.
-template <class T>
-IMGOPT_INLINE void put_some(T* to, const T* from, int count) {
-    __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
-}
+// --- the steps of windowed.h ---------------------------------------------------------------------------------------
 
-// Planes of eight elements, as they are or pixel by pixel.
-template <int C, class T>
-IMGOPT_INLINE void put_planes(T* to, const Target& at, const T* planes) {
-    if (at.planar) {
-        for (int c = 0; c < C; ++c)
-            if (at.count == kLanes)
-                __builtin_memcpy(to + c * at.channel, planes + c * kLanes, kLanes * sizeof(T));
-            else
-                put_some(to + c * at.channel, planes + c * kLanes, at.count);
-        return;
-    }
-    for (int i = 0; i < at.count; ++i)
-        for (int c = 0; c < C; ++c) to[i * C + c] = planes[c * kLanes + i];
-}
-
-template <int C>
-IMGOPT_INLINE void store(uint8_t* to, const Target& at, const Epilogue<C>& e, const __m256* v) {
-    const __m256 factor = _mm256_set1_ps(e.levels);
-    __m256i level[4];
-    for (int c = 0; c < 4; ++c) level[c] = _mm256_cvtps_epi32(_mm256_mul_ps(v[c < C ? c : 0], factor));
-    // Bytes c of pixels 0 .. 3 in dword c of the lower lane, those of pixels 4 .. 7 in the upper one.
-    const __m256i packed =
-        _mm256_packus_epi16(_mm256_packus_epi32(level[0], level[1]), _mm256_packus_epi32(level[2], level[3]));
-    if (at.planar || C == 1) {
-        alignas(32) uint8_t planes[4 * kLanes];
-        const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(planes), _mm256_permutevar8x32_epi32(packed, order));
-        put_planes<C>(to, at, planes);
-        return;
-    }
-    const __m128i order = C == 4 ? _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0)
-                                 : _mm_set_epi8(-1, -1, -1, -1, 11, 7, 3, 10, 6, 2, 9, 5, 1, 8, 4, 0);
-    const __m128i low = _mm_shuffle_epi8(_mm256_castsi256_si128(packed), order);
-    const __m128i high = _mm_shuffle_epi8(_mm256_extracti128_si256(packed, 1), order);
-    alignas(16) uint8_t pixels[48];
-    put_bytes(pixels, low);
-    put_bytes(pixels + 4 * C, high);
-    if (at.count == kLanes)
-        __builtin_memcpy(to, pixels, kLanes * C);
-    else
-        put_some(to, pixels, at.count * C);
-}
-
-IMGOPT_INLINE __m128i narrowed(__m256 v, const Half*) {
-    return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-IMGOPT_INLINE __m128i narrowed(__m256 v, const BFloat16*) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    const __m256i kept = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
-    const __m256i words = _mm256_srli_epi32(kept, 16);
-    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08));
-}
-
-template <int C, class T>
-IMGOPT_INLINE void store(T* to, const Target& at, const Epilogue<C>& e, const __m256* v) {
-    alignas(32) T planes[C * kLanes];
-    for (int c = 0; c < C; ++c) {
-        const __m256 value = _mm256_fmadd_ps(v[c], _mm256_set1_ps(e.factor[c]), _mm256_set1_ps(e.add[c]));
-        if constexpr (sizeof(T) == 4)
-            _mm256_store_ps(reinterpret_cast<float*>(planes + c * kLanes), value);
-        else
-            _mm_store_si128(reinterpret_cast<__m128i*>(planes + c * kLanes), narrowed(value, to));
-    }
-    put_planes<C>(to, at, planes);
-}
+// A number per row of a strip, in the compiler's vectors; the halves as wide as the float64 they come from.
+struct StripRows {
+    typedef int32_t Ints __attribute__((vector_size(32)));
+    typedef float Floats __attribute__((vector_size(32)));
+    typedef int32_t HalfInts __attribute__((vector_size(16)));
+    typedef float HalfFloats __attribute__((vector_size(16)));
+    typedef int64_t Longs __attribute__((vector_size(32)));
+    typedef double Doubles __attribute__((vector_size(32)));
+};
 
 struct Isa {
     using Vector = __m256;
+    using Group = avx2::Group;
+    using Rows = StripRows;
     static constexpr int kLanes = avx2::kLanes;
-    static constexpr uint32_t kAllFinite = 0xff;
-
-    IMGOPT_INLINE static Points affine(const Base<float>& base, int lane) { return affine_points(base, lane); }
-    IMGOPT_INLINE static Points perspective(const double* m, int64_t x, int64_t y) {
-        return perspective_points(m, x, y);
-    }
+    static constexpr uint8_t kFlip = 0;
 
     template <int C, int taps>
-    IMGOPT_INLINE static void locate(const Window& w, const Points& at, BlockTaps& to, int first_lane) {
-        put_dwords(to.offset + first_lane, offsets_in(w, position_bytes(C, taps), taps == 4, at));
-        to.finite[first_lane / kLanes] = static_cast<uint32_t>(at.finite);
-        if constexpr (taps > 1) {
-            const PairedWeights weights = taps == 2 ? paired_weights(at.fx, at.fy) : paired_bicubic_weights(at.fx);
-            put_dwords(to.weight[0] + first_lane, weights.first);
-            put_dwords(to.weight[1] + first_lane, weights.second);
-        }
-        if constexpr (taps == 4) {
-            __m256 rows[4];
-            bicubic_weights(at.fy, rows);
-            for (int i = 0; i < 4; ++i) _mm256_store_ps(to.row_weight[i] + first_lane, rows[i]);
-        }
+    IMGOPT_INLINE static void locate_inside(const Window& w, const Base<float>& base, int lane, Group& to, int half) {
+        avx2::locate_inside<position_bytes(C, taps), taps == 1>(w, taps == 4, base, lane, to, half);
     }
-
     template <int C, int taps>
-    IMGOPT_INLINE static void samples(const Window& w, const BlockTaps& block, int first_lane, __m256* to) {
-        if constexpr (taps == 1) nearest_samples<C>(w, block, first_lane, to);
-        if constexpr (taps == 2) bilinear_samples<C>(w, block, first_lane, to);
-        if constexpr (taps == 4) bicubic_samples<C>(w, block, first_lane, to);
+    IMGOPT_INLINE static void locate(const Window& w, const Points& at, Group& to, int half) {
+        locate_clamped(w, position_bytes(C, taps), taps == 4, at, to, half);
     }
-
+    template <int taps>
+    IMGOPT_INLINE static void weigh(Group& to) {
+        if constexpr (taps == 2) weigh_bilinear(to);
+        if constexpr (taps == 4) weigh_bicubic(to);
+    }
+    template <int C, int taps>
+    IMGOPT_INLINE static void samples(const Window& w, const Group& at, int half, __m256* to) {
+        if constexpr (taps == 1) nearest_samples<C>(at, half, to);
+        if constexpr (taps == 2) bilinear_samples<C>(at, half, to);
+        if constexpr (taps == 4) bicubic_samples<C>(w, at, half, to);
+    }
     template <int C, int taps>
     static void pack(const Source<uint8_t>& source, const uint8_t* first, const uint8_t* second, int32_t count,
                      uint8_t* to) {
         pack_pixels<C, taps>(source, first, second, count, to);
+    }
+    IMGOPT_INLINE static Points affine(const Base<float>& base, int lane) { return affine_points(base, lane); }
+    IMGOPT_INLINE static Points perspective(const double* m, int64_t x, int64_t y) {
+        return perspective_points(m, x, y);
     }
     IMGOPT_INLINE static void round(Points& at) { round_to_nearest(at); }
     IMGOPT_INLINE static void fold(Points& at, const Source<uint8_t>& source, Padding padding) {
         fold_axis(at.x, at.fx, source.width, padding);
         fold_axis(at.y, at.fy, source.height, padding);
     }
-    IMGOPT_INLINE static void blend(float fill, uint32_t finite, __m256& v) {
+    template <int C>
+    IMGOPT_INLINE static void blend(const float* fill, const Group& at, int half, __m256* v) {
         const __m256i bit = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
-        const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(finite)), bit), bit);
-        v = _mm256_blendv_ps(_mm256_set1_ps(fill), v, _mm256_castsi256_ps(set));
+        const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(at.finite[half]), bit), bit);
+        for (int c = 0; c < C; ++c) v[c] = _mm256_blendv_ps(_mm256_set1_ps(fill[c]), v[c], _mm256_castsi256_ps(set));
+    }
+    template <int C>
+    IMGOPT_INLINE static void spread(const float* fill, __m256* v) {
+        for (int c = 0; c < C; ++c) v[c] = _mm256_set1_ps(fill[c]);
     }
     IMGOPT_INLINE static void color(const float* m, float unit, __m256* v) { apply_color(m, unit, v); }
-
-    template <int C, class T>
+    template <int C, bool overshoots, class T>
     IMGOPT_INLINE static void put(T* to, const Target& at, const Epilogue<C>& epilogue, const __m256* v) {
         store<C>(to, at, epilogue, v);
     }

@@ -1,19 +1,25 @@
-// affine_warp for AVX-512 with VBMI and VNNI. Sixteen pixels at a time: coordinates, integer weights, one 16-byte load
-// per pixel from the window (window.h), a byte shuffle that brings each channel's four taps together, and two
-// vpdpbusd per channel and 16 pixels, one for the high and one for the low byte of the 15-bit weights.
+// affine_warp for AVX-512 with VBMI and VNNI. Thirty-two pixels at a time: coordinates in float32, weights in 16-bit
+// words, one 16-byte load per pixel from the window (window.h), byte permutations that bring each channel's four taps
+// together, and two vpdpbusd per channel and 16 pixels, one for the high and one for the low byte of the 15-bit
+// weights. Sixteen bilinear RGB pixels take about 60 vector instructions besides their loads.
 #include <immintrin.h>
 
-#include "window.h"
+#include "windowed.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC PR 105593: its own unmasked intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#include "stores_avx512.h"
+
 namespace imgopt::avx512 {
 namespace {
 
-constexpr int kLanes = 16;
+// Bilinear weights are the unsigned operand of vpdpbusd, so pixels are signed: the window holds them less 128, and an
+// accumulator that starts at half the weights' sum adds 128 times the sum when it is shifted by eight bits.
+constexpr uint8_t kFlip = 0x80;
+constexpr int kStart = kWeightSum / 2;
 
 // --- packing -------------------------------------------------------------------------------------------------------
 
@@ -58,12 +64,16 @@ void pack_pixels(const Source<uint8_t>& source, const uint8_t* first, const uint
                  uint8_t* to) {
     static constexpr PackIndices<C, taps, planar> kIndices;
     constexpr int bytes = position_bytes(C, taps) * kLanes;
+    const __m512i flip = _mm512_set1_epi8(static_cast<char>(taps == 2 ? kFlip : 0));
     const __m512i low = _mm512_load_si512(kIndices.index[0]), high = _mm512_load_si512(kIndices.index[1]);
     for (int32_t i = 0; i < count; i += kLanes, to += bytes) {
         const int32_t n = count - i;
         const int64_t at = int64_t{i} * (planar ? 1 : C);
-        const __m512i a = load_pixels<C>(source, first + at, planar, n);
-        const __m512i b = taps == 2 ? load_pixels<C>(source, second + at, planar, n) : a;
+        __m512i a = load_pixels<C>(source, first + at, planar, n), b = a;
+        if constexpr (taps == 2) {
+            b = _mm512_xor_si512(load_pixels<C>(source, second + at, planar, n), flip);
+            a = _mm512_xor_si512(a, flip);
+        }
         if constexpr (bytes == 16) {
             _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(a));
         } else if constexpr (bytes == 32) {
@@ -87,19 +97,28 @@ struct Points {
     __mmask16 finite;
 };
 
+struct Lanes {
+    alignas(64) float index[kBlock];
+
+    constexpr Lanes() : index{} {
+        for (int i = 0; i < kBlock; ++i) index[i] = static_cast<float>(i);
+    }
+};
+constexpr Lanes kLane;
+
+IMGOPT_INLINE __m512 along(float step, float start, int lane) {
+    return _mm512_fmadd_ps(_mm512_set1_ps(step), _mm512_load_ps(kLane.index + lane), _mm512_set1_ps(start));
+}
+IMGOPT_INLINE __m512 floored(__m512 v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+
 IMGOPT_INLINE Points affine_points(const Base<float>& base, int lane) {
-    const __m512 lanes = _mm512_cvtepi32_ps(_mm512_add_epi32(
-        _mm512_set1_epi32(lane), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)));
     const __m512 far = _mm512_set1_ps(static_cast<float>(kFarInBlock)), near = _mm512_sub_ps(_mm512_setzero_ps(), far);
-    __m512 x = _mm512_fmadd_ps(_mm512_set1_ps(base.step_x), lanes, _mm512_set1_ps(base.fx));
-    __m512 y = _mm512_fmadd_ps(_mm512_set1_ps(base.step_y), lanes, _mm512_set1_ps(base.fy));
-    x = _mm512_min_ps(_mm512_max_ps(x, near), far);
-    y = _mm512_min_ps(_mm512_max_ps(y, near), far);
-    const __m512 wx = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    const __m512 wy = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const __m512 x = _mm512_min_ps(_mm512_max_ps(along(base.step_x, base.fx, lane), near), far);
+    const __m512 y = _mm512_min_ps(_mm512_max_ps(along(base.step_y, base.fy, lane), near), far);
+    const __m512 wx = floored(x), wy = floored(y);
     return {_mm512_add_epi32(_mm512_set1_epi32(base.x), _mm512_cvttps_epi32(wx)),
             _mm512_add_epi32(_mm512_set1_epi32(base.y), _mm512_cvttps_epi32(wy)), _mm512_sub_ps(x, wx),
-            _mm512_sub_ps(y, wy), static_cast<__mmask16>(base.finite ? 0xffff : 0)};
+            _mm512_sub_ps(y, wy), 0xffff};
 }
 
 struct HalfPoints {
@@ -138,61 +157,132 @@ IMGOPT_INLINE Points perspective_points(const double* m, int64_t x, int64_t y) {
             static_cast<__mmask16>(a.finite | b.finite << 8)};
 }
 
-// fold() of arithmetic.h. Coordinates within one period of the image need no division; others are rare and go one by
+// fold() of arithmetic.h. One mirroring serves coordinates within a period of the image; others are rare and go one by
 // one.
 IMGOPT_INLINE void fold_axis(__m512i& i, __m512& f, int32_t n, Padding padding) {
     const __mmask16 outside = _mm512_cmpge_epu32_mask(i, _mm512_set1_epi32(n));
     if (!outside || n == 1) return;
-    alignas(64) int32_t index[kLanes];
-    alignas(64) float fraction[kLanes];
-    _mm512_store_si512(index, i);
-    _mm512_store_ps(fraction, f);
-    for (int lane = 0; lane < kLanes; ++lane) fold(index[lane], fraction[lane], n, padding);
-    i = _mm512_load_si512(index);
-    f = _mm512_load_ps(fraction);
+    const int32_t below = padding == Padding::reflect ? 0 : -1,
+                  above = padding == Padding::reflect ? 2 * n - 2 : 2 * n - 1;
+    const __mmask16 negative = _mm512_movepi32_mask(i);
+    const __m512i sum = _mm512_mask_mov_epi32(_mm512_set1_epi32(above), negative, _mm512_set1_epi32(below));
+    const __m512i mirrored = _mm512_sub_epi32(sum, i);
+    const __mmask16 far = _mm512_mask_cmpge_epu32_mask(outside, mirrored, _mm512_set1_epi32(n));
+    if (far) {
+        alignas(64) int32_t index[kLanes];
+        alignas(64) float fraction[kLanes];
+        _mm512_store_si512(index, i);
+        _mm512_store_ps(fraction, f);
+        for (int lane = 0; lane < kLanes; ++lane) fold(index[lane], fraction[lane], n, padding);
+        i = _mm512_load_si512(index);
+        f = _mm512_load_ps(fraction);
+        return;
+    }
+    const __mmask16 between = _mm512_mask_cmp_ps_mask(outside, f, _mm512_setzero_ps(), _CMP_GT_OQ);
+    i = _mm512_mask_mov_epi32(i, outside, mirrored);
+    i = _mm512_mask_sub_epi32(i, between, i, _mm512_set1_epi32(1));
+    f = _mm512_mask_sub_ps(f, between, _mm512_set1_ps(1), f);
 }
 
-// --- sampling ------------------------------------------------------------------------------------------------------
+IMGOPT_INLINE void round_to_nearest(Points& at) {
+    const __m512 half = _mm512_set1_ps(0.5f);
+    const __m512i one = _mm512_set1_epi32(1);
+    at.x = _mm512_mask_add_epi32(at.x, _mm512_cmp_ps_mask(at.fx, half, _CMP_GE_OQ), at.x, one);
+    at.y = _mm512_mask_add_epi32(at.y, _mm512_cmp_ps_mask(at.fy, half, _CMP_GE_OQ), at.y, one);
+    at.fx = at.fy = _mm512_setzero_ps();
+}
 
-// Byte offsets of the positions in the window. The clamp does the border's work and keeps every load inside.
-IMGOPT_INLINE __m512i offsets_in(const Window& w, int bytes, int lead, const Points& at) {
+// --- offsets and weights -------------------------------------------------------------------------------------------
+
+// Bytes, four to a dword: high · 256 + low is a tap's weight.
+struct SplitWeights {
+    __m512i high, low;
+};
+
+// Two vectors of pixels.
+struct Group {
+    alignas(64) int32_t offset[2 * kLanes];  // of the position in the window, bytes, from `origin`
+    const uint8_t* origin;
+    __m512 fx[2], fy[2];
+    __mmask16 finite[2];
+    SplitWeights weights[2];
+    bool touched;  // or all of it is fill
+};
+
+// Written so that the compiler does not see the other end of it: it would move each offset through vpextrd, four times
+// the cost of a load.
+IMGOPT_INLINE void keep(int32_t* to, __m512i v) {
+    __asm__("vmovdqa32 %1, %0" : "=m"(*reinterpret_cast<__m512i*>(to)) : "v"(v));
+}
+
+// Offsets where every coordinate of the group lies inside the window. They are exact in float32: below 2^20.
+template <int bytes, bool rounds>
+IMGOPT_INLINE void locate_inside(const Window& w, int lead, const Base<float>& base, int lane, Group& to, int half) {
+    to.origin = w.data + (int64_t{base.y} - w.y0 - lead) * w.pitch + (int64_t{base.x} - w.x0 - lead) * bytes;
+    const __m512 x = along(base.step_x, base.fx, lane), y = along(base.step_y, base.fy, lane);
+    __m512 wx = floored(x), wy = floored(y);
+    to.fx[half] = _mm512_sub_ps(x, wx);
+    to.fy[half] = _mm512_sub_ps(y, wy);
+    if constexpr (rounds) {
+        const __m512 middle = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1);
+        wx = _mm512_mask_add_ps(wx, _mm512_cmp_ps_mask(to.fx[half], middle, _CMP_GE_OQ), wx, one);
+        wy = _mm512_mask_add_ps(wy, _mm512_cmp_ps_mask(to.fy[half], middle, _CMP_GE_OQ), wy, one);
+    }
+    const __m512 along_x = bytes == 1 ? wx : _mm512_mul_ps(wx, _mm512_set1_ps(bytes));
+    const __m512 offset = _mm512_fmadd_ps(wy, _mm512_set1_ps(static_cast<float>(w.pitch)), along_x);
+    keep(to.offset + half * kLanes, _mm512_cvttps_epi32(offset));
+}
+
+// Offsets of any coordinates. The clamp does the border's work and keeps every load inside.
+IMGOPT_INLINE void locate_clamped(const Window& w, int bytes, int lead, const Points& at, Group& to, int half) {
     const auto cut = [](__m512i v, int32_t first, int32_t last) {
         v = _mm512_sub_epi32(v, _mm512_set1_epi32(first));
         return _mm512_min_epi32(_mm512_max_epi32(v, _mm512_setzero_si512()), _mm512_set1_epi32(last));
     };
     const __m512i x = cut(at.x, w.x0 + lead, w.x_last), y = cut(at.y, w.y0 + lead, w.y_last);
-    return _mm512_add_epi32(_mm512_mullo_epi32(y, _mm512_set1_epi32(static_cast<int32_t>(w.pitch))),
-                            _mm512_mullo_epi32(x, _mm512_set1_epi32(bytes)));
+    to.origin = w.data;
+    to.fx[half] = at.fx;
+    to.fy[half] = at.fy;
+    to.finite[half] = at.finite;
+    keep(to.offset + half * kLanes,
+         _mm512_add_epi32(_mm512_mullo_epi32(y, _mm512_set1_epi32(static_cast<int32_t>(w.pitch))),
+                          _mm512_mullo_epi32(x, _mm512_set1_epi32(bytes))));
 }
 
-// Weights of 16 pixels as signed bytes, four to a dword: high · 256 + low.
-struct SplitWeights {
-    __m512i high, low;
+// Byte 4k + j of the result: byte 4k + {0, 2} of the first source, then of the second; `odd` 1: the high bytes.
+struct SplitIndices {
+    alignas(64) uint8_t index[2][64];
+
+    constexpr SplitIndices() : index{} {
+        for (int odd = 0; odd < 2; ++odd)
+            for (int i = 0; i < 64; ++i)
+                index[odd][i] = static_cast<uint8_t>(i / 4 * 4 + i % 2 * 2 + odd + (i % 4 / 2) * 64);
+    }
 };
+constexpr SplitIndices kSplit;
 
-IMGOPT_INLINE SplitWeights split_bytes(__m512i w0, __m512i w1, __m512i w2, __m512i w3) {
-    const auto pair = [](__m512i even, __m512i odd) {
-        return _mm512_mask_mov_epi16(even, 0xaaaaaaaa, _mm512_slli_epi32(odd, 16));
-    };
-    const __m512i left = pair(w0, w1), right = pair(w2, w3), half = _mm512_set1_epi16(128);
-    // Byte 4k + j of the result: byte 4k + {0, 2} of `left`, then of `right`; one further for the high bytes.
-    const __m512i even = _mm512_add_epi8(
-        _mm512_set1_epi32(0x42400200),
-        _mm512_set_epi32(0x3c3c3c3c, 0x38383838, 0x34343434, 0x30303030, 0x2c2c2c2c, 0x28282828, 0x24242424, 0x20202020,
-                         0x1c1c1c1c, 0x18181818, 0x14141414, 0x10101010, 0x0c0c0c0c, 0x08080808, 0x04040404, 0));
-    const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi8(1));
-    return {_mm512_permutex2var_epi8(_mm512_add_epi16(left, half), odd, _mm512_add_epi16(right, half)),
-            _mm512_permutex2var_epi8(left, even, right)};
+// Words 0 and 1 of `left`, then those of `right`, by bytes.
+IMGOPT_INLINE SplitWeights split(__m512i left_high, __m512i right_high, __m512i left, __m512i right) {
+    return {_mm512_permutex2var_epi8(left_high, _mm512_load_si512(kSplit.index[1]), right_high),
+            _mm512_permutex2var_epi8(left, _mm512_load_si512(kSplit.index[0]), right)};
 }
 
-IMGOPT_INLINE SplitWeights split_weights(__m512 fx, __m512 fy) {
-    const __m512 sum = _mm512_set1_ps(kWeightSum), both = _mm512_mul_ps(fx, fy);
-    const __m512i w11 = _mm512_cvtps_epi32(_mm512_mul_ps(both, sum));
-    const __m512i w01 = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(fx, both), sum));
-    const __m512i w10 = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(fy, both), sum));
-    const __m512i w00 =
-        _mm512_sub_epi32(_mm512_sub_epi32(_mm512_set1_epi32(kWeightSum), w11), _mm512_add_epi32(w01, w10));
-    return split_bytes(w00, w10, w01, w11);
+// bilinear_weights() of arithmetic.h for 32 pixels, as words: packs leaves four of the first and four of the second
+// vector in each 128 bits, which the unpacking takes apart again.
+IMGOPT_INLINE void weigh_bilinear(Group& to) {
+    const auto words = [](const __m512* f, float unit) {
+        const __m512 factor = _mm512_set1_ps(unit);
+        return _mm512_packs_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(f[0], factor)),
+                                  _mm512_cvtps_epi32(_mm512_mul_ps(f[1], factor)));
+    };
+    const __m512i right = words(to.fx, kWeightSum), below = words(to.fy, 32768);  // saturates at 32767
+    const __m512i left = _mm512_sub_epi16(_mm512_set1_epi16(kWeightSum), right);
+    const __m512i w11 = _mm512_mulhrs_epi16(right, below), w10 = _mm512_mulhrs_epi16(left, below);
+    const __m512i w01 = _mm512_sub_epi16(right, w11), w00 = _mm512_sub_epi16(left, w10);
+    const __m512i left0 = _mm512_unpacklo_epi16(w00, w10), left1 = _mm512_unpackhi_epi16(w00, w10);
+    const __m512i right0 = _mm512_unpacklo_epi16(w01, w11), right1 = _mm512_unpackhi_epi16(w01, w11);
+    to.weights[0] = split(left0, right0, left0, right0);
+    to.weights[1] = split(left1, right1, left1, right1);
 }
 
 // bicubic_weights() of arithmetic.h.
@@ -209,102 +299,122 @@ IMGOPT_INLINE void bicubic_weights(__m512 f, __m512* to) {
     to[3] = _mm512_mul_ps(_mm512_mul_ps(a, g), _mm512_mul_ps(f, f));
 }
 
-IMGOPT_INLINE SplitWeights split_bicubic_weights(__m512 f) {
+// The columns' weights as signed bytes.
+IMGOPT_INLINE void weigh_bicubic(Group& to) {
     const __m512 sum = _mm512_set1_ps(kWeightSum);
-    __m512 w[4];
-    bicubic_weights(f, w);
-    const __m512i w0 = _mm512_cvtps_epi32(_mm512_mul_ps(w[0], sum)), w2 = _mm512_cvtps_epi32(_mm512_mul_ps(w[2], sum));
-    const __m512i w3 = _mm512_cvtps_epi32(_mm512_mul_ps(w[3], sum));
-    const __m512i w1 = _mm512_sub_epi32(_mm512_sub_epi32(_mm512_set1_epi32(kWeightSum), w0), _mm512_add_epi32(w2, w3));
-    return split_bytes(w0, w1, w2, w3);
+    const __m512i rounding = _mm512_set1_epi16(128);
+    const auto pair = [](__m512i even, __m512i odd) {
+        return _mm512_mask_mov_epi16(even, 0xaaaaaaaa, _mm512_slli_epi32(odd, 16));
+    };
+    for (int h = 0; h < 2; ++h) {
+        __m512 w[4];
+        bicubic_weights(to.fx[h], w);
+        const __m512i w0 = _mm512_cvtps_epi32(_mm512_mul_ps(w[0], sum));
+        const __m512i w2 = _mm512_cvtps_epi32(_mm512_mul_ps(w[2], sum));
+        const __m512i w3 = _mm512_cvtps_epi32(_mm512_mul_ps(w[3], sum));
+        const __m512i others = _mm512_add_epi32(w0, _mm512_add_epi32(w2, w3));
+        const __m512i left = pair(w0, _mm512_sub_epi32(_mm512_set1_epi32(kWeightSum), others)), right = pair(w2, w3);
+        to.weights[h] = split(_mm512_add_epi16(left, rounding), _mm512_add_epi16(right, rounding), left, right);
+    }
 }
 
-IMGOPT_INLINE __m512i weighted(__m512i taps, const SplitWeights& w) {
-    const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), taps, w.high);
-    return _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), taps, w.low);
-}
+// --- sampling ------------------------------------------------------------------------------------------------------
 
 // The 16 bytes at four positions, one per 128-bit lane.
 IMGOPT_INLINE __m512i load_positions(const uint8_t* data, const int32_t* offset) {
     const auto at = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(data + offset[i])); };
-    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1)),
-                              _mm256_inserti128_si256(_mm256_castsi128_si256(at(2)), at(3), 1), 1);
+    __m512i v = _mm512_castsi128_si512(at(0));
+    v = _mm512_mask_broadcast_i32x4(v, 0x00f0, at(1));
+    v = _mm512_mask_broadcast_i32x4(v, 0x0f00, at(2));
+    return _mm512_mask_broadcast_i32x4(v, 0xf000, at(3));
 }
 
-// The 16 bytes at each of 16 positions as planes: dword i of plane c holds four taps of channel c of pixel i, C bytes
-// apart. In a bilinear window these are 00, 10, 01, 11, in a bicubic one the columns of a row.
+// The 4 bytes at each of 16 positions.
+IMGOPT_INLINE __m512i load_dwords(const uint8_t* data, const int32_t* offset) {
+    const auto quarter = [&](int i) {
+        const auto at = [&](int k) {
+            int32_t v;
+            __builtin_memcpy(&v, data + offset[4 * i + k], 4);
+            return v;
+        };
+        return _mm_insert_epi32(_mm_insert_epi32(_mm_insert_epi32(_mm_cvtsi32_si128(at(0)), at(1), 1), at(2), 2), at(3),
+                                3);
+    };
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(quarter(0)), quarter(1), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(quarter(2)), quarter(3), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+// vpermi2b indices that bring the four taps of a channel, C bytes apart, together: channels `first` and `second` of the
+// eight pixels of two registers, 32 bytes each.
+template <int C>
+struct PlaneIndices {
+    alignas(64) uint8_t index[2][64];
+
+    constexpr PlaneIndices() : index{} {
+        for (int pair = 0; pair < 2; ++pair)
+            for (int i = 0; i < 64; ++i) {
+                const int channel = 2 * pair + i / 32, pixel = i % 32 / 4, tap = i % 4;
+                index[pair][i] = static_cast<uint8_t>(pixel * 16 + (channel < C ? tap * C + channel : 0));
+            }
+    }
+};
+
+// The 16 bytes at each of 16 positions as planes: dword i of plane c holds four taps of channel c of pixel i. In a
+// bilinear window these are 00, 10, 01, 11, in a bicubic one the columns of a row.
 template <int C>
 IMGOPT_INLINE void load_planes(const uint8_t* data, const int32_t* offset, __m512i* planes) {
-    const __m512i order =
-        C == 3 ? _mm512_broadcast_i32x4(_mm_set_epi8(-1, -1, -1, -1, 11, 8, 5, 2, 10, 7, 4, 1, 9, 6, 3, 0))
-               : _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
+    if constexpr (C == 1) {
+        planes[0] = load_dwords(data, offset);
+        return;
+    }
+    static constexpr PlaneIndices<C> kIndices;
     __m512i pixels[4];
-    for (int i = 0; i < 4; ++i) pixels[i] = _mm512_shuffle_epi8(load_positions(data, offset + 4 * i), order);
-    // Two channels of eight pixels each: dword c of every lane, then dword c + 1.
-    const __m512i first = _mm512_set_epi32(29, 25, 21, 17, 13, 9, 5, 1, 28, 24, 20, 16, 12, 8, 4, 0);
-    const __m512i second = _mm512_set_epi32(31, 27, 23, 19, 15, 11, 7, 3, 30, 26, 22, 18, 14, 10, 6, 2);
-    const __m512i rg0 = _mm512_permutex2var_epi32(pixels[0], first, pixels[1]);
-    const __m512i rg1 = _mm512_permutex2var_epi32(pixels[2], first, pixels[3]);
-    const __m512i ba0 = _mm512_permutex2var_epi32(pixels[0], second, pixels[1]);
-    const __m512i ba1 = _mm512_permutex2var_epi32(pixels[2], second, pixels[3]);
-    planes[0] = _mm512_shuffle_i64x2(rg0, rg1, 0x44);
-    planes[1] = _mm512_shuffle_i64x2(rg0, rg1, 0xee);
-    planes[2] = _mm512_shuffle_i64x2(ba0, ba1, 0x44);
-    planes[3] = _mm512_shuffle_i64x2(ba0, ba1, 0xee);
+    for (int i = 0; i < 4; ++i) pixels[i] = load_positions(data, offset + 4 * i);
+    for (int pair = 0; pair < (C + 1) / 2; ++pair) {
+        const __m512i index = _mm512_load_si512(kIndices.index[pair]);
+        const __m512i a = _mm512_permutex2var_epi8(pixels[0], index, pixels[1]);
+        const __m512i b = _mm512_permutex2var_epi8(pixels[2], index, pixels[3]);
+        planes[2 * pair] = _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1);
+        planes[2 * pair + 1] = _mm512_shuffle_i64x2(a, b, 0xee);
+    }
 }
 
 // Samples of 16 pixels: levels times kWeightSum, one register per channel.
 template <int C>
-IMGOPT_INLINE void bilinear_samples(const Window& w, const BlockTaps& block, int first_lane, __m512* to) {
-    const int32_t* offset = block.offset + first_lane;
-    const SplitWeights weights = {_mm512_load_si512(block.weight[0] + first_lane),
-                                  _mm512_load_si512(block.weight[1] + first_lane)};
-    if constexpr (C == 1) {
-        to[0] = _mm512_cvtepi32_ps(weighted(_mm512_i32gather_epi32(_mm512_load_si512(offset), w.data, 1), weights));
-    } else {
-        __m512i planes[4];
-        load_planes<C>(w.data, offset, planes);
-        for (int c = 0; c < C; ++c) to[c] = _mm512_cvtepi32_ps(weighted(planes[c], weights));
+IMGOPT_INLINE void bilinear_samples(const Group& at, int half, __m512* to) {
+    const SplitWeights& w = at.weights[half];
+    __m512i planes[4];
+    load_planes<C>(at.origin, at.offset + half * kLanes, planes);
+    for (int c = 0; c < C; ++c) {
+        const __m512i high = _mm512_dpbusd_epi32(_mm512_set1_epi32(kStart), w.high, planes[c]);
+        to[c] = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), w.low, planes[c]));
     }
 }
 
 // Four rows of four columns: each row in exact integers like the bilinear taps, then the rows in float32.
 template <int C>
-IMGOPT_INLINE void bicubic_samples(const Window& w, const BlockTaps& block, int first_lane, __m512* to) {
-    const int32_t* offset = block.offset + first_lane;
-    const SplitWeights weights = {_mm512_load_si512(block.weight[0] + first_lane),
-                                  _mm512_load_si512(block.weight[1] + first_lane)};
+IMGOPT_INLINE void bicubic_samples(const Window& w, const Group& at, int half, __m512* to) {
+    const SplitWeights& columns = at.weights[half];
+    __m512 rows[4];
+    bicubic_weights(at.fy[half], rows);
     for (int row = 0; row < 4; ++row) {
-        const uint8_t* data = w.data + row * w.pitch;
-        const __m512 weight = _mm512_load_ps(block.row_weight[row] + first_lane);
         __m512i planes[4];
-        if constexpr (C == 1)
-            planes[0] = _mm512_i32gather_epi32(_mm512_load_si512(offset), data, 1);
-        else
-            load_planes<C>(data, offset, planes);
+        load_planes<C>(at.origin + row * w.pitch, at.offset + half * kLanes, planes);
         for (int c = 0; c < C; ++c) {
-            const __m512 sum = _mm512_cvtepi32_ps(weighted(planes[c], weights));
-            to[c] = row ? _mm512_fmadd_ps(weight, sum, to[c]) : _mm512_mul_ps(weight, sum);
+            const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), planes[c], columns.high);
+            const __m512i sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), planes[c], columns.low);
+            const __m512 real = _mm512_cvtepi32_ps(sum);
+            to[c] = row ? _mm512_fmadd_ps(rows[row], real, to[c]) : _mm512_mul_ps(rows[row], real);
         }
     }
 }
 
-IMGOPT_INLINE void round_to_nearest(Points& at) {
-    const __m512 half = _mm512_set1_ps(0.5f);
-    const __m512i one = _mm512_set1_epi32(1);
-    at.x = _mm512_mask_add_epi32(at.x, _mm512_cmp_ps_mask(at.fx, half, _CMP_GE_OQ), at.x, one);
-    at.y = _mm512_mask_add_epi32(at.y, _mm512_cmp_ps_mask(at.fy, half, _CMP_GE_OQ), at.y, one);
-    at.fx = at.fy = _mm512_setzero_ps();
-}
-
 template <int C>
-IMGOPT_INLINE void nearest_samples(const Window& w, const BlockTaps& block, int first_lane, __m512* to) {
-    const __m512i pixels = _mm512_i32gather_epi32(_mm512_load_si512(block.offset + first_lane), w.data, 1);
-    const __m512i byte = _mm512_set1_epi32(255);
+IMGOPT_INLINE void nearest_samples(const Group& at, int half, __m512* to) {
+    const __m512i pixels = load_dwords(at.origin, at.offset + half * kLanes), byte = _mm512_set1_epi32(255);
     for (int c = 0; c < C; ++c) to[c] = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(pixels, 8 * c), byte));
 }
-
-// --- epilogue and stores -------------------------------------------------------------------------------------------
 
 IMGOPT_INLINE void apply_color(const float* m, float unit, __m512* v) {
     const __m512 factor = _mm512_set1_ps(unit);
@@ -317,160 +427,44 @@ IMGOPT_INLINE void apply_color(const float* m, float unit, __m512* v) {
     }
 }
 
-// vpermi2 indices that interleave planes: element e of the output is channel e % C of pixel e / C. Channels 0 and 1
-// come by `pair`, the others one by one where their mask is set.
-template <int C>
-struct InterleaveIndices {
-    alignas(64) int32_t pair[C][kLanes];
-    uint16_t third[C], fourth[C];
-    alignas(64) int16_t words[2][32];  // of 16-bit elements: channels 0, 1 in the first source, 2, 3 in the second
-    alignas(64) uint8_t bytes[64];     // of the bytes that two packs leave behind
+// --- the steps of windowed.h ---------------------------------------------------------------------------------------
 
-    constexpr InterleaveIndices() : pair{}, third{}, fourth{}, words{}, bytes{} {
-        for (int e = 0; e < C * kLanes; ++e) {
-            const int pixel = e / C, c = e % C, out = e / kLanes, lane = e % kLanes;
-            pair[out][lane] = pixel + (c == 1 ? kLanes : 0);
-            if (c == 2) third[out] = static_cast<uint16_t>(third[out] | 1 << lane);
-            if (c == 3) fourth[out] = static_cast<uint16_t>(fourth[out] | 1 << lane);
-            words[e / 32][e % 32] = static_cast<int16_t>(pixel + 16 * c);
-            bytes[e] = static_cast<uint8_t>(pixel / 4 * 16 + 4 * c + pixel % 4);
-        }
-    }
+// A number per row of a strip, in the compiler's vectors; the halves as wide as the float64 they come from.
+struct StripRows {
+    typedef int32_t Ints __attribute__((vector_size(64)));
+    typedef float Floats __attribute__((vector_size(64)));
+    typedef int32_t HalfInts __attribute__((vector_size(32)));
+    typedef float HalfFloats __attribute__((vector_size(32)));
+    typedef int64_t Longs __attribute__((vector_size(64)));
+    typedef double Doubles __attribute__((vector_size(64)));
 };
-
-template <int C>
-IMGOPT_INLINE void store(uint8_t* to, const Target& at, const Epilogue<C>& e, const __m512* v) {
-    static constexpr InterleaveIndices<C> kIndices;
-    const __m512 factor = _mm512_set1_ps(e.levels);
-    __m512i level[4];
-    for (int c = 0; c < 4; ++c) level[c] = _mm512_cvtps_epi32(_mm512_mul_ps(v[c < C ? c : 0], factor));
-    if (at.planar) {
-        const __mmask16 mask = static_cast<__mmask16>((1u << at.count) - 1);
-        for (int c = 0; c < C; ++c) {
-            const __m512i positive = _mm512_max_epi32(level[c], _mm512_setzero_si512());
-            const __m128i bytes = _mm512_cvtusepi32_epi8(positive);
-            if (at.count == kLanes)
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + c * at.channel), bytes);
-            else
-                _mm_mask_storeu_epi8(to + c * at.channel, mask, bytes);
-        }
-        return;
-    }
-    const __m512i packed =
-        _mm512_packus_epi16(_mm512_packus_epi32(level[0], level[1]), _mm512_packus_epi32(level[2], level[3]));
-    const __m512i pixels = _mm512_permutexvar_epi8(_mm512_load_si512(kIndices.bytes), packed);
-    if (at.count < kLanes) {
-        _mm512_mask_storeu_epi8(to, (1ull << at.count * C) - 1, pixels);
-    } else if constexpr (C == 4) {
-        _mm512_storeu_si512(to, pixels);
-    } else {
-        // Whole vectors avoid the mask: a masked byte store costs as much as the sampling.
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(pixels));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 32), _mm512_extracti32x4_epi32(pixels, 2));
-    }
-}
-
-template <int C>
-IMGOPT_INLINE void normalize(const Epilogue<C>& e, const __m512* v, __m512* to) {
-    for (int c = 0; c < C; ++c) to[c] = _mm512_fmadd_ps(v[c], _mm512_set1_ps(e.factor[c]), _mm512_set1_ps(e.add[c]));
-}
-
-IMGOPT_INLINE __mmask16 lanes_below(int count) {
-    return static_cast<__mmask16>(count >= kLanes ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
-}
-
-template <int C>
-IMGOPT_INLINE void store(float* to, const Target& at, const Epilogue<C>& e, const __m512* v) {
-    static constexpr InterleaveIndices<C> kIndices;
-    __m512 out[C];
-    normalize(e, v, out);
-    if (at.planar) {
-        for (int c = 0; c < C; ++c)
-            if (at.count == kLanes)
-                _mm512_storeu_ps(to + c * at.channel, out[c]);
-            else
-                _mm512_mask_storeu_ps(to + c * at.channel, lanes_below(at.count), out[c]);
-        return;
-    }
-    for (int i = 0; i < C; ++i) {
-        const __m512i index = _mm512_load_si512(kIndices.pair[i]);
-        __m512 pixels = _mm512_permutex2var_ps(out[0], index, out[C > 1 ? 1 : 0]);
-        if constexpr (C > 2) pixels = _mm512_mask_permutexvar_ps(pixels, kIndices.third[i], index, out[2]);
-        if constexpr (C > 3) pixels = _mm512_mask_permutexvar_ps(pixels, kIndices.fourth[i], index, out[3]);
-        _mm512_mask_storeu_ps(to + i * kLanes, lanes_below(at.count * C - i * kLanes), pixels);
-    }
-}
-
-IMGOPT_INLINE __m256i narrowed(__m512 v, const Half*) {
-    return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-IMGOPT_INLINE __m256i narrowed(__m512 v, const BFloat16*) {
-    const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    const __m512i kept =
-        _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
-}
-
-template <int C, class T>
-IMGOPT_INLINE void store(T* to, const Target& at, const Epilogue<C>& e, const __m512* v) {
-    static_assert(sizeof(T) == 2);
-    static constexpr InterleaveIndices<C> kIndices;
-    __m512 wide[C];
-    normalize(e, v, wide);
-    __m256i out[4];
-    for (int c = 0; c < 4; ++c) out[c] = narrowed(wide[c < C ? c : 0], to);
-    if (at.planar) {
-        for (int c = 0; c < C; ++c)
-            if (at.count == kLanes)
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c * at.channel), out[c]);
-            else
-                _mm256_mask_storeu_epi16(to + c * at.channel, lanes_below(at.count), out[c]);
-        return;
-    }
-    const __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(out[0]), out[1], 1);
-    const __m512i high = _mm512_inserti64x4(_mm512_castsi256_si512(out[2]), out[3], 1);
-    const int count = at.count * C;
-    const auto below = [](int n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; };
-    for (int i = 0; i < (C + 1) / 2; ++i)
-        _mm512_mask_storeu_epi16(to + 32 * i, below(count - 32 * i),
-                                 _mm512_permutex2var_epi16(low, _mm512_load_si512(kIndices.words[i]), high));
-}
 
 struct Isa {
     using Vector = __m512;
+    using Rows = StripRows;
+    using Group = avx512::Group;
     static constexpr int kLanes = avx512::kLanes;
-    static constexpr uint32_t kAllFinite = 0xffff;
-
-    IMGOPT_INLINE static Points affine(const Base<float>& base, int lane) { return affine_points(base, lane); }
-    IMGOPT_INLINE static Points perspective(const double* m, int64_t x, int64_t y) {
-        return perspective_points(m, x, y);
-    }
+    static constexpr uint8_t kFlip = avx512::kFlip;
 
     template <int C, int taps>
-    IMGOPT_INLINE static void locate(const Window& w, const Points& at, BlockTaps& to, int first_lane) {
-        _mm512_store_si512(to.offset + first_lane, offsets_in(w, position_bytes(C, taps), taps == 4, at));
-        to.finite[first_lane / kLanes] = at.finite;
-        if constexpr (taps > 1) {
-            const SplitWeights weights = taps == 2 ? split_weights(at.fx, at.fy) : split_bicubic_weights(at.fx);
-            _mm512_store_si512(to.weight[0] + first_lane, weights.high);
-            _mm512_store_si512(to.weight[1] + first_lane, weights.low);
-        }
-        if constexpr (taps == 4) {
-            __m512 rows[4];
-            bicubic_weights(at.fy, rows);
-            for (int i = 0; i < 4; ++i) _mm512_store_ps(to.row_weight[i] + first_lane, rows[i]);
-        }
+    IMGOPT_INLINE static void locate_inside(const Window& w, const Base<float>& base, int lane, Group& to, int half) {
+        avx512::locate_inside<position_bytes(C, taps), taps == 1>(w, taps == 4, base, lane, to, half);
     }
-
     template <int C, int taps>
-    IMGOPT_INLINE static void samples(const Window& w, const BlockTaps& block, int first_lane, __m512* to) {
-        if constexpr (taps == 1) nearest_samples<C>(w, block, first_lane, to);
-        if constexpr (taps == 2) bilinear_samples<C>(w, block, first_lane, to);
-        if constexpr (taps == 4) bicubic_samples<C>(w, block, first_lane, to);
+    IMGOPT_INLINE static void locate(const Window& w, const Points& at, Group& to, int half) {
+        locate_clamped(w, position_bytes(C, taps), taps == 4, at, to, half);
     }
-
+    template <int taps>
+    IMGOPT_INLINE static void weigh(Group& to) {
+        if constexpr (taps == 2) weigh_bilinear(to);
+        if constexpr (taps == 4) weigh_bicubic(to);
+    }
+    template <int C, int taps>
+    IMGOPT_INLINE static void samples(const Window& w, const Group& at, int half, __m512* to) {
+        if constexpr (taps == 1) nearest_samples<C>(at, half, to);
+        if constexpr (taps == 2) bilinear_samples<C>(at, half, to);
+        if constexpr (taps == 4) bicubic_samples<C>(w, at, half, to);
+    }
     template <int C, int taps>
     static void pack(const Source<uint8_t>& source, const uint8_t* first, const uint8_t* second, int32_t count,
                      uint8_t* to) {
@@ -479,19 +473,27 @@ struct Isa {
         else
             pack_pixels<C, taps, true>(source, first, second, count, to);
     }
+    IMGOPT_INLINE static Points affine(const Base<float>& base, int lane) { return affine_points(base, lane); }
+    IMGOPT_INLINE static Points perspective(const double* m, int64_t x, int64_t y) {
+        return perspective_points(m, x, y);
+    }
     IMGOPT_INLINE static void round(Points& at) { round_to_nearest(at); }
     IMGOPT_INLINE static void fold(Points& at, const Source<uint8_t>& source, Padding padding) {
         fold_axis(at.x, at.fx, source.width, padding);
         fold_axis(at.y, at.fy, source.height, padding);
     }
-    IMGOPT_INLINE static void blend(float fill, uint32_t finite, __m512& v) {
-        v = _mm512_mask_mov_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(finite), v);
+    template <int C>
+    IMGOPT_INLINE static void blend(const float* fill, const Group& at, int half, __m512* v) {
+        for (int c = 0; c < C; ++c) v[c] = _mm512_mask_mov_ps(_mm512_set1_ps(fill[c]), at.finite[half], v[c]);
+    }
+    template <int C>
+    IMGOPT_INLINE static void spread(const float* fill, __m512* v) {
+        for (int c = 0; c < C; ++c) v[c] = _mm512_set1_ps(fill[c]);
     }
     IMGOPT_INLINE static void color(const float* m, float unit, __m512* v) { apply_color(m, unit, v); }
-
-    template <int C, class T>
+    template <int C, bool overshoots, class T>
     IMGOPT_INLINE static void put(T* to, const Target& at, const Epilogue<C>& epilogue, const __m512* v) {
-        store<C>(to, at, epilogue, v);
+        store<C, overshoots>(to, at, epilogue, v);
     }
 };
 

@@ -1,0 +1,341 @@
+// affine_warp of uint8 images from a window (window.h), the loop that the vector units share. A unit brings the steps
+// on a group of pixels, two of its vectors; here is what is decided per group: all of it inside the window, where
+// nothing has to be clamped or mirrored, all of it fill, or neither.
+#pragma once
+
+#include "window.h"
+
+namespace imgopt {
+namespace {
+
+constexpr int64_t kTile = 128;        // output tile where a whole image's window does not fit
+constexpr int64_t kSparse = 8;        // positions per output pixel beyond which copying does not pay
+constexpr float kModerate = 0x1p60f;  // products of two such numbers are finite, which the stores rely on
+
+// --- per image -----------------------------------------------------------------------------------------------------
+
+template <int C>
+struct Epilogue {
+    float fill[C];  // a sample that is fill
+    float unit;     // takes a sample to [0, 1], before the colour matrix
+    float color[12];
+    float factor[C], add[C];  // floating output
+    float levels;             // uint8 output
+    bool colored;
+    bool moderate = true;  // no NaN can arise
+
+    Epilogue(const AffineWarp& p, int64_t image, double whole) : color{}, colored(p.color_matrix != nullptr) {
+        const auto checked = [&](double v) {
+            moderate = moderate && v <= kModerate && v >= -kModerate;
+            return static_cast<float>(v);
+        };
+        unit = static_cast<float>(to_unit(p, whole));
+        levels = static_cast<float>(colored ? 255 : 1 / whole);
+        for (int c = 0; c < C; ++c) {
+            fill[c] = static_cast<float>(p.fill[c]) * static_cast<float>(whole);
+            factor[c] = checked(p.scale[c] * (colored ? 1 : to_unit(p, whole)));
+            add[c] = checked(p.offset[c]);
+        }
+        for (int i = 0; colored && i < 12; ++i) color[i] = checked(p.color_matrix[image * p.color_stride + i]);
+    }
+};
+
+// Where a vector of pixels goes. `planar`: channel by channel, `channel` elements apart; otherwise pixel by pixel.
+struct Target {
+    int64_t channel;
+    bool planar;
+    int count;     // pixels to write, at most a vector
+    int64_t room;  // pixels that may be written, as later ones will be written over
+};
+
+// --- where the groups of pixels lie --------------------------------------------------------------------------------
+
+constexpr int kStripBlocks = 16;  // columns of blocks that are planned together, the most
+
+constexpr int32_t kReachInside = 0, kReachFill = 1, kReachEither = 2;
+
+// Floors of coordinates, along both axes: `inside`, nothing has to be clamped or mirrored, `fill`: all taps are fill.
+struct Limits {
+    int32_t inside[2][2], fill[2][2];  // first and end
+    float half;                        // of a pixel where coordinates are rounded, not floored
+    bool fills;                        // bicubic weights do not sum to exactly one: they are always applied
+
+    Limits(const AffineWarp& p, const Source<uint8_t>& source, const Window& w, int taps)
+        : half(taps == 1 ? 0.5f : 0.0f), fills(p.padding == Padding::constant && taps != 4) {
+        const bool mirrored = p.padding >= Padding::reflect;
+        const int lead = taps == 4;
+        const int32_t first[2] = {w.x0 + lead, w.y0 + lead}, last[2] = {w.x_last, w.y_last};
+        const int32_t side[2] = {source.width, source.height};
+        for (int axis = 0; axis < 2; ++axis) {
+            inside[axis][0] = mirrored ? 0 : first[axis];
+            inside[axis][1] = mirrored ? side[axis] : first[axis] + last[axis] + 1;
+            fill[axis][0] = -(taps / 2);
+            fill[axis][1] = side[axis] + lead;
+        }
+    }
+};
+
+// affine_base() of a column of blocks, and what each of its groups of pixels reaches, for a strip of rows at once:
+// block by block that would take as long as the pixels. Written in the compiler's own vectors, of the unit's width.
+template <class Isa>
+struct BlockColumn {
+    static constexpr int kRows = Isa::kLanes, kHalf = kRows / 2, kGroupLanes = 2 * Isa::kLanes;
+    static constexpr int kGroups = kBlock / kGroupLanes;
+    using Ints = typename Isa::Rows::Ints;
+    using Floats = typename Isa::Rows::Floats;
+    using HalfInts = typename Isa::Rows::HalfInts;
+    using HalfFloats = typename Isa::Rows::HalfFloats;
+    using Longs = typename Isa::Rows::Longs;
+    using Doubles = typename Isa::Rows::Doubles;
+
+    alignas(64) int32_t at[2][kRows];
+    alignas(64) float fraction[2][kRows];
+    alignas(64) int32_t reach[kGroups][kRows];
+    float step[2];
+
+    IMGOPT_INLINE void plan(const Map& map, const Limits& limits, int64_t x0, int64_t y0) {
+        alignas(64) int32_t finite_rows[kRows];
+        for (int half = 0; half < 2; ++half) {
+            Doubles y;
+            for (int r = 0; r < kHalf; ++r) y[r] = r;
+            y += static_cast<double>(y0 + half * kHalf);
+            HalfInts all_finite = HalfInts{} - 1;
+            for (int axis = 0; axis < 2; ++axis) {
+                const double* m = map.m + 3 * axis;
+                const Doubles v = m[0] * static_cast<double>(x0) + (m[1] * y + m[2]), far = Doubles{} + kFar;
+                const Longs is_finite = v - v == 0;
+                Doubles cut = v < -far ? -far : v;
+                cut = is_finite ? (cut > far ? far : cut) : Doubles{};
+                HalfInts whole = __builtin_convertvector(cut, HalfInts);
+                const Longs above = __builtin_convertvector(whole, Doubles) > cut;
+                whole += __builtin_convertvector(above, HalfInts);
+                const Doubles rest = cut - __builtin_convertvector(whole, Doubles);
+                const HalfFloats narrow_rest = __builtin_convertvector(rest, HalfFloats);
+                __builtin_memcpy(at[axis] + half * kHalf, &whole, sizeof whole);
+                __builtin_memcpy(fraction[axis] + half * kHalf, &narrow_rest, sizeof narrow_rest);
+                all_finite &= __builtin_convertvector(is_finite, HalfInts);
+            }
+            __builtin_memcpy(finite_rows + half * kHalf, &all_finite, sizeof all_finite);
+        }
+        for (int axis = 0; axis < 2; ++axis) step[axis] = static_cast<float>(clamped(map.m[3 * axis], -kFar, kFar));
+        for (int group = 0; group < kGroups; ++group) plan_group(limits, group, finite_rows);
+    }
+
+    // Coordinates rise or fall along a row, in float32 too, so its ends decide. Differences below 2^23 are exact.
+    IMGOPT_INLINE void plan_group(const Limits& limits, int group, const int32_t* finite_rows) {
+        constexpr int32_t kNear = 1 << 22;
+        const float first = static_cast<float>(group * kGroupLanes), last = first + (kGroupLanes - 1);
+        Ints in, out{}, finite_row;
+        __builtin_memcpy(&finite_row, finite_rows, sizeof finite_row);
+        in = finite_row;
+        for (int axis = 0; axis < 2; ++axis) {
+            alignas(64) float ends[2][kRows];
+            for (int r = 0; r < kRows; ++r) {
+                ends[0][r] = fused(step[axis], first, fraction[axis][r]);
+                ends[1][r] = fused(step[axis], last, fraction[axis][r]);
+            }
+            Ints base;
+            Floats a, b;
+            __builtin_memcpy(&base, at[axis], sizeof base);
+            __builtin_memcpy(&a, ends[0], sizeof a);
+            __builtin_memcpy(&b, ends[1], sizeof b);
+            const Floats low = a < b ? a : b, high = a < b ? b : a;
+            const Ints known = (base < kNear) & (base > -kNear);
+            const auto below = [&](const Floats& v, int32_t bound) {
+                return v < __builtin_convertvector(bound - base, Floats) - limits.half;
+            };
+            in &= known & ~below(low, limits.inside[axis][0]) & below(high, limits.inside[axis][1]);
+            out |= known & (below(high, limits.fill[axis][0]) | ~below(low, limits.fill[axis][1]));
+        }
+        const Ints fill = (limits.fills ? out : Ints{}) | ~finite_row;
+        const Ints found = in ? Ints{} + kReachInside : (fill ? Ints{} + kReachFill : Ints{} + kReachEither);
+        __builtin_memcpy(reach[group], &found, sizeof found);
+    }
+
+    Base<float> base(int r) const {
+        return {at[0][r], at[1][r], fraction[0][r], fraction[1][r], step[0], step[1], true};
+    }
+};
+
+// --- one tile ------------------------------------------------------------------------------------------------------
+
+// Offsets, weights and validity of the groups of one block of one row. A loop of its own: the processor then has them
+// before the loads of the next loop ask for them.
+template <class Isa, int C, int taps>
+IMGOPT_INLINE void locate_block(const AffineWarp& p, const Map& map, const Source<uint8_t>& source, const Window& w,
+                                const BlockColumn<Isa>& column, int row, int64_t x, int64_t y, int count,
+                                typename Isa::Group* groups) {
+    constexpr int lanes = Isa::kLanes;
+    const Base<float> base = column.base(row);
+    for (int lane = 0; lane < count; lane += 2 * lanes, ++groups) {
+        const int32_t reach = map.affine ? column.reach[lane / (2 * lanes)][row] : kReachEither;
+        groups->touched = reach != kReachFill;
+        if (reach == kReachFill) continue;
+        for (int h = 0; h < 2; ++h) {
+            if (reach == kReachInside) {
+                Isa::template locate_inside<C, taps>(w, base, lane + h * lanes, *groups, h);
+                continue;
+            }
+            auto at =
+                map.affine ? Isa::affine(base, lane + h * lanes) : Isa::perspective(map.m, x + lane + h * lanes, y);
+            if constexpr (taps == 1) Isa::round(at);
+            if (p.padding >= Padding::reflect) Isa::fold(at, source, p.padding);
+            Isa::template locate<C, taps>(w, at, *groups, h);
+        }
+        Isa::template weigh<taps>(*groups);
+    }
+}
+
+// The next image comes from memory while this one is computed, a share of it with every row.
+struct Ahead {
+    const uint8_t* from;
+    int64_t bytes, rows, done;
+
+    void row() {
+        if (!from) return;
+        const int64_t end = ++done * bytes / rows;
+        for (int64_t i = (done - 1) * bytes / rows; i < end; i += 64) __builtin_prefetch(from + i, 0, 2);
+    }
+};
+
+template <class Isa, int C, int taps, class T>
+void warp_strip(const AffineWarp& p, const Map& map, const Source<uint8_t>& source, const Window& w,
+                const Epilogue<C>& epilogue_of_image, int64_t image, int64_t y0, int64_t y1, int64_t x0, int64_t x1,
+                Ahead& ahead) {
+    constexpr int lanes = Isa::kLanes;
+    const Limits limits(p, source, w, taps);
+    const Epilogue<C> epilogue = epilogue_of_image;  // a copy that no store can change
+    const int64_t step = p.output_stride[3], row_step = p.output_stride[2];
+    const bool affine = map.affine;
+    Target target{p.output_stride[1], step == 1 && C > 1, lanes, 0};
+    BlockColumn<Isa> columns[kStripBlocks];
+    typename Isa::Group groups[kBlock / (2 * lanes)];
+    T* output = static_cast<T*>(p.output) + image * p.output_stride[0];
+    const int64_t blocks = (x1 - x0 + kBlock - 1) / kBlock;
+    for (int64_t i = 0; affine && i < blocks; ++i) columns[i].plan(map, limits, x0 + i * kBlock, y0);
+    for (int64_t y = y0; y < y1; ++y) {
+        T* to = output + y * row_step + x0 * step;
+        ahead.row();
+        for (int64_t i = 0; i < blocks; ++i) {
+            const int64_t x = x0 + i * kBlock;
+            int64_t room = x1 - x;
+            const int count = static_cast<int>(room < kBlock ? room : kBlock);
+            locate_block<Isa, C, taps>(p, map, source, w, columns[i], static_cast<int>(y - y0), x, y, count, groups);
+            for (int g = 0; g * 2 * lanes < count; ++g) {
+                const typename Isa::Group& group = groups[g];
+                const auto half = [&](int h) __attribute__((always_inline)) {
+                    target.room = room;
+                    target.count = room < lanes ? static_cast<int>(room) : lanes;
+                    typename Isa::Vector samples[C];
+                    if (group.touched) {
+                        Isa::template samples<C, taps>(w, group, h, samples);
+                        if (!affine) Isa::template blend<C>(epilogue.fill, group, h, samples);
+                    } else {
+                        Isa::template spread<C>(epilogue.fill, samples);
+                    }
+                    if constexpr (C == 3)
+                        if (epilogue.colored) Isa::color(epilogue.color, epilogue.unit, samples);
+                    Isa::template put<C, taps == 4>(to, target, epilogue, samples);
+                    room -= lanes;
+                    to += lanes * step;
+                };
+                half(0);
+                if (room > 0) half(1);
+            }
+        }
+    }
+}
+
+// The strips of a tile.
+template <class Isa, int C, int taps, class T>
+void warp_strips(const AffineWarp& p, const Map& map, const Source<uint8_t>& source, const Window& w,
+                 const Epilogue<C>& epilogue, int64_t image, int64_t y0, int64_t y1, int64_t x0, int64_t x1,
+                 const uint8_t* next) {
+    constexpr int64_t wide = kStripBlocks * kBlock;
+    Ahead ahead{next, source.height * int64_t{source.width} * C, (y1 - y0) * ((x1 - x0 + wide - 1) / wide), 0};
+    for (int64_t y = y0; y < y1; y += Isa::kLanes) {
+        const int64_t y_end = y + Isa::kLanes < y1 ? y + Isa::kLanes : y1;
+        for (int64_t x = x0; x < x1; x += wide) {
+            const int64_t x_end = x + wide < x1 ? x + wide : x1;
+            warp_strip<Isa, C, taps, T>(p, map, source, w, epilogue, image, y, y_end, x, x_end, ahead);
+        }
+    }
+}
+
+// --- images and tiles ----------------------------------------------------------------------------------------------
+
+// Whether the vector units serve this call.
+inline bool has_window(const AffineWarp& p) {
+    const int64_t* in = p.images_stride;
+    const int64_t* out = p.output_stride;
+    const int64_t c = p.channels;
+    const bool in_dense = in[3] == 1 || (in[1] == 1 && in[3] == c);
+    const bool out_dense = out[3] == 1 || (out[1] == 1 && out[3] == c);
+    return p.images_dtype == DType::u8 && p.output_dtype != DType::f64 && (c == 1 || c == 3 || c == 4) && in_dense &&
+           out_dense && p.width < (1 << 22) && p.height < (1 << 22);
+}
+
+template <class Isa, int C, int taps, class T>
+void warp_windowed(const AffineWarp& p, int64_t begin, int64_t end) {
+    uint8_t fill[C];
+    for (int c = 0; c < C; ++c) fill[c] = static_cast<uint8_t>(p.fill[c]);
+    for_each_image(p, begin, end, [&](int64_t image, int64_t y_begin, int64_t y_end) {
+        const Map map = map_of(p, image);
+        const Epilogue<C> epilogue(p, image, taps > 1 ? kWeightSum : 1);
+        const int64_t before = (prepared_bytes<uint8_t>(p, map) + 63) / 64 * 64;
+        uint8_t* scratch = static_cast<uint8_t*>(thread_scratch(before + kWindowBytes + kSlack));
+        const Source<uint8_t> source = prepared<uint8_t>(p, map, image, scratch);
+        const bool more = image + 1 < p.batch && (image + 1) * p.output_height < end && before == 0;
+        const uint8_t* next = more ? source.data + p.images_stride[0] : nullptr;
+        const auto warp = [&](int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
+            Window w = window_of<C>(map, source, p.padding, taps, y0, y1, x0, x1);
+            const int64_t outputs = (y1 - y0) * (x1 - x0);
+            if (!epilogue.moderate || w.pitch * w.height > kWindowBytes ||
+                int64_t{w.width} * w.height > kSparse * outputs + 4096)
+                return false;
+            w.data = scratch + before;
+            fill_window<C, taps, Isa>(source, fill, w, p.padding);
+            warp_strips<Isa, C, taps, T>(p, map, source, w, epilogue, image, y0, y1, x0, x1, next);
+            return true;
+        };
+        if (warp(y_begin, y_end, 0, p.output_width)) return;
+        for (int64_t y0 = y_begin; y0 < y_end; y0 += kTile)
+            for (int64_t x0 = 0; x0 < p.output_width; x0 += kTile) {
+                const int64_t y1 = y0 + kTile < y_end ? y0 + kTile : y_end;
+                const int64_t x1 = x0 + kTile < p.output_width ? x0 + kTile : p.output_width;
+                if (!warp(y0, y1, x0, x1)) warp_tile<uint8_t, float>(p, map, source, image, y0, y1, x0, x1);
+            }
+    });
+}
+
+template <class Isa, int C, int taps>
+void warp_to(const AffineWarp& p, int64_t begin, int64_t end) {
+    switch (p.output_dtype) {
+        case DType::u8: return warp_windowed<Isa, C, taps, uint8_t>(p, begin, end);
+        case DType::f16: return warp_windowed<Isa, C, taps, Half>(p, begin, end);
+        case DType::bf16: return warp_windowed<Isa, C, taps, BFloat16>(p, begin, end);
+        default: return warp_windowed<Isa, C, taps, float>(p, begin, end);
+    }
+}
+
+template <class Isa, int C>
+void warp_channels(const AffineWarp& p, int64_t begin, int64_t end) {
+    switch (p.interpolation) {
+        case Interpolation::nearest: return warp_to<Isa, C, 1>(p, begin, end);
+        case Interpolation::bilinear: return warp_to<Isa, C, 2>(p, begin, end);
+        default: return warp_to<Isa, C, 4>(p, begin, end);
+    }
+}
+
+template <class Isa>
+void warp_vectorized(const AffineWarp& p, int64_t begin, int64_t end) {
+    if (!has_window(p)) return warp_rows(p, begin, end);
+    switch (p.channels) {
+        case 1: return warp_channels<Isa, 1>(p, begin, end);
+        case 3: return warp_channels<Isa, 3>(p, begin, end);
+        default: return warp_channels<Isa, 4>(p, begin, end);
+    }
+}
+
+}  // namespace
+}  // namespace imgopt
