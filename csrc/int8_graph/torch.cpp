@@ -4,14 +4,10 @@
 #include <memory>
 #include <new>
 
-#include "../int8_conv2d/layer.h"
-#include "../torch_stable.h"
-#include "plan.h"
+#include "runner.h"
 
 namespace imgopt {
 namespace {
-
-using torch::headeronly::MemoryFormat;
 
 constexpr int64_t kGrainProducts = int64_t{1} << 18;  // multiply-adds worth a thread
 constexpr int64_t kGrainBytes = int64_t{1} << 16;     // bytes of a memory-bound step worth a thread
@@ -31,339 +27,57 @@ uint8_t* arena(int64_t bytes) {
     return static_cast<uint8_t*>(block.get());
 }
 
-float float_of(int64_t bits) {
-    const auto word = static_cast<uint32_t>(bits);
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
+struct Cpu {
+    bool holds(const Tensor& t) const { return t.is_cpu(); }
+    uint8_t* arena(int64_t bytes) const { return imgopt::arena(bytes); }
+    void copy(void* to, const void* from, int64_t bytes) const { std::memcpy(to, from, static_cast<size_t>(bytes)); }
 
-double double_of(int64_t bits) {
-    double value;
-    std::memcpy(&value, &bits, 8);
-    return value;
-}
-
-// The blobs of a program, with bounds.
-struct Blob {
-    const uint8_t* data;
-    int64_t bytes;
-
-    const uint8_t* at(int64_t offset, int64_t count) const {
-        STD_TORCH_CHECK(offset >= 0 && offset % 4 == 0 && count >= 0 && offset <= bytes - count,
-                        "constants: shorter than the plan says");
-        return data + offset;
-    }
-};
-
-Blob blob_of(const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(
-        t.is_cpu() && t.scalar_type() == ScalarType::Byte && t.dim() == 1 && (t.numel() <= 1 || t.stride(0) == 1), name,
-        ": expected contiguous bytes on the CPU");
-    return {static_cast<const uint8_t*>(t.const_data_ptr()), t.numel()};
-}
-
-Int8Format format_of(const Value& v, int64_t low, int64_t high) {
-    // Out of range only in a plan that no builder wrote; it must still not write nonsense.
-    const float bottom = -static_cast<float>(v.byte_zero_point()), top = bottom + 255.0f;
-    const auto clip = [&](float x) { return x > bottom ? (x < top ? x : top) : bottom; };
-    return {v.flip(), v.byte_zero_point(), clip(float_of(low)), clip(float_of(high))};
-}
-
-class Runner {
-  public:
-    Runner(Plan& plan, const std::vector<Tensor>& inputs, Blob constants, Blob packed)
-        : plan_(plan), inputs_(inputs), constants_(constants), packed_(packed) {}
-
-    void run() {
-        for (const Step& step : plan_.steps) {
-            const Value& in = value(step, 0);
-            Value& out = plan_.values[step.output];
-            if (out.bytes() == 0) continue;
-            switch (step.opcode) {
-                case Opcode::conv: conv(step, in, out); break;
-                case Opcode::quantize: quantize(step, in, out); break;
-                case Opcode::add: add(step, in, out); break;
-                case Opcode::max_pool: pool(step, in, out, false); break;
-                case Opcode::avg_pool: pool(step, in, out, true); break;
-                case Opcode::concat: concat(step, out); break;
-                case Opcode::flatten: flatten(in, out); break;
-                case Opcode::dequantize: dequantize(step, in, out); break;
-            }
-        }
-    }
-
-  private:
-    const Value& value(const Step& step, int64_t i) const { return plan_.values[step.inputs[i]]; }
-
-    void conv(const Step& step, const Value& in, Value& out) {
-        const int64_t* p = step.parameters;
-        Int8Conv2d c{};
-        c.weight = {p[0], p[1], p[12], p[2], p[3]};
-        c.stride_h = p[4];
-        c.stride_w = p[5];
-        c.pad_top = p[6];
-        c.pad_left = p[8];
-        c.dilation_h = p[10];
-        c.dilation_w = p[11];
-        c.input = static_cast<const uint8_t*>(in.data);
-        c.batch = in.n;
-        c.in_h = in.h;
-        c.in_w = in.w;
-        c.input_stride = in.channels;
-        c.input_flip = in.flip();
-        c.input_zero_point = in.byte_zero_point();
-        const int64_t channel_bytes = (c.weight.out_channels + kChannelSlack) * 4;
-        c.offset = reinterpret_cast<const int32_t*>(constants_.at(p[16], channel_bytes));
-        const uint8_t* multiplier = constants_.at(p[17], channel_bytes);
-        c.float_output = out.is_float();
-        c.multiplier = reinterpret_cast<const float*>(multiplier);
-        c.shift = plan_.shift && !c.float_output ? reinterpret_cast<const Int8Shift*>(multiplier) : nullptr;
-        c.low = float_of(p[18]);
-        c.high = float_of(p[19]);
-        c.output = out.data;
-        c.out_h = out.h;
-        c.out_w = out.w;
-        c.output_stride = out.channels;
-        if (!c.float_output) {
-            const Int8Format format = format_of(out, p[18], p[19]);
-            c.low = format.low;
-            c.high = format.high;
-            c.output_flip = format.flip;
-            c.output_zero_point = format.zero_point;
-        }
-        if (step.input_count == 2) {
-            const Value& residual = value(step, 1);
-            c.residual = static_cast<const uint8_t*>(residual.data);
-            c.residual_stride = residual.channels;
-            c.residual_flip = residual.flip();
-            c.residual_zero_point = residual.byte_zero_point();
-            c.residual_multiplier = float_of(p[20]);
-        }
+    // The bytes for the active kernel are the program's, or, where those are another machine's, packed anew.
+    void conv(Int8Conv2d& c, const int8_t* weight, const uint8_t* packed, int64_t bytes) const {
         Tensor repacked;
-        c.packed = packed_weight(c.weight, p[13], p[14], repacked);
+        if (!packed || !is_packed_for_kernel(c.weight, packed, bytes)) {
+            repacked = torch::stable::empty({packed_bytes(c.weight)}, ScalarType::Byte);
+            auto* fresh = static_cast<uint8_t*>(repacked.mutable_data_ptr());
+            pack(c.weight, weight, fresh);
+            packed = fresh;
+        }
+        c.packed = packed + kernel_bytes_at(c.weight);
         const KernelTable& table = kernels();
         const int64_t units = table.int8_conv2d_units(c);
-        const int64_t products =
-            out.pixels() * out.channels * c.weight.group_channels * c.weight.kernel_h * c.weight.kernel_w;
+        const int64_t products = c.batch * c.out_h * c.out_w * c.weight.out_channels * c.weight.group_channels *
+                                 c.weight.kernel_h * c.weight.kernel_w;
         parallel_units(units, kGrainProducts * units / (products + 1) + 1,
                        [&](int64_t begin, int64_t end) { table.int8_conv2d(c, begin, end); });
     }
 
-    // The bytes for the active kernel: the program's, or, where those are another machine's, packed anew.
-    const uint8_t* packed_weight(const Int8Weight& weight, int64_t weight_at, int64_t packed_at, Tensor& repacked) {
-        if (packed_at >= 0 && packed_at < packed_.bytes &&
-            is_packed_for_kernel(weight, packed_.data + packed_at, packed_.bytes - packed_at))
-            return packed_.data + packed_at + kernel_bytes_at(weight);
-        const int64_t count = weight.out_channels * weight.group_channels * weight.kernel_h * weight.kernel_w;
-        repacked = torch::stable::empty({packed_bytes(weight)}, ScalarType::Byte);
-        auto* bytes = static_cast<uint8_t*>(repacked.mutable_data_ptr());
-        pack(weight, reinterpret_cast<const int8_t*>(constants_.at(weight_at, count)), bytes);
-        return bytes + kernel_bytes_at(weight);
-    }
-
-    template <class Params>
-    void over_pixels(const Params& params, void (*kernel)(const Params&, int64_t, int64_t), const Value& out) {
-        parallel_units(out.pixels(), kGrainBytes / out.channels + 1,
-                       [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
-    }
-
-    // From the caller's tensor, in whatever memory format it is.
-    void quantize(const Step& step, const Value& in, Value& out) {
-        size_t source = 0;
-        while (source < plan_.inputs.size() && plan_.inputs[source] != step.inputs[0]) ++source;
-        STD_TORCH_CHECK(source < plan_.inputs.size(), "plan: only inputs can be quantized");
-        const Tensor& input = inputs_[source];
-        Int8Quantize q{};
-        q.input = static_cast<const float*>(input.const_data_ptr());
-        q.batch = in.n;
-        q.channels = in.channels;
-        q.height = in.h;
-        q.width = in.w;
-        q.stride_n = input.stride(0);
-        q.stride_c = input.stride(1);
-        q.stride_h = in.rank == 4 ? input.stride(2) : 0;
-        q.stride_w = in.rank == 4 ? input.stride(3) : 0;
-        q.inverse_scale = float_of(step.parameters[0]);
-        q.format = format_of(out, step.parameters[1], step.parameters[2]);
-        q.output = static_cast<uint8_t*>(out.data);
-        q.output_stride = out.channels;
-        parallel_units(in.n * in.h, kGrainBytes / (in.w * in.channels + 1) + 1,
+    void quantize(const Int8Quantize& q) const {
+        parallel_units(q.batch * q.height, kGrainBytes / (q.width * q.channels + 1) + 1,
                        [&](int64_t begin, int64_t end) { kernels().int8_quantize(q, begin, end); });
     }
-
-    void add(const Step& step, const Value& in, Value& out) {
-        const int64_t* p = step.parameters;
-        const Value& b = value(step, 1);
-        Int8Add a{};
-        set_first(a, in, float_of(p[0]), out);
-        a.b = static_cast<const uint8_t*>(b.data);
-        a.b_stride = b.channels;
-        a.b_flip = b.flip();
-        a.b_zero_point = b.byte_zero_point();
-        a.b_multiplier = float_of(p[1]);
-        a.a_left = shift_between(p[2], 0, 51);
-        a.b_left = shift_between(p[3], 0, 51);
-        a.right = shift_between(p[4], -31, 62);
-        a.format = format_of(out, p[5], p[6]);
-        over_pixels(a, kernels().int8_add, out);
+    void add(const Int8Add& a, int64_t pixels) const {
+        parallel_units(pixels, kGrainBytes / a.channels + 1,
+                       [&](int64_t begin, int64_t end) { kernels().int8_add(a, begin, end); });
     }
-
-    void concat(const Step& step, Value& out) {
-        const int64_t* p = step.parameters;
-        uint8_t* data = static_cast<uint8_t*>(out.data);
-        for (int64_t i = 0; i < step.input_count; ++i) {
-            const Value& in = value(step, i);
-            Int8Add a{};
-            set_first(a, in, float_of(p[2 + 2 * i]), out);
-            a.right = shift_between(p[3 + 2 * i], -31, 62);
-            a.format = format_of(out, p[0], p[1]);
-            a.output = data;
-            over_pixels(a, kernels().int8_add, out);
-            data += in.channels;
-        }
-    }
-
-    void set_first(Int8Add& a, const Value& in, float multiplier, Value& out) const {
-        a.a = static_cast<const uint8_t*>(in.data);
-        a.channels = in.channels;
-        a.a_stride = in.channels;
-        a.a_flip = in.flip();
-        a.a_zero_point = in.byte_zero_point();
-        a.a_multiplier = multiplier;
-        a.shifted = plan_.shift;
-        a.output = static_cast<uint8_t*>(out.data);
-        a.output_stride = out.channels;
-    }
-
-    void pool(const Step& step, const Value& in, Value& out, bool average) {
-        const int64_t* p = step.parameters;
-        const bool whole = average && p[0] == 0;
-        Int8Pool q{};
-        q.input = static_cast<const uint8_t*>(in.data);
-        q.batch = in.n;
-        q.in_h = in.h;
-        q.in_w = in.w;
-        q.channels = in.channels;
-        q.input_stride = in.channels;
-        q.kernel_h = whole ? in.h : p[0];
-        q.kernel_w = whole ? in.w : p[1];
-        q.stride_h = p[2];
-        q.stride_w = p[3];
-        q.pad_top = whole ? 0 : p[4];
-        q.pad_left = whole ? 0 : p[6];
-        q.input_flip = in.flip();
-        q.input_zero_point = in.byte_zero_point();
-        q.average = average;
-        if (average) {
-            q.count_padding = p[8] != 0;
-            q.shifted = plan_.shift;
-            q.ratio = double_of(p[9]);
-            q.right = shift_between(p[10], -20, 20);
-            q.format = format_of(out, p[11], p[12]);
-        }
-        q.output = static_cast<uint8_t*>(out.data);
-        q.out_h = out.h;
-        q.out_w = out.w;
-        q.output_stride = out.channels;
-        const int64_t row_bytes = out.w * out.channels * q.kernel_h * q.kernel_w;
-        parallel_units(out.n * out.h, kGrainBytes / (row_bytes + 1) + 1,
+    void pool(const Int8Pool& q) const {
+        const int64_t row_bytes = q.out_w * q.channels * q.kernel_h * q.kernel_w;
+        parallel_units(q.batch * q.out_h, kGrainBytes / (row_bytes + 1) + 1,
                        [&](int64_t begin, int64_t end) { kernels().int8_pool(q, begin, end); });
     }
-
-    void dequantize(const Step& step, const Value& in, Value& out) {
-        const Int8Dequantize d{static_cast<const uint8_t*>(in.data),
-                               in.channels,
-                               in.channels,
-                               in.flip(),
-                               in.byte_zero_point(),
-                               float_of(step.parameters[0]),
-                               static_cast<float*>(out.data),
-                               out.channels};
-        over_pixels(d, kernels().int8_dequantize, out);
+    void dequantize(const Int8Dequantize& d, int64_t pixels) const {
+        parallel_units(pixels, kGrainBytes / d.channels + 1,
+                       [&](int64_t begin, int64_t end) { kernels().int8_dequantize(d, begin, end); });
     }
-
-    // (h, w, c) to (c, h, w), the order of torch.flatten; a copy where the image is one pixel.
-    static void flatten(const Value& in, Value& out) {
-        const uint8_t* from = static_cast<const uint8_t*>(in.data);
-        uint8_t* to = static_cast<uint8_t*>(out.data);
-        const int64_t area = in.h * in.w;
-        if (area == 1) {
-            std::memcpy(to, from, static_cast<size_t>(in.bytes()));
-            return;
-        }
-        for (int64_t n = 0; n < in.n; ++n, from += area * in.channels, to += area * in.channels)
-            for (int64_t c = 0; c < in.channels; ++c)
-                for (int64_t i = 0; i < area; ++i) to[c * area + i] = from[i * in.channels + c];
+    void flatten(const uint8_t* from, uint8_t* to, int64_t batch, int64_t area, int64_t channels) const {
+        for (int64_t n = 0; n < batch; ++n, from += area * channels, to += area * channels)
+            for (int64_t c = 0; c < channels; ++c)
+                for (int64_t i = 0; i < area; ++i) to[c * area + i] = from[i * channels + c];
     }
-
-    static int32_t shift_between(int64_t value, int64_t low, int64_t high) {
-        return static_cast<int32_t>(value < low ? low : value > high ? high : value);
-    }
-
-    Plan& plan_;
-    const std::vector<Tensor>& inputs_;
-    Blob constants_, packed_;
 };
 
-ScalarType scalar_type(const Value& v) {
-    return v.is_float() ? ScalarType::Float : v.type == ValueType::i8 ? ScalarType::Char : ScalarType::Byte;
-}
-
-// Sizes of an input; quantized images are brought to channels_last, float ones are read as they lie.
-Tensor take_input(const Tensor& given, Value& v) {
-    STD_TORCH_CHECK(
-        given.is_cpu() && given.scalar_type() == scalar_type(v) && given.dim() == v.rank && given.size(1) == v.channels,
-        "inputs: not the dtype, rank or channels that the program declares");
-    v.n = given.size(0);
-    v.h = v.rank == 4 ? given.size(2) : 1;
-    v.w = v.rank == 4 ? given.size(3) : 1;
-    if (v.is_float()) return given;
-    Tensor t =
-        v.rank == 4 ? torch::stable::contiguous(given, MemoryFormat::ChannelsLast) : torch::stable::contiguous(given);
-    v.data = const_cast<void*>(t.const_data_ptr());
-    return t;
-}
-
-bool is_input(const Plan& plan, int64_t value) {
-    for (int64_t input : plan.inputs)
-        if (input == value) return true;
-    return false;
-}
-
-std::vector<Tensor> int8_graph(std::vector<Tensor> inputs, Tensor plan_words, Tensor constants, Tensor packed,
+std::vector<Tensor> int8_graph(std::vector<Tensor> inputs, Tensor plan, Tensor constants, Tensor packed,
                                std::vector<int64_t> /*outputs: for the fake only*/) {
-    STD_TORCH_CHECK(plan_words.is_cpu() && plan_words.scalar_type() == ScalarType::Long && plan_words.dim() == 1 &&
-                        (plan_words.numel() <= 1 || plan_words.stride(0) == 1),
-                    "plan: expected a contiguous int64 tensor on the CPU");
-    Plan plan;
-    std::string error = read_plan(static_cast<const int64_t*>(plan_words.const_data_ptr()), plan_words.numel(), plan);
-    STD_TORCH_CHECK(error.empty(), error);
-    STD_TORCH_CHECK(inputs.size() == plan.inputs.size(), "inputs: expected ", plan.inputs.size(), " tensors");
-    for (size_t i = 0; i < inputs.size(); ++i) inputs[i] = take_input(inputs[i], plan.values[plan.inputs[i]]);
-    error = resolve_sizes(plan);
-    STD_TORCH_CHECK(error.empty(), error);
-
-    uint8_t* memory = arena(lay_out_arena(plan));
-    for (Value& v : plan.values)
-        if (v.arena_at >= 0) v.data = memory + v.arena_at;
-    // An output has a tensor of its own from the start; one that is an input, or asked for twice, is copied at the end.
-    std::vector<Tensor> results(plan.outputs.size());
-    for (size_t i = 0; i < results.size(); ++i) {
-        Value& v = plan.values[plan.outputs[i]];
-        STD_TORCH_CHECK(!(v.is_float() && is_input(plan, plan.outputs[i])), "plan: a float input cannot be an output");
-        results[i] = v.rank == 4 ? torch::stable::empty({v.n, v.channels, v.h, v.w}, scalar_type(v), std::nullopt,
-                                                        std::nullopt, std::nullopt, MemoryFormat::ChannelsLast)
-                                 : torch::stable::empty({v.n, v.channels}, scalar_type(v));
-        if (!v.data) v.data = results[i].mutable_data_ptr();
-    }
-    Runner(plan, inputs, blob_of(constants, "constants"), blob_of(packed, "packed")).run();
-    for (size_t i = 0; i < results.size(); ++i) {
-        const Value& v = plan.values[plan.outputs[i]];
-        void* own = results[i].mutable_data_ptr();
-        if (own != v.data && v.bytes() > 0) std::memcpy(own, v.data, static_cast<size_t>(v.bytes()));
-    }
-    return results;
+    Cpu device;
+    return run_graph(device, std::move(inputs), plan, constants, packed);
 }
 
 }  // namespace
