@@ -1,77 +1,11 @@
 // masked_matmul for torch on the CPU: checks, allocation, and the loop over threads. Activations of a convolution are
 // used in channels_last memory, where a tap's channels are adjacent; what comes otherwise is copied once.
-#include <algorithm>
-#include <limits>
-
-#include "../torch_stable.h"
+#include "binding.h"
 
 namespace imgopt {
 namespace {
 
 constexpr int64_t kWorthThread = 1 << 18;  // multiply-adds: about 5 us of a core, the cost of waking another
-
-void check_structure(const Tensor& quads, const Tensor& columns, const std::vector<int64_t>& shape) {
-    STD_TORCH_CHECK(quads.scalar_type() == ScalarType::Int && quads.dim() == 3 && quads.is_contiguous() &&
-                        quads.size(2) == RowQuads::kFields && quads.size(1) == (shape[0] + 3) / 4,
-                    "quads: expected contiguous int32 (blocks, ceil(outputs / 4), 9)");
-    STD_TORCH_CHECK(columns.is_contiguous() &&
-                        (columns.scalar_type() == ScalarType::Byte || columns.scalar_type() == ScalarType::Int),
-                    "columns: expected contiguous uint8 or int32");
-}
-
-RowQuads row_quads(const Tensor& quads, const Tensor& columns, const std::vector<int64_t>& shape) {
-    STD_TORCH_CHECK(shape.size() >= 3 && shape[2] > 0, "shape: expected (outputs, inputs, block, ...)");
-    check_structure(quads, columns, shape);
-    return {static_cast<const int32_t*>(quads.const_data_ptr()),
-            columns.const_data_ptr(),
-            shape[0],
-            quads.size(0),
-            shape[2],
-            columns.scalar_type() == ScalarType::Int};
-}
-
-// The rows of a linear's input, or the windows of a convolution's; `keep` holds the memory that the result points to.
-MaskedInput masked_input(const Tensor& input, const std::vector<int64_t>& shape, const std::vector<int64_t>& window,
-                         Tensor& keep) {
-    const DType dtype = dtype_of(input, "input");
-    STD_TORCH_CHECK(dtype >= DType::f16, "input: expected a floating dtype");
-    if (window.empty()) {
-        keep = torch::stable::contiguous(input);
-        STD_TORCH_CHECK(input.dim() >= 1 && input.size(input.dim() - 1) == shape[1], "input: expected (..., inputs)");
-        int64_t samples = 1;
-        for (int64_t d = 0; d + 1 < input.dim(); ++d) samples *= input.size(d);
-        return {
-            dtype, keep.const_data_ptr(), samples, shape[1], shape[1], {1, 1}, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1},
-            {1, 1}};
-    }
-    STD_TORCH_CHECK(window.size() == 12 && input.dim() == 4 && input.size(1) == shape[1],
-                    "input: expected (N, channels, H, W) and a window of 12 numbers");
-    keep = torch::stable::contiguous(input, torch::headeronly::MemoryFormat::ChannelsLast);
-    MaskedInput x{dtype,
-                  keep.const_data_ptr(),
-                  input.size(0) * window[0] * window[1],
-                  shape[1],
-                  shape[1],
-                  {input.size(2), input.size(3)},
-                  {window[0], window[1]},
-                  {window[2], window[3]},
-                  {window[4], window[5]},
-                  {window[6], window[7]},
-                  {window[8], window[9]},
-                  {window[10], window[11]}};
-    STD_TORCH_CHECK(
-        x.out[0] > 0 && x.out[1] > 0 && x.taps[0] > 0 && x.taps[1] > 0 && x.divide[0] > 0 && x.divide[1] > 0,
-        "window: expected positive sizes and divisors");
-    return x;
-}
-
-void check_blocks(const RowQuads& weight, const MaskedInput& x) {
-    const int64_t columns = x.channels * x.taps[0] * x.taps[1];
-    STD_TORCH_CHECK(weight.blocks == (columns + weight.block - 1) / weight.block, "quads: expected a block for every ",
-                    weight.block, " of ", columns, " columns");
-}
-
-ScalarType sum_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
 int64_t windows_of(const RowQuads& weight) { return (weight.rows + RowQuads::kWindow - 1) / RowQuads::kWindow; }
 
@@ -103,22 +37,14 @@ Tensor run(const Tensor& input, const Tensor& values, const std::optional<Tensor
         offsets = torch::stable::contiguous(*bias);
     }
 
-    std::vector<int64_t> size;
-    if (window.empty()) {
-        for (int64_t d = 0; d + 1 < input.dim(); ++d) size.push_back(input.size(d));
-    } else {
-        size = {input.size(0), window[0], window[1]};
-    }
-    size.push_back(shape[0]);
-    Tensor output = torch::stable::new_empty(input, size);
+    Tensor output = torch::stable::new_empty(input, output_size(input, shape[0], window));
     const MaskedMatmul p{weight, x, all.const_data_ptr(), offsets ? offsets->const_data_ptr() : nullptr,
                          output.mutable_data_ptr()};
     const int64_t panels = (x.samples + MaskedMatmul::kPanel - 1) / MaskedMatmul::kPanel;
     const int64_t units = panels * windows_of(weight);
     parallel_units(units, grain(values.numel() * x.samples, units),
                    [&](int64_t begin, int64_t end) { kernels().masked.matmul(p, begin, end); });
-    if (window.empty()) return output;
-    return torch::stable::transpose(torch::stable::transpose(output, 1, 3), 2, 3);  // channels_last
+    return as_image(output, window);
 }
 
 Tensor masked_matmul_packed(const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias,
@@ -126,11 +52,6 @@ Tensor masked_matmul_packed(const Tensor& input, const Tensor& values, const std
                             std::vector<int64_t> window) {
     STD_TORCH_CHECK(values.scalar_type() == input.scalar_type(), "values: expected the input's dtype");
     return run(input, values, bias, quads, columns, shape, window);
-}
-
-void check_source(const Tensor& source) {
-    STD_TORCH_CHECK(source.scalar_type() == ScalarType::Int && source.is_contiguous(),
-                    "source: expected contiguous int32");
 }
 
 Tensor masked_matmul(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& quads,
@@ -176,20 +97,8 @@ Tensor int8_masked_matmul(const Tensor& input, const Tensor& values, const Tenso
                           const Tensor& quads, const Tensor& columns, std::vector<int64_t> shape, double input_scale,
                           int64_t input_zero_point, std::optional<double> output_scale, int64_t output_zero_point,
                           ScalarType output_dtype, std::optional<double> output_min, std::optional<double> output_max) {
-    const RowQuads weight = row_quads(quads, columns, shape);
-    STD_TORCH_CHECK(!weight.wide && weight.block <= Int8MaskedMatmul::kLargestBlock &&
-                        weight.blocks == (shape[1] + shape[2] - 1) / shape[2],
-                    "columns: expected uint8 in blocks of at most 256");
+    const RowQuads weight = int8_row_quads(input, values, bias, weight_scale, quads, columns, shape);
     const DType dtype = dtype_of(input, "input");
-    STD_TORCH_CHECK(dtype == DType::u8 || dtype == DType::i8, "input: expected uint8 or int8");
-    STD_TORCH_CHECK(input.dim() >= 1 && input.size(input.dim() - 1) == shape[1], "input: expected (..., inputs)");
-    STD_TORCH_CHECK(values.scalar_type() == ScalarType::Char && values.is_contiguous(),
-                    "values: expected contiguous int8");
-    STD_TORCH_CHECK(bias.scalar_type() == ScalarType::Int && bias.numel() == shape[0] && bias.is_contiguous(),
-                    "bias: expected contiguous int32 (outputs,)");
-    STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float && weight_scale.numel() == shape[0] &&
-                        weight_scale.is_contiguous(),
-                    "weight_scale: expected contiguous float32 (outputs,)");
     const Tensor rows = torch::stable::contiguous(input), wide = widened(values, nullptr, values.numel());
     std::vector<int64_t> size;
     int64_t samples = 1;
@@ -205,14 +114,8 @@ Tensor int8_masked_matmul(const Tensor& input, const Tensor& values, const Tenso
     std::vector<float> multiplier(static_cast<size_t>(shape[0]));
     for (size_t o = 0; o < multiplier.size(); ++o)
         multiplier[o] = static_cast<float>(input_scale * static_cast<double>(per_channel[o]) / scale);
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
     const DType result = dtype_of(output, "output_dtype");
-    float low = result == DType::u8 ? 0.0f : result == DType::i8 ? -128.0f : -kInfinity;
-    float high = result == DType::u8 ? 255.0f : result == DType::i8 ? 127.0f : kInfinity;
-    low -= static_cast<float>(output_zero_point);
-    high -= static_cast<float>(output_zero_point);
-    if (output_min) low = std::min(std::max(low, static_cast<float>(*output_min / scale)), high);
-    if (output_max) high = std::max(std::min(high, static_cast<float>(*output_max / scale)), low);
+    const OutputRange range = output_range(result, scale, output_zero_point, output_min, output_max);
     const Int8MaskedMatmul p{weight,
                              dtype,
                              result,
@@ -225,8 +128,8 @@ Tensor int8_masked_matmul(const Tensor& input, const Tensor& values, const Tenso
                              shape[1],
                              static_cast<int32_t>(input_zero_point),
                              static_cast<int32_t>(output_zero_point),
-                             low,
-                             high};
+                             range.low,
+                             range.high};
     const int64_t units = (samples + MaskedMatmul::kPanel - 1) / MaskedMatmul::kPanel * windows_of(weight);
     parallel_units(units, grain(values.numel() * samples, units),
                    [&](int64_t begin, int64_t end) { kernels().masked.int8_matmul(p, begin, end); });
