@@ -110,8 +110,7 @@ Tensor int8_conv2d(Tensor input, Tensor weight, Tensor bias, Tensor weight_scale
     conv.output_stride = channels;
     conv.output_flip = output_dtype == ScalarType::Char ? 0x80 : 0;
 
-    STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 &&
-                        (packed.numel() <= 1 || packed.stride(0) == 1),
+    STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
                     "packed: expected contiguous bytes");
     const auto* packed_data = static_cast<const uint8_t*>(packed.const_data_ptr());
     Tensor repacked;

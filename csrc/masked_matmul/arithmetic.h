@@ -8,6 +8,12 @@
 
 #include "../kernels.h"
 
+#if defined(__CUDACC__)
+#define IMGOPT_HD __host__ __device__
+#else
+#define IMGOPT_HD
+#endif
+
 namespace imgopt {
 namespace {
 
@@ -19,38 +25,38 @@ struct BFloat16 {
     uint16_t bits;
 };
 
-inline float bits_to_float(uint32_t bits) {
+IMGOPT_HD inline float bits_to_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, 4);
     return value;
 }
 
-inline uint32_t float_to_bits(float value) {
+IMGOPT_HD inline uint32_t float_to_bits(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
     return bits;
 }
 
-inline float widen(uint8_t x) { return x; }
-inline float widen(int8_t x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(float x) { return x; }
-inline float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
-inline float widen(Half x) {
+IMGOPT_HD inline float widen(uint8_t x) { return x; }
+IMGOPT_HD inline float widen(int8_t x) { return x; }
+IMGOPT_HD inline double widen(double x) { return x; }
+IMGOPT_HD inline float widen(float x) { return x; }
+IMGOPT_HD inline float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+IMGOPT_HD inline float widen(Half x) {
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
     if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // infinite, not a number
     // The exponent bias differs by 112; a multiplication by 2^112 corrects it, for subnormals as well.
     return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
 }
 
-inline void narrow(double x, double& out) { out = x; }
-inline void narrow(float x, float& out) { out = x; }
-inline void narrow(float x, BFloat16& out) {
+IMGOPT_HD inline void narrow(double x, double& out) { out = x; }
+IMGOPT_HD inline void narrow(float x, float& out) { out = x; }
+IMGOPT_HD inline void narrow(float x, BFloat16& out) {
     const uint32_t bits = float_to_bits(x);
     const bool nan = (bits & 0x7fffffff) > 0x7f800000;
     out.bits = static_cast<uint16_t>(nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-inline void narrow(float x, Half& out) {
+IMGOPT_HD inline void narrow(float x, Half& out) {
     const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
     uint32_t half;
     if (rest > 0x7f800000) {
@@ -66,7 +72,7 @@ inline void narrow(float x, Half& out) {
 }
 
 // --- where the rows of x lie -----------------------------------------------------------------------------------------
-inline int64_t columns_of(const MaskedInput& x) { return x.channels * x.taps[0] * x.taps[1]; }
+IMGOPT_HD inline int64_t columns_of(const MaskedInput& x) { return x.channels * x.taps[0] * x.taps[1]; }
 
 // Where sample n stands: its image, and what an offset of zero reads. Stepping from one sample to the next saves the
 // divisions of position(), which would cost more than the gathering of a few channels.
@@ -74,7 +80,7 @@ struct Position {
     int64_t image, out_y, out_x;
 };
 
-inline Position position(const MaskedInput& x, int64_t n) {
+IMGOPT_HD inline Position position(const MaskedInput& x, int64_t n) {
     const int64_t row = n / x.out[1];
     return {row / x.out[0], row % x.out[0], n % x.out[1]};
 }
@@ -88,7 +94,7 @@ inline void advance(const MaskedInput& x, Position& at) {
 }
 
 // Input coordinate that a tap reads, -1 for none.
-inline int64_t coordinate(const MaskedInput& x, int axis, int64_t out, int64_t tap) {
+IMGOPT_HD inline int64_t coordinate(const MaskedInput& x, int axis, int64_t out, int64_t tap) {
     const int64_t at = out * x.step[axis] + x.offset[axis] + tap * x.per_tap[axis];
     if (at < 0 || at >= x.in[axis] * x.divide[axis]) return -1;
     if (x.divide[axis] == 1) return at;
@@ -97,7 +103,7 @@ inline int64_t coordinate(const MaskedInput& x, int axis, int64_t out, int64_t t
 
 // First channel of what a sample sees through a tap; null where that lies outside.
 template <class Storage>
-const Storage* pixel(const MaskedInput& x, const Position& at, int64_t tap_y, int64_t tap_x) {
+IMGOPT_HD const Storage* pixel(const MaskedInput& x, const Position& at, int64_t tap_y, int64_t tap_x) {
     const int64_t iy = coordinate(x, 0, at.out_y, tap_y), ix = coordinate(x, 1, at.out_x, tap_x);
     if (iy < 0 || ix < 0) return nullptr;
     return static_cast<const Storage*>(x.data) + ((at.image * x.in[0] + iy) * x.in[1] + ix) * x.stride;
@@ -120,14 +126,14 @@ struct Quad {
     int64_t first_step, first_column;
     int64_t steps[3];  // with 1, 2 and 4 columns
 
-    Quad(const RowQuads& w, int64_t block, int64_t quad)
+    IMGOPT_HD Quad(const RowQuads& w, int64_t block, int64_t quad)
         : rows(w.quads + (block * ((w.rows + 3) / 4) + quad) * RowQuads::kFields),
           first_step(rows[4]),
           first_column(rows[5]),
           steps{rows[6], rows[7], rows[8]} {}
 };
 
-inline int64_t column_at(const RowQuads& w, int64_t i) {
+IMGOPT_HD inline int64_t column_at(const RowQuads& w, int64_t i) {
     return w.wide ? static_cast<const int32_t*>(w.columns)[i] : static_cast<const uint8_t*>(w.columns)[i];
 }
 
@@ -216,15 +222,15 @@ void plain_values(const MaskedValues& p, int64_t begin, int64_t end) {
 
 // --- int8 ------------------------------------------------------------------------------------------------------------
 // Rounds half to even where |y| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction.
-inline float round_half_even(float y) { return (y + 12582912.0f) - 12582912.0f; }
+IMGOPT_HD inline float round_half_even(float y) { return (y + 12582912.0f) - 12582912.0f; }
 
-inline void requantized(float y, int32_t zero_point, uint8_t& out) {
+IMGOPT_HD inline void requantized(float y, int32_t zero_point, uint8_t& out) {
     out = static_cast<uint8_t>(static_cast<int32_t>(round_half_even(y)) + zero_point);
 }
-inline void requantized(float y, int32_t zero_point, int8_t& out) {
+IMGOPT_HD inline void requantized(float y, int32_t zero_point, int8_t& out) {
     out = static_cast<int8_t>(static_cast<int32_t>(round_half_even(y)) + zero_point);
 }
-inline void requantized(float y, int32_t, float& out) { out = y; }
+IMGOPT_HD inline void requantized(float y, int32_t, float& out) { out = y; }
 
 template <class Output>
 void requantize(const Int8MaskedMatmul& p, const int32_t* sums, int64_t row, int count, Output* output) {

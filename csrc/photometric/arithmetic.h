@@ -8,42 +8,50 @@
 
 #include "../kernels.h"
 
+#if defined(__CUDACC__)
+#define IMGOPT_HD __host__ __device__
+#else
+#define IMGOPT_HD
+#endif
+
 namespace imgopt {
 namespace {
 
 constexpr int kBlock = 256;                    // pixels: three planes of floats, 3 KiB, stay in the first-level cache
 constexpr float kRoundingShift = 12582912.0f;  // 1.5 · 2^23: adding it leaves no bits for a fraction
 
-inline float smaller(float a, float b) { return a < b ? a : b; }
-inline float larger(float a, float b) { return a > b ? a : b; }
+IMGOPT_HD inline float smaller(float a, float b) { return a < b ? a : b; }
+IMGOPT_HD inline float larger(float a, float b) { return a > b ? a : b; }
 
 // Levels round half to even; `value` lies within [0, 255].
-inline void store(float value, uint8_t* to) {
+IMGOPT_HD inline void store(float value, uint8_t* to) {
     *to = static_cast<uint8_t>(static_cast<int32_t>(value + kRoundingShift - kRoundingShift));
 }
-inline void store(float value, float* to) { *to = value; }
+IMGOPT_HD inline void store(float value, float* to) { *to = value; }
 
 // How far a channel lies below the largest, in units of the chroma, `x` sixths of a turn past its own sector.
-inline float distance(float x) {
+IMGOPT_HD inline float distance(float x) {
     const float k = x - 6.0f * static_cast<float>(static_cast<int32_t>(x * (1.0f / 6.0f)));
     return smaller(larger(smaller(k, 4.0f - k), 0.0f), 1.0f);
 }
 
+IMGOPT_HD inline void turn_pixel(float& red, float& green, float& blue, float turn) {
+    const float r = red, g = green, b = blue;
+    const float value = larger(larger(r, g), b);
+    const float chroma = value - smaller(smaller(r, g), b);
+    const float inverse = 1.0f / (chroma > 0.0f ? chroma : 1.0f);
+    const float at_red = (g - b) * inverse;
+    const float at_green = 2.0f + (b - r) * inverse;
+    const float at_blue = 4.0f + (r - g) * inverse;
+    const float other = value == g ? at_green : at_blue;
+    const float hue = (value == r ? at_red : other) + turn;
+    red = value - chroma * distance(hue + 5.0f);
+    green = value - chroma * distance(hue + 3.0f);
+    blue = value - chroma * distance(hue + 1.0f);
+}
+
 inline void turn_hue(float* red, float* green, float* blue, float turn) {
-    for (int i = 0; i < kBlock; ++i) {
-        const float r = red[i], g = green[i], b = blue[i];
-        const float value = larger(larger(r, g), b);
-        const float chroma = value - smaller(smaller(r, g), b);
-        const float inverse = 1.0f / (chroma > 0.0f ? chroma : 1.0f);
-        const float at_red = (g - b) * inverse;
-        const float at_green = 2.0f + (b - r) * inverse;
-        const float at_blue = 4.0f + (r - g) * inverse;
-        const float other = value == g ? at_green : at_blue;
-        const float hue = (value == r ? at_red : other) + turn;
-        red[i] = value - chroma * distance(hue + 5.0f);
-        green[i] = value - chroma * distance(hue + 3.0f);
-        blue[i] = value - chroma * distance(hue + 1.0f);
-    }
+    for (int i = 0; i < kBlock; ++i) turn_pixel(red[i], green[i], blue[i], turn);
 }
 
 template <class T, int kStride>
@@ -77,11 +85,11 @@ inline void hue_rows(const Hue& p, int64_t begin, int64_t end) {
 }
 
 // The sum over 3 × 3 pixels less nine times the middle one: 13 times what smoothing would change.
-inline int32_t excess(const uint8_t* up, const uint8_t* at, const uint8_t* down, int64_t step) {
+IMGOPT_HD inline int32_t excess(const uint8_t* up, const uint8_t* at, const uint8_t* down, int64_t step) {
     const int32_t sides = up[-step] + up[0] + up[step] + at[-step] + at[step] + down[-step] + down[0] + down[step];
     return sides - 8 * at[0];
 }
-inline float excess(const float* up, const float* at, const float* down, int64_t step) {
+IMGOPT_HD inline float excess(const float* up, const float* at, const float* down, int64_t step) {
     const float left = up[-step] + at[-step] + down[-step], right = up[step] + at[step] + down[step];
     return left + (up[0] + down[0]) + right - 8.0f * at[0];
 }

@@ -17,21 +17,27 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the proces
 
 
 def register(
-    schema: str, *, reference: Callable[..., Any], fallback: str, fake: Callable[..., Any]
+    schema: str, *, reference: Callable[..., Any], fallback: str | None, fake: Callable[..., Any]
 ) -> torch._ops.OpOverload:
     """Define `schema` and register its plain-torch, Numba and fake implementations; returns the operation.
 
     `fallback` is `folder:function` of the Numba twin, e.g. "affine_warp:affine_warp" for the function of that name
-    in ops/affine_warp/fallback.py; it is imported on first use, because importing Numba costs half a second.
+    in ops/affine_warp/fallback.py; it is imported on first use, because importing Numba costs half a second. None: the
+    reference serves the CPU.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    if _native.backend() == "numba":
+    if fallback is not None and _native.backend() == "numba":
         LIBRARY.impl(name, _lazy(fallback), "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     return op
+
+
+def has_kernel(name: str, key: str) -> bool:
+    """Whether operation `name` has a compiled implementation for dispatch key `key`, e.g. "CUDA"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
 
 def register_autocast(op: torch._ops.OpOverload, adapt: Callable[..., tuple[Any, ...]]) -> None:
