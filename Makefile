@@ -12,7 +12,7 @@ export IMGOPT_REQUIRE_NATIVE := 1
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc cmake build_backend src -type f \
              -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: train test bench lint format docs stub clean
+.PHONY: train test bench lint format docs stub cuda clean
 train: $(VENV)/.installed
 	$(BIN)/imgopt-fast train
 
@@ -37,6 +37,14 @@ format: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/python -m pip install -q '.[docs]'
 	$(BIN)/python -m sphinx -q -W -b html docs docs/_build
+
+# Compiles the CUDA kernels, for every architecture that a release has; needs nvcc, no GPU. What it prints is their
+# registers and spills.
+cuda: $(VENV)/.installed
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+	  -DIMGOPT_CUDA=ON -DIMGOPT_WERROR=ON -DCMAKE_CUDA_FLAGS=-Xptxas=-v
+	$(BIN)/cmake --build build/cuda --target _torch_ops_cuda
 
 # The committed types of the compiled module; a test compares them with a fresh set.
 stub: $(VENV)/.installed

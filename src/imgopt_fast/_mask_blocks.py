@@ -13,6 +13,7 @@ BLOCKS: dict[str | None, tuple[tuple[float, int], ...]] = {
     "avxvnni": ((0.1, 0), (1.0, 256)),
     "avx512": ((0.02, 0), (0.05, 256), (0.07, 192), (0.1, 128), (0.2, 192), (0.85, 128), (1.0, 256)),
     "neon": ((0.1, 0), (1.0, 256)),
+    "cuda": ((1.0, 128),),  # what shared memory holds beside the sums, see ops/masked_matmul/cuda.py
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from imgopt_fast.nn.int8 import Requantize
-from imgopt_fast.ops.int8_graph import Int8GraphBuilder, Int8Program, int8_graph
+from imgopt_fast.ops.int8_graph import Int8GraphBuilder, Int8Program, int8_graph, repack
 
 
 class Step(NamedTuple):
@@ -83,7 +83,8 @@ class Int8Segment(nn.Module):
                 raise ValueError(f"{step.name} ({step.kind}): {refusal}; `exclude` keeps the layer float") from refusal
         program = builder.build([values[position] for position in self.outputs])
         device = next(self.buffers()).device
-        self._program = program._replace(constants=program.constants.to(device), packed=program.packed.to(device))
+        program = program._replace(constants=program.constants.to(device), packed=program.packed.to(device))
+        self._program = repack(program) if device.type == "cuda" else program
 
     def run_stepwise(self, inputs: Sequence[Tensor], run: Callable[[Step, Callable[[], Tensor], int], Tensor]) -> None:
         """Compute the steps one by one: `run` is given each step, a function that computes it, and the bytes of the

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from imgopt_fast import _native
@@ -31,6 +32,7 @@ from imgopt_fast.ops.int8_conv2d import reference
 # The values of a quantized tensor, and the zero points that it may have.
 INTEGER_RANGE = reference.INTEGER_RANGE
 INT32_MAX = 2**31 - 1
+CUDA_ROW = 64  # bytes that the CUDA kernel takes of a row of weights at a time
 
 
 class PackedInt8Weight(NamedTuple):
@@ -194,7 +196,14 @@ def int8_conv2d(
 
 
 def pack_bytes(weight: Tensor, groups: int) -> Tensor:
-    """`weight` in the order of the active kernel, behind its header; empty where no compiled kernel will read it."""
+    """`weight` in the order of the kernel of its device; empty where no compiled kernel will read it.
+
+    A processor's bytes stand behind a header that says whose they are; those of CUDA have two axes, (O, taps * C)
+    padded with zeros.
+    """
+    if weight.is_cuda and registration.has_kernel("int8_conv2d", "CUDA"):
+        rows = weight.permute(0, 2, 3, 1).flatten(1)
+        return F.pad(rows, (0, -rows.shape[1] % CUDA_ROW)).view(torch.uint8)
     core = _native.core()
     if core is None or _native.backend() != "native" or weight.device.type != "cpu":
         return torch.empty(0, dtype=torch.uint8, device=weight.device)

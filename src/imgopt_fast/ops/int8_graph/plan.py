@@ -146,7 +146,7 @@ def output_shapes(outputs: Sequence[int], inputs: Sequence[Sequence[int]]) -> li
 
 
 def repack(program: Int8Program) -> Int8Program:
-    """`program` with its weights in the order of the active kernel, for one that came from another machine."""
+    """`program` with its weights in the order of its device's kernel, for one that came from another machine."""
     plan = program.plan.clone()
     blob = _Blob()
     for step in decode(plan).steps:
@@ -155,7 +155,8 @@ def repack(program: Int8Program) -> Int8Program:
         p = step.parameters
         packed_at = blob.add(conv.pack_bytes(conv_weight(program.constants, p), p["groups"]))
         plan[step.at + PARAMETERS[CONV].index("packed_at")] = packed_at
-    return program._replace(plan=plan, packed=blob.tensor())
+    packed = blob.tensor().to(program.constants.device)
+    return program._replace(plan=plan, packed=packed[None] if packed.is_cuda else packed)  # two axes: see pack_bytes
 
 
 def conv_weight(constants: Tensor, p: dict[str, int]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from imgopt_fast.ops import registration
-from imgopt_fast.ops.masked_matmul import reference
+from imgopt_fast.ops.masked_matmul import cuda, reference
 from imgopt_fast.ops.masked_matmul.int8 import (
     PackedInt8MaskedWeight,
     int8_masked_matmul,
@@ -57,6 +57,17 @@ def masked_matmul(
         raise ValueError(
             f"input: expected (..., {weight_shape[1]}) for weight {weight_shape}, got {tuple(input.shape)}"
         )
+    if isinstance(weight, PackedMaskedWeight) and weight.values.dim() == 2:
+        return cuda.linear_of_packed(input, weight.values, bias, weight.quads, weight.columns)
+    if isinstance(mask, MaskLayout) and input.is_cuda:
+        assert isinstance(weight, Tensor)
+        has_blocks = mask.blocks is not None
+        form = cuda.form_in_training(input, mask.mask.numel(), mask.kept, blocks=has_blocks)
+        if form == "blocks":
+            assert mask.blocks is not None
+            assert mask.transposed_blocks is not None
+            return cuda.block_matmul(input, weight, bias, mask.blocks, mask.transposed_blocks)
+        mask = mask if form == "quads" else mask.mask
     if isinstance(mask, Tensor):
         assert isinstance(weight, Tensor)
         return torch.nn.functional.linear(input, torch.where(mask, weight, 0), bias)
@@ -90,6 +101,11 @@ def masked_conv2d(
     ]
     if size[0] < 1 or size[1] < 1:
         raise ValueError(f"input: the kernel does not fit into the padded image, got {tuple(input.shape)}")
+    if isinstance(weight, PackedMaskedWeight) and weight.values.dim() == 4:
+        return torch.nn.functional.conv2d(input, weight.values, bias, step, offset, per_tap, groups)
+    if isinstance(mask, MaskLayout) and input.is_cuda:
+        form = cuda.form_in_training(input, mask.mask.numel(), mask.kept, blocks=False)
+        mask = mask if form == "quads" else mask.mask
     if isinstance(mask, Tensor):
         assert isinstance(weight, Tensor)
         kept = torch.where(mask, weight, 0)

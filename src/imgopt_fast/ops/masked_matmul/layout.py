@@ -29,7 +29,7 @@ from torch import Tensor
 
 from imgopt_fast import _native
 from imgopt_fast._mask_blocks import block_columns
-from imgopt_fast.ops.masked_matmul import reference
+from imgopt_fast.ops.masked_matmul import cuda, reference
 
 MAX_COUNT = 2**31 - 1  # positions in the weight are int32
 
@@ -51,10 +51,16 @@ class MaskLayout(NamedTuple):
     transposed_block: int
     kept: int
     groups: int
+    blocks: Tensor | None = None  # on CUDA, of a mask of 16 × 16 blocks: see cuda.block_bits
+    transposed_blocks: Tensor | None = None
 
 
 class PackedMaskedWeight(NamedTuple):
-    """The values of a masked weight in the order in which the kernel visits them. Made by `pack_masked_weight`."""
+    """The values of a masked weight in the order in which the kernel visits them. Made by `pack_masked_weight`.
+
+    On CUDA, where `cuda.choose` says so, `values` is the weight itself with zeros, or torch's 2:4 form of it, and
+    `quads` and `columns` are empty, or hold the bits of its blocks.
+    """
 
     values: Tensor
     quads: Tensor
@@ -75,10 +81,12 @@ def mask_layout(mask: Tensor, *, groups: int = 1) -> MaskLayout:
     kept = int(mask.sum())
     index = _gather_index(mask, groups)
     rows, columns = index.flatten(1).shape
-    block = block_columns(rows, columns, kept, _native.active_isa())
+    isa = "cuda" if mask.is_cuda else _native.active_isa()
+    block = block_columns(rows, columns, kept, isa)
     transposed = index.permute(2, 1, 0)
     transposed_rows, transposed_columns = transposed.flatten(1).shape
-    transposed_block = block_columns(transposed_rows, transposed_columns, kept, _native.active_isa())
+    transposed_block = block_columns(transposed_rows, transposed_columns, kept, isa)
+    blocks, transposed_blocks = (cuda.block_bits(mask) if mask.is_cuda else None) or (None, None)
     return MaskLayout(
         mask,
         *_structure(mask, index, block),
@@ -87,6 +95,8 @@ def mask_layout(mask: Tensor, *, groups: int = 1) -> MaskLayout:
         transposed_block=transposed_block,
         kept=kept,
         groups=groups,
+        blocks=blocks,
+        transposed_blocks=transposed_blocks,
     )
 
 
@@ -98,6 +108,10 @@ def pack_masked_weight(weight: Tensor, mask: Tensor, *, groups: int = 1) -> Pack
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise TypeError(f"weight: expected a floating tensor, got {_describe(weight)}")
+    if weight.is_cuda and isinstance(mask, Tensor) and mask.shape == weight.shape and mask.device == weight.device:
+        form = cuda.pack(weight.detach(), _checked_mask(mask, groups))
+        if form is not None:
+            return PackedMaskedWeight(*form, tuple(weight.shape), 0, int(mask.sum()), groups)
     values, quads, columns, block, kept = pack_values(weight, mask, groups)
     return PackedMaskedWeight(values, quads, columns, tuple(weight.shape), block, kept, groups)
 
@@ -114,7 +128,8 @@ def pack_values(
     kept = int(mask.sum())
     index = _gather_index(mask, groups)
     rows, columns = index.flatten(1).shape
-    block = min(largest_block, block_columns(rows, columns, kept, _native.active_isa()))
+    isa = "cuda" if mask.is_cuda else _native.active_isa()
+    block = min(largest_block, block_columns(rows, columns, kept, isa))
     quads, local_columns, source = _structure(mask, index, block)
     return reference.gather(weight.detach(), source), quads, local_columns, block, kept
 

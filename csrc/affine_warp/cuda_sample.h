@@ -1,0 +1,215 @@
+// affine_warp on CUDA, pixel by pixel: what a kernel knows of one image, and one sample of it. Coordinates, borders and
+// weights are arithmetic.h's, so uint8 bilinear sums are the CPU's, bit for bit.
+//
+// An interleaved RGB pixel row costs two aligned words instead of six bytes, and with its integer weights split into
+// two signed bytes a channel is two dot products: about 80 instructions per RGB pixel with everything fused, where an
+// H100 has some 90 in the time that it needs to move the pixel's bytes (counted from the text; not yet timed).
+#pragma once
+
+#include "../cuda.h"
+#include "arithmetic.h"
+
+namespace imgopt {
+namespace {
+
+// The numbers of up to this many channels travel in the kernel's parameters; more channels take more launches.
+constexpr int kLaunchChannels = 32;
+
+// An image's own numbers, prepared on the device, because the host never sees its matrix.
+struct ImagePlan {
+    Map map;
+    double inverse[9];  // of map.m; all NaN where there is none
+    double color[12];
+};
+
+// The epilogue in the arithmetic's type; as in window.h.
+template <class R>
+struct WarpNumbers {
+    R fill[kLaunchChannels];    // of a tap
+    R filled[kLaunchChannels];  // of a sample
+    R factor[kLaunchChannels], add[kLaunchChannels];
+    R unit;    // takes a sample to [0, 1]
+    R levels;  // takes it to uint8, after the colour matrix if there is one
+};
+
+// The pixels of one image as they are sampled; strides count elements. `table` is null for all but uint8.
+template <class T>
+struct Pixels {
+    const T* data;
+    int64_t row, column, channel;
+    int32_t height, width;
+    const uint8_t* table;
+};
+
+__device__ inline float value_at(const Pixels<uint8_t>& s, int64_t at, int channel, float) {
+    const uint8_t v = load_cached(s.data + at);
+    return s.table ? load_cached(s.table + channel * 256 + v) : v;
+}
+__device__ inline float value_at(const Pixels<float>& s, int64_t at, int, float) { return load_cached(s.data + at); }
+__device__ inline float value_at(const Pixels<BFloat16>& s, int64_t at, int, float) {
+    return widened(BFloat16{load_cached(&s.data[at].bits)});
+}
+__device__ inline float value_at(const Pixels<Half>& s, int64_t at, int, float) {
+    return float_of_half(load_cached(&s.data[at].bits));
+}
+__device__ inline double value_at(const Pixels<uint8_t>& s, int64_t at, int channel, double) {
+    return value_at(s, at, channel, 0.0f);
+}
+__device__ inline double value_at(const Pixels<double>& s, int64_t at, int, double) { return s.data[at]; }
+template <class T>
+__device__ inline double value_at(const Pixels<T>& s, int64_t at, int channel, double) {
+    return value_at(s, at, channel, 0.0f);
+}
+
+// --- taps ----------------------------------------------------------------------------------------------------------
+
+// Indices of the pixels around a point along both axes; -1 is fill.
+template <int taps>
+struct TapIndices {
+    int32_t column[taps], row[taps];
+
+    __device__ TapIndices(int32_t height, int32_t width, int32_t x, int32_t y, Padding padding) {
+        constexpr int first = taps == 4 ? -1 : 0;
+        for (int i = 0; i < taps; ++i) {
+            column[i] = tap_index(x + first + i, width, padding);
+            row[i] = tap_index(y + first + i, height, padding);
+        }
+    }
+};
+
+template <class T, class R, int taps>
+__device__ inline R tap_value(const Pixels<T>& s, const TapIndices<taps>& t, int i, int j, int channel, R fill) {
+    if (t.row[i] < 0 || t.column[j] < 0) return fill;
+    return value_at(s, t.row[i] * s.row + t.column[j] * s.column + channel * s.channel, channel, R(0));
+}
+
+// --- one sample of one channel -------------------------------------------------------------------------------------
+
+// rows.h has the same sums for the CPU.
+template <class T, class R>
+__device__ inline R bilinear_sample(const Pixels<T>& s, const TapIndices<2>& t, const Point<R>& at, int channel,
+                                    R fill) {
+    R row[2];
+    for (int i = 0; i < 2; ++i) {
+        const R left = tap_value(s, t, i, 0, channel, fill);
+        row[i] = fused(at.fx, tap_value(s, t, i, 1, channel, fill) - left, left);
+    }
+    return fused(at.fy, row[1] - row[0], row[0]);
+}
+template <class R>
+__device__ inline R bilinear_sample(const Pixels<uint8_t>& s, const TapIndices<2>& t, const Point<R>& at, int channel,
+                                    R fill) {
+    const BilinearWeights w = bilinear_weights(at.fx, at.fy);
+    const auto level_at = [&](int i, int j) { return static_cast<int32_t>(tap_value(s, t, i, j, channel, fill)); };
+    return static_cast<R>(level_at(0, 0) * w.w00 + level_at(0, 1) * w.w01 + level_at(1, 0) * w.w10 +
+                          level_at(1, 1) * w.w11);
+}
+
+template <class T, class R>
+__device__ inline R bicubic_sample(const Pixels<T>& s, const TapIndices<4>& t, const R* wx, const R* wy, int channel,
+                                   R fill) {
+    R sum = 0;
+    for (int i = 0; i < 4; ++i) {
+        R row = 0;
+        for (int j = 0; j < 4; ++j) {
+            const R v = tap_value(s, t, i, j, channel, fill);
+            row = j ? fused(wx[j], v, row) : wx[j] * v;
+        }
+        sum = i ? fused(wy[i], row, sum) : wy[i] * row;
+    }
+    return sum;
+}
+
+// Channels [first, first + count) of the source, written to `to`, `step` apart.
+template <class T, class R, int count, Interpolation interpolation>
+__device__ inline void sample_taps(const Pixels<T>& s, const Point<R>& at, Padding padding, const WarpNumbers<R>& n,
+                                   int first, int first_number, R (&to)[count]) {
+    if constexpr (interpolation == Interpolation::nearest) {
+        const TapIndices<1> t(s.height, s.width, at.x, at.y, padding);
+        for (int c = 0; c < count; ++c) to[c] = tap_value(s, t, 0, 0, first + c, n.fill[first_number + c]);
+    } else if constexpr (interpolation == Interpolation::bilinear) {
+        const TapIndices<2> t(s.height, s.width, at.x, at.y, padding);
+        for (int c = 0; c < count; ++c) to[c] = bilinear_sample(s, t, at, first + c, n.fill[first_number + c]);
+    } else {
+        const TapIndices<4> t(s.height, s.width, at.x, at.y, padding);
+        R wx[4], wy[4];
+        bicubic_weights(at.fy, wy);
+        if constexpr (sizeof(T) == 1) {  // integers whose sums are exact in R
+            int32_t w[4];
+            bicubic_integer_weights(at.fx, w);
+            for (int j = 0; j < 4; ++j) wx[j] = static_cast<R>(w[j]);
+        } else {
+            bicubic_weights(at.fx, wx);
+        }
+        for (int c = 0; c < count; ++c) to[c] = bicubic_sample(s, t, wx, wy, first + c, n.fill[first_number + c]);
+    }
+}
+
+// --- interleaved uint8, all four taps inside the image -------------------------------------------------------------
+
+// The weights of bilinear_weights() as signed bytes, w = 256 high + low, in the order 00, 01, 10, 11. Adding 1.5 · 2^23
+// leaves a rounded weight in the low half of the float's word, where the bytes are taken from without a conversion.
+// Only w00 can be negative; in the upper half of its word its carry is lost.
+struct SplitWeights {
+    uint32_t low, high;
+};
+__device__ inline SplitWeights split_weights(float fx, float fy) {
+    const float sum = kWeightSum, both = fx * fy, shift = 12582912.0f;
+    const uint32_t w11 = bits_of_float(both * sum + shift);
+    const uint32_t w01 = bits_of_float((fx - both) * sum + shift);
+    const uint32_t w10 = bits_of_float((fy - both) * sum + shift);
+    const uint32_t above = bytes_of(w01, kWeightSum - w11 - w01 - w10, 0x5410), below = bytes_of(w10, w11, 0x5410);
+    return {bytes_of(above, below, 0x6402), bytes_of(above + 0x00800080u, below + 0x00800080u, 0x7513)};
+}
+__device__ inline float weighted(uint32_t taps, const SplitWeights& w) {
+    const int32_t high = dot4(taps, w.high, 0);
+    return static_cast<float>(dot4(taps, w.low, high * 256));
+}
+
+// Bytes 0 to 5 behind `at`: four in `first`, two in `second`. Reads only words that hold one of them.
+__device__ inline void load_6(const uint8_t* at, uint32_t& first, uint32_t& second) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(at);
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(address & ~uintptr_t{3});
+    const uint32_t bits = static_cast<uint32_t>(address & 3) * 8;
+    const uint32_t w0 = load_cached(words), w1 = load_cached(words + 1);
+    const uint32_t w2 = bits == 24 ? load_cached(words + 2) : 0;
+    first = shift_pair(w0, w1, bits);
+    second = shift_pair(w1, w2, bits);
+}
+
+__device__ inline void sample_inside(const uint8_t* at, int64_t row, const SplitWeights& w, float (&to)[3]) {
+    uint32_t a0, a1, b0, b1;  // R G B R | G B of two pixels, above and below
+    load_6(at, a0, a1);
+    load_6(at + row, b0, b1);
+    const uint32_t a = bytes_of(a0, a1, 0x5241), b = bytes_of(b0, b1, 0x5241);  // G G B B
+    to[0] = weighted(bytes_of(a0, b0, 0x7430), w);
+    to[1] = weighted(bytes_of(a, b, 0x5410), w);
+    to[2] = weighted(bytes_of(a, b, 0x7632), w);
+}
+__device__ inline void sample_inside(const uint8_t* at, int64_t row, const SplitWeights& w, float (&to)[4]) {
+    const uint32_t* above = reinterpret_cast<const uint32_t*>(at);
+    const uint32_t* below = reinterpret_cast<const uint32_t*>(at + row);
+    const uint32_t p00 = load_cached(above), p01 = load_cached(above + 1);
+    const uint32_t p10 = load_cached(below), p11 = load_cached(below + 1);
+    const uint32_t a = bytes_of(p00, p01, 0x5140), b = bytes_of(p10, p11, 0x5140);  // channels 0 0 1 1
+    to[0] = weighted(bytes_of(a, b, 0x5410), w);
+    to[1] = weighted(bytes_of(a, b, 0x7632), w);
+    const uint32_t c = bytes_of(p00, p01, 0x7362), d = bytes_of(p10, p11, 0x7362);  // 2 2 3 3
+    to[2] = weighted(bytes_of(c, d, 0x5410), w);
+    to[3] = weighted(bytes_of(c, d, 0x7632), w);
+}
+
+// Whether sample_inside() serves: the same for every pixel of an image.
+template <int C>
+__device__ inline bool is_interleaved(const Pixels<uint8_t>& s) {
+    if (s.table || s.channel != 1 || s.column != C) return false;
+    return C == 3 || ((reinterpret_cast<uintptr_t>(s.data) | static_cast<uintptr_t>(s.row)) & 3) == 0;
+}
+
+__device__ inline bool all_inside(int32_t height, int32_t width, int32_t x, int32_t y) {
+    return static_cast<uint32_t>(x) < static_cast<uint32_t>(width - 1) &&
+           static_cast<uint32_t>(y) < static_cast<uint32_t>(height - 1);
+}
+
+}  // namespace
+}  // namespace imgopt

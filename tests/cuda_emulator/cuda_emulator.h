@@ -1,0 +1,373 @@
+// A CUDA device in a few hundred lines, for tests: kernels run block by block, the threads of a block as coroutines
+// that switch where the device would wait (barriers, and the instructions that a warp executes together). Shared memory
+// starts out poisoned, and an asynchronous copy happens no earlier than the wait that promises it, so a missing wait
+// or barrier shows as a wrong result. Included by csrc/cuda.h in place of CUDA's headers.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace imgopt::emulator {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 256 << 10;
+
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+};
+
+struct Thread {
+    dim3 index;
+    int number = 0;
+    bool done = false;
+    int64_t block_waits = 0, warp_waits = 0;  // barriers that it has reached
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> groups;
+    bool started = false;
+    jmp_buf place;  // where it goes on, once started: a jump is no system call, as a switch of contexts is
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+};
+
+struct Exchange {  // what the lanes of a warp show each other
+    uint32_t words[kWarp][6];
+    const void* addresses[kWarp];
+};
+
+struct Device {
+    dim3 grid, block, block_index;
+    std::vector<Thread> threads;
+    std::vector<Exchange> warps;
+    std::vector<uint4> shared;
+    Thread* current = nullptr;
+    jmp_buf scheduler;
+    std::function<void()> body;
+};
+
+inline Device& device() {
+    static Device d;
+    return d;
+}
+
+inline void yield_thread() {
+    if (_setjmp(device().current->place) == 0) _longjmp(device().scheduler, 1);
+}
+
+// Whether every living thread of [first, last) has reached as many barriers as `waits` says.
+inline bool all_reached(int first, int last, int64_t Thread::* waits, int64_t count) {
+    for (int i = first; i < last; ++i) {
+        const Thread& t = device().threads[static_cast<size_t>(i)];
+        if (!t.done && t.*waits < count) return false;
+    }
+    return true;
+}
+
+inline void block_barrier() {
+    Thread* me = device().current;
+    const int64_t count = ++me->block_waits;
+    while (!all_reached(0, static_cast<int>(device().threads.size()), &Thread::block_waits, count)) yield_thread();
+}
+
+inline void warp_barrier() {
+    Thread* me = device().current;
+    const int64_t count = ++me->warp_waits;
+    const int first = me->number / kWarp * kWarp;
+    const int last = std::min<int>(first + kWarp, static_cast<int>(device().threads.size()));
+    while (!all_reached(first, last, &Thread::warp_waits, count)) yield_thread();
+}
+
+inline int lane() { return device().current->number % kWarp; }
+inline Exchange& exchange() { return device().warps[static_cast<size_t>(device().current->number / kWarp)]; }
+
+inline void run_thread() {
+    device().body();
+    device().current->done = true;
+    yield_thread();
+}
+
+// Runs a thread until it waits or ends.
+inline void resume(Thread& t) {
+    Device& d = device();
+    d.current = &t;
+    if (_setjmp(d.scheduler) != 0) return;
+    if (t.started) _longjmp(t.place, 1);
+    t.started = true;
+    setcontext(&t.context);
+}
+
+inline void run_block() {
+    Device& d = device();
+    std::memset(static_cast<void*>(d.shared.data()), 0xCD, d.shared.size() * sizeof(uint4));
+    for (Thread& t : d.threads) {
+        t.done = t.started = false;
+        t.block_waits = t.warp_waits = 0;
+        t.open.clear();
+        t.groups.clear();
+        getcontext(&t.context);
+        t.context.uc_stack.ss_sp = t.stack.get();
+        t.context.uc_stack.ss_size = kStack;
+        t.context.uc_link = nullptr;
+        makecontext(&t.context, run_thread, 0);
+    }
+    for (size_t left = d.threads.size(); left > 0;) {
+        left = 0;
+        for (Thread& t : d.threads) {
+            if (t.done) continue;
+            resume(t);
+            left += !t.done;
+        }
+    }
+}
+
+inline void launch(dim3 grid, dim3 block, size_t shared, std::function<void()> body) {
+    Device& d = device();
+    d.grid = grid;
+    d.block = block;
+    d.body = std::move(body);
+    const size_t count = size_t{block.x} * block.y * block.z;
+    if (d.threads.size() != count) {
+        d.threads = std::vector<Thread>(count);
+        d.warps = std::vector<Exchange>((count + kWarp - 1) / kWarp);
+        for (size_t i = 0; i < count; ++i) {
+            Thread& t = d.threads[i];
+            t.number = static_cast<int>(i);
+            t.index = {static_cast<unsigned>(i % block.x), static_cast<unsigned>(i / block.x % block.y),
+                       static_cast<unsigned>(i / block.x / block.y)};
+            t.stack = std::make_unique<char[]>(kStack);
+        }
+    }
+    for (size_t i = 0; i < count; ++i)  // the same number of threads in another shape
+        d.threads[i].index = {static_cast<unsigned>(i % block.x), static_cast<unsigned>(i / block.x % block.y),
+                              static_cast<unsigned>(i / block.x / block.y)};
+    d.shared.resize((shared + sizeof(uint4) - 1) / sizeof(uint4));
+    for (unsigned z = 0; z < grid.z; ++z)
+        for (unsigned y = 0; y < grid.y; ++y)
+            for (unsigned x = 0; x < grid.x; ++x) {
+                d.block_index = {x, y, z};
+                run_block();
+            }
+}
+
+}  // namespace imgopt::emulator
+
+#define threadIdx (::imgopt::emulator::device().current->index)
+#define blockIdx (::imgopt::emulator::device().block_index)
+#define blockDim (::imgopt::emulator::device().block)
+#define gridDim (::imgopt::emulator::device().grid)
+
+inline void __syncthreads() { imgopt::emulator::block_barrier(); }
+inline void __syncwarp() { imgopt::emulator::warp_barrier(); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+    static_assert(sizeof(T) <= 16);
+    imgopt::emulator::Exchange& e = imgopt::emulator::exchange();
+    std::memcpy(e.words[imgopt::emulator::lane()], &value, sizeof(T));
+    imgopt::emulator::warp_barrier();
+    T other;
+    std::memcpy(&other, e.words[imgopt::emulator::lane() ^ mask], sizeof(T));
+    imgopt::emulator::warp_barrier();
+    return other;
+}
+
+inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
+    const unsigned long long before = *at;
+    *at += value;
+    return before;
+}
+inline unsigned atomicMax(unsigned* at, unsigned value) {
+    const unsigned before = *at;
+    *at = value > before ? value : before;
+    return before;
+}
+
+namespace imgopt {
+
+class Launcher {
+  public:
+    explicit Launcher(const Tensor&) {}
+    template <class... P, class... A>
+    void operator()(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A&&... arguments) const {
+        emulator::launch(grid, block, shared, [&] { kernel(static_cast<P>(arguments)...); });
+    }
+    void copy(void* to, const void* from, int64_t bytes) const { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+    int64_t processors() const { return 4; }  // few, so that small problems reach every tile size
+};
+
+inline void check_device(const Tensor&, const char*) {}
+
+template <class T>
+T* dynamic_shared() {
+    return reinterpret_cast<T*>(emulator::device().shared.data());
+}
+template <class T>
+T load_cached(const T* from) {
+    return *from;
+}
+
+inline void copy_16_async(void* shared, const void* from, int bytes) {
+    emulator::device().current->open.push_back({shared, from, bytes});
+}
+inline void commit_copies() {
+    emulator::Thread& t = *emulator::device().current;
+    t.groups.push_back(std::move(t.open));
+    t.open.clear();
+}
+template <int pending>
+void wait_copies() {
+    std::deque<std::vector<emulator::Copy>>& groups = emulator::device().current->groups;
+    for (; groups.size() > static_cast<size_t>(pending); groups.pop_front())
+        for (const emulator::Copy& c : groups.front()) {
+            std::memset(c.to, 0, 16);
+            std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
+        }
+}
+
+inline void load_matrices(uint32_t (&m)[4], const void* shared) {
+    emulator::Exchange& e = emulator::exchange();
+    const int lane = emulator::lane();
+    e.addresses[lane] = shared;
+    emulator::warp_barrier();
+    for (int i = 0; i < 4; ++i)
+        std::memcpy(&m[i], static_cast<const char*>(e.addresses[8 * i + lane / 4]) + 4 * (lane % 4), 4);
+    emulator::warp_barrier();
+}
+
+inline uint32_t transposed_matrix(uint32_t m) {
+    emulator::Exchange& e = emulator::exchange();
+    const int lane = emulator::lane();
+    e.words[lane][0] = m;
+    emulator::warp_barrier();
+    uint32_t result = 0;  // elements (row, 2 t) and (row, 2 t + 1) of the transposed
+    for (int half = 0; half < 2; ++half) {
+        const int row = 2 * (lane % 4) + half, column = lane / 4;
+        const uint32_t word = e.words[4 * row + column / 2][0];
+        result |= (word >> (column % 2 * 16) & 0xffff) << (16 * half);
+    }
+    emulator::warp_barrier();
+    return result;
+}
+
+// Every lane shows its fragments and sums its own four results. element(lane, first word, k of the row) as the device
+// distributes them: a row's 32-bit words lie with four neighbouring lanes, and the second half in the next registers.
+template <class Sum, class Product>
+void multiply_fragments(Sum (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const Product& product) {
+    emulator::Exchange& e = emulator::exchange();
+    const int lane = emulator::lane();
+    for (int i = 0; i < 4; ++i) e.words[lane][i] = a[i];
+    e.words[lane][4] = b0;
+    e.words[lane][5] = b1;
+    emulator::warp_barrier();
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4, column = 2 * (lane % 4) + i % 2;
+        for (int word = 0; word < 8; ++word) {
+            const uint32_t left = e.words[4 * row + word % 4][i / 2 + word / 4 * 2];
+            const uint32_t right = e.words[4 * column + word % 4][4 + word / 4];
+            product(sum[i], left, right);
+        }
+    }
+    emulator::warp_barrier();
+}
+
+inline int32_t dot4(uint32_t u, uint32_t s, int32_t sum) {
+    uint32_t total = static_cast<uint32_t>(sum);
+    for (int i = 0; i < 32; i += 8)
+        total += static_cast<uint32_t>(static_cast<int32_t>(u >> i & 0xff) * static_cast<int8_t>(s >> i & 0xff));
+    return static_cast<int32_t>(total);
+}
+
+inline void multiply_u8_s8(int32_t (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    multiply_fragments(sum, a, b0, b1, [](int32_t& to, uint32_t u, uint32_t s) { to = dot4(u, s, to); });
+}
+
+inline float float_of_half(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const float sign = bits >> 15 ? -1.0f : 1.0f;
+    if (exponent == 31) return fraction ? __builtin_nanf("") : sign * __builtin_inff();
+    if (exponent == 0) return sign * static_cast<float>(fraction) * 0x1p-24f;
+    return sign * __builtin_ldexpf(static_cast<float>(1024 + fraction), exponent - 25);
+}
+
+template <bool brain>
+void multiply_half(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const auto value = [](uint32_t word, int half) {
+        const uint16_t bits = static_cast<uint16_t>(word >> (16 * half));
+        if constexpr (!brain) return float_of_half(bits);
+        const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+        float v;
+        std::memcpy(&v, &wide, 4);
+        return v;
+    };
+    multiply_fragments(sum, a, b0, b1, [&](float& to, uint32_t left, uint32_t right) {
+        for (int half = 0; half < 2; ++half) to += value(left, half) * value(right, half);
+    });
+}
+
+inline uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t order) {
+    const uint64_t all = static_cast<uint64_t>(b) << 32 | a;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(all >> (order >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+    return result;
+}
+inline uint32_t shift_pair(uint32_t low, uint32_t high, uint32_t bits) {
+    return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
+}
+
+inline uint16_t half_of_float(float v) {  // round half to even, by the two neighbours' distance
+    if (v != v) return 0x7fff;
+    const uint16_t sign = __builtin_signbitf(v) ? 0x8000 : 0;
+    const float size = __builtin_fabsf(v);
+    if (size == 0) return sign;
+    if (size >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);
+    int exponent;
+    __builtin_frexpf(size, &exponent);
+    const float unit = __builtin_ldexpf(1.0f, (exponent < -13 ? -13 : exponent) - 11);
+    const float steps = __builtin_rintf(size / unit);
+    const int first = exponent < -13 ? 0 : (exponent + 13) << 10;
+    return static_cast<uint16_t>(sign | (first + static_cast<int>(steps)));
+}
+inline uint16_t bfloat16_of_float(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    if (v != v) return 0x7fff;
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace imgopt

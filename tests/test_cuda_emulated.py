@@ -1,0 +1,48 @@
+"""The CUDA kernels without a device: compiled for the processor, run by the emulator, tested by test_cuda.py.
+
+What this finds: wrong indices, fragments, tails, borders, epilogues, missing barriers. What it cannot: speed, and
+whatever differs between nvcc's code and g++'s.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from conftest import BACKEND, require
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [*sorted(ROOT.glob("csrc/*/cuda.cu")), ROOT / "csrc" / "int8_graph" / "plan.cpp"]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA sources as a library for the processor; about 30 s on one core."""
+    compiler = shutil.which("g++")
+    require(compiler is not None, "g++")
+    spec = find_spec("torch")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    torch_folder = Path(spec.submodule_search_locations[0])
+    folder = tmp_path_factory.mktemp("emulated")
+    built = folder / "_torch_ops_cuda_emulated.so"
+    flags = ["-std=c++20", "-O1", "-fPIC", "-mfma", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    defines = ["-DIMGOPT_CUDA_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    paths = ["-isystem", str(torch_folder / "include"), "-I", str(ROOT / "tests" / "cuda_emulator")]
+    link = ["-shared", "-L", str(torch_folder / "lib"), "-l:libtorch_cpu.so", "-o", str(built)]
+    command = [str(compiler), *flags, *defines, *paths, "-x", "c++", *map(str, SOURCES), *link]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return built
+
+
+@pytest.mark.skipif(BACKEND != "native", reason=f"the {BACKEND} backend is forced")
+def test_the_cuda_tests_pass_on_the_emulator(library: Path) -> None:
+    # The reference backend leaves the CPU's kernels out: the emulated ones take their place.
+    env = {**os.environ, "IMGOPT_BACKEND": "reference", "IMGOPT_CUDA_EMULATED": str(library), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
