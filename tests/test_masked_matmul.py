@@ -152,7 +152,7 @@ def test_products_of_adversarial_masks(isa: str) -> None:
 
 @pytest.mark.parametrize("block", [1, 128, 100000])
 def test_products_for_any_block(isa: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "block_columns", lambda rows, columns, count, isa: min(block, columns))
+    monkeypatch.setattr(layout, "block_columns", lambda mask, isa: min(block, mask.shape[1]))
     assert_products(random_mask(70, 300, 0.3), 20, torch.float32)
 
 

@@ -19,9 +19,7 @@
 #pragma once
 
 #include "arithmetic.h"
-
-// Left to itself, the compiler passes a tile of registers to a function through memory.
-#define IMGOPT_INLINE __attribute__((always_inline)) inline
+#include "few.h"
 
 namespace imgopt {
 namespace {
@@ -173,6 +171,9 @@ struct RowQuadKernel {
     // Windows [begin, end) of rows for the samples from `first` on, at most kWidth * P of them.
     template <class Storage, int P>
     static void panel(const MaskedMatmul& p, int64_t first, int64_t begin, int64_t end) {
+        if constexpr (P == 1 && Lanes::kFew > 0)
+            if (FewSamples<Lanes>::serves(p.weight, p.x.samples - first))
+                return FewSamples<Lanes>::template matmul<Storage>(p, first, p.x.samples, begin, end);
         const RowQuads& w = p.weight;
         const int64_t columns = columns_of(p.x), line = kWidth * P;
         const int64_t first_row = begin * RowQuads::kWindow, last_row = min_of(w.rows, end * RowQuads::kWindow);

@@ -77,6 +77,8 @@ struct Lanes {
         copy(reinterpret_cast<uint16_t*>(to), lanes, count);
     }
 
+    static constexpr int kFew = 0;  // four lanes and no gather: a panel of four samples is as good
+
     static IMGOPT_INLINE void transpose(Reg (&t)[4]) {
         const float32x4x2_t a = vtrnq_f32(t[0], t[1]), b = vtrnq_f32(t[2], t[3]);
         t[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));

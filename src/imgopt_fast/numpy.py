@@ -216,7 +216,7 @@ def pack_masked_weight(weight: NDArray[Any], mask: NDArray[np.bool_]) -> PackedM
     if mask.shape != weight.shape:
         raise ValueError(f"mask: expected the weight's shape {weight.shape}, got {mask.shape}")
     rows, width = weight.shape
-    block = block_columns(rows, width, int(mask.sum()), _native.active_isa())
+    block = block_columns(mask, _native.active_isa())
     if _native.backend() == "native":
         core = _native.core()
         assert core is not None

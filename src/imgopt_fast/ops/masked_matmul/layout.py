@@ -80,17 +80,13 @@ def mask_layout(mask: Tensor, *, groups: int = 1) -> MaskLayout:
     mask = _checked_mask(mask, groups).detach().clone()
     kept = int(mask.sum())
     index = _gather_index(mask, groups)
-    rows, columns = index.flatten(1).shape
-    isa = "cuda" if mask.is_cuda else _native.active_isa()
-    block = block_columns(rows, columns, kept, isa)
-    transposed = index.permute(2, 1, 0)
-    transposed_rows, transposed_columns = transposed.flatten(1).shape
-    transposed_block = block_columns(transposed_rows, transposed_columns, kept, isa)
+    block, forward = _structure(mask, index)
+    transposed_block, transposed = _structure(mask, index.permute(2, 1, 0))
     blocks, transposed_blocks = (cuda.block_bits(mask) if mask.is_cuda else None) or (None, None)
     return MaskLayout(
         mask,
-        *_structure(mask, index, block),
-        *_structure(mask, transposed, transposed_block),
+        *forward,
+        *transposed,
         block=block,
         transposed_block=transposed_block,
         kept=kept,
@@ -126,12 +122,8 @@ def pack_values(
     if weight.device != mask.device:
         raise ValueError(f"mask: expected the weight's device {weight.device}, got {mask.device}")
     kept = int(mask.sum())
-    index = _gather_index(mask, groups)
-    rows, columns = index.flatten(1).shape
-    isa = "cuda" if mask.is_cuda else _native.active_isa()
-    block = min(largest_block, block_columns(rows, columns, kept, isa))
-    quads, local_columns, source = _structure(mask, index, block)
-    return reference.gather(weight.detach(), source), quads, local_columns, block, kept
+    block, (quads, columns, source) = _structure(mask, _gather_index(mask, groups), largest_block)
+    return reference.gather(weight.detach(), source), quads, columns, block, kept
 
 
 def _checked_mask(mask: Tensor, groups: int) -> Tensor:
@@ -163,15 +155,19 @@ def _gather_index(mask: Tensor, groups: int) -> Tensor:
     return full.view(out, taps, groups * per_group)
 
 
-def _structure(mask: Tensor, index: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(quads, columns, source) of the rows of `index`, of which those count that `mask` sets."""
+def _structure(
+    mask: Tensor, index: Tensor, largest_block: int = MAX_COUNT
+) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
+    """(block, (quads, columns, source)) of the rows of `index`, of which those count that `mask` sets."""
     index = index.flatten(1).contiguous()
     flat = mask.cpu().flatten()
     kept = (flat[index.clamp(min=0)] & (index >= 0)) if flat.numel() else torch.zeros(index.shape, dtype=torch.bool)
+    isa = "cuda" if mask.is_cuda else _native.active_isa()
+    block = min(largest_block, block_columns(kept.numpy(), isa))
     core = _native.core() if _native.backend() == "native" else None
     build = reference.structure if core is None else core.mask_structure
     quads, columns, position = map(torch.from_numpy, build(kept.numpy(), block))
     source = torch.full_like(position, -1)
     real = position >= 0
     source[real] = index.flatten()[position[real]]
-    return quads.to(mask.device), columns.to(mask.device), source.to(mask.device)
+    return block, (quads.to(mask.device), columns.to(mask.device), source.to(mask.device))
