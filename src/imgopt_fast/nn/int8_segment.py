@@ -2,7 +2,8 @@
 
 The segment is a list of steps over numbered values. Layers are child modules with plain buffers; the other values that
 have a scale of their own keep it in buffers named after their step. From these the program of `int8_graph` is built,
-again after anything that changes the buffers; it is never part of the state.
+again after anything that changes the buffers; it is never part of the state. Pruned layers that are faster without
+their zeros cut the list: what lies between them then runs as programs of its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from imgopt_fast.nn.int8 import Requantize
+from imgopt_fast.nn.int8_sparse import FEWEST_IMAGES, SparseLayer, describe_zeros, sparse_layer
 from imgopt_fast.ops.int8_graph import Int8GraphBuilder, Int8Program, int8_graph, repack
 
 
@@ -61,6 +63,8 @@ class Int8Segment(nn.Module):
             self.register_buffer(f"{name}_zero_point", torch.tensor(zero_point, dtype=torch.int32))
         self.training = False
         self._program: Int8Program | None = None
+        self._sparse: dict[int, SparseLayer] = {}
+        self._programs: dict[int, Int8Program] = {}
         self.register_load_state_dict_post_hook(_rebuild)  # type: ignore[no-untyped-call]
         self.rebuild()
 
@@ -68,7 +72,18 @@ class Int8Segment(nn.Module):
         if self._program is None:
             self.rebuild()
         assert self._program is not None
+        if self._sparse and len(inputs[0]) >= FEWEST_IMAGES and not torch.compiler.is_compiling():
+            return self._run_around_sparse(inputs)
         return tuple(int8_graph(list(inputs), self._program))
+
+    def zeros(self) -> dict[str, str]:
+        """By the name of each pruned layer, how many of its weights are zero and whether they are skipped."""
+        layers = {
+            step.name: describe_zeros(step, self.get_submodule(step.name), sparse=position in self._sparse)
+            for position, step in enumerate(self.steps)
+            if step.kind in ("conv2d", "linear")
+        }
+        return {name: text for name, text in layers.items() if text}
 
     def rebuild(self) -> None:
         """Build the program from the buffers. Raises ValueError, naming the step, when one of them is out of range."""
@@ -85,6 +100,51 @@ class Int8Segment(nn.Module):
         device = next(self.buffers()).device
         program = program._replace(constants=program.constants.to(device), packed=program.packed.to(device))
         self._program = repack(program) if device.type == "cuda" else program
+        self._programs = {}  # of the runs between sparse layers, on first use
+        self._sparse = {}
+        for position, step in enumerate(self.steps):
+            if step.kind in ("conv2d", "linear"):
+                found = sparse_layer(step, self.get_submodule(step.name), self.requantize)
+                self._sparse |= {} if found is None else {position: found}
+
+    def _run_around_sparse(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """`forward` with the layers of `_sparse` by themselves and the steps between them as one program each."""
+        declared = [position for position, step in enumerate(self.steps) if step.kind in ("quantize", "input")]
+        given = dict(zip(declared, inputs, strict=True))
+        tensors: dict[int, Tensor] = {}
+        for run in self._runs():
+            if run[0] in self._sparse:
+                tensors[run[0]] = self._sparse[run[0]](tensors[self.steps[run[0]].inputs[0]])
+                continue
+            read = dict.fromkeys(source for at in run for source in self.steps[at].sources if source not in run)
+            outside = [step.sources for at, step in enumerate(self.steps) if at not in run]
+            wanted = [at for at in run if at in self.outputs or any(at in sources for sources in outside)]
+            if run[0] not in self._programs:
+                builder = Int8GraphBuilder(requantize=self.requantize)
+                values = {source: self._declare(builder, source, tensors[source]) for source in read}
+                for at in run:
+                    values[at] = self._add(builder, self.steps[at], values)
+                self._programs[run[0]] = builder.build([values[at] for at in wanted])
+            arguments = [tensors[source] for source in read] + [given[at] for at in run if at in given]
+            tensors |= zip(wanted, int8_graph(arguments, self._programs[run[0]]), strict=True)
+        return tuple(tensors[position] for position in self.outputs)
+
+    def _runs(self) -> list[list[int]]:
+        """The positions in order, cut before and behind every sparse layer."""
+        runs: list[list[int]] = [[]]
+        for position in range(len(self.steps)):
+            if position in self._sparse:
+                runs += [[position], []]
+            else:
+                runs[-1].append(position)
+        return [run for run in runs if run]
+
+    def _declare(self, builder: Int8GraphBuilder, position: int, tensor: Tensor) -> int:
+        """Make the value of a step, as it was computed, an input of another program."""
+        scale, zero_point = self._quantization(position)
+        return builder.input(
+            channels=tensor.shape[1], rank=tensor.ndim, scale=scale, zero_point=zero_point, dtype=tensor.dtype
+        )
 
     def run_stepwise(self, inputs: Sequence[Tensor], run: Callable[[Step, Callable[[], Tensor], int], Tensor]) -> None:
         """Compute the steps one by one: `run` is given each step, a function that computes it, and the bytes of the
@@ -103,13 +163,7 @@ class Int8Segment(nn.Module):
                 tensors[position] = next(given)
                 continue
             builder = Int8GraphBuilder(requantize=self.requantize)
-            values: dict[int, int] = {}
-            for source in step.sources:
-                scale, zero_point = self._quantization(source)
-                tensor = tensors[source]
-                values[source] = builder.input(
-                    channels=tensor.shape[1], rank=tensor.ndim, scale=scale, zero_point=zero_point, dtype=tensor.dtype
-                )
+            values = {source: self._declare(builder, source, tensors[source]) for source in step.sources}
             program = builder.build([self._add(builder, step, values)])
             arguments = [next(given)] if step.kind == "quantize" else [tensors[source] for source in values]
             held = sum(tensor.nbytes for tensor in tensors.values())
@@ -163,7 +217,7 @@ class Int8Segment(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_program": None}
+        return self.__dict__ | {"_program": None, "_sparse": {}, "_programs": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """What became of each layer."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from imgopt_fast.compress.quantize.convert import key
 from imgopt_fast.compress.quantize.fuse import SILENT, Fusion
 from imgopt_fast.compress.quantize.sensitivity import LayerSensitivity
 from imgopt_fast.compress.quantize.trace import constant, layer_name
+from imgopt_fast.nn import Int8Segment
 
 if TYPE_CHECKING:  # profile takes the Int8Model that carries this report
     from imgopt_fast.compress.quantize.profile import NetworkProfile
@@ -23,7 +24,8 @@ class LayerReport:
     """One layer or float operation. `dtype` is what really runs; `reason` says why it is not int8, "" where it is.
 
     `share` of the time, `live_bytes` of activations while it runs, and `decibels` and `score` of the network in which
-    it alone is int8 are None until `QuantizationReport.measured` fills them in.
+    it alone is int8 are None until `QuantizationReport.measured` fills them in. `zeros` says of a pruned int8 layer
+    whether its zeros are skipped.
     """
 
     name: str
@@ -35,6 +37,7 @@ class LayerReport:
     live_bytes: int | None = None
     decibels: float | None = None
     score: float | None = None
+    zeros: str = ""
 
 
 # The measured columns: field, heading, how a value is written.
@@ -87,7 +90,7 @@ class QuantizationReport:
         for layer in self.layers:
             cells = ((getattr(layer, field), write) for field, _, write in shown)
             values = "".join(f"  {'' if value is None else write(value):>8}" for value, write in cells)
-            line = f"{layer.name:{width}}  {layer.operation:20}  {layer.dtype:8}{values}  {layer.reason}"
+            line = f"{layer.name:{width}}  {layer.operation:20}  {layer.dtype:8}{values}  {layer.reason or layer.zeros}"
             lines.append(line.rstrip())
         total = sum(layer.parameters for layer in self.layers)
         inside = sum(layer.parameters for layer in self.layers if layer.dtype == "int8")
@@ -95,17 +98,19 @@ class QuantizationReport:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def describe(graph: GraphModule, fusion: Fusion, segments: int) -> QuantizationReport:
+def describe(graph: GraphModule, fusion: Fusion, segments: Sequence[Int8Segment]) -> QuantizationReport:
     """The report of a graph's int8 operations and of everything that stays float beside them."""
+    zeros = {name: text for segment in segments for name, text in segment.zeros().items()}
     layers = []
     for node in graph.graph.nodes:
         if node in fusion.operations:
             operation = fusion.operations[node]
             weights = 0 if operation.weight is None else operation.weight.numel()
-            layers.append(LayerReport(operation.name, operation.kind, "int8", "", weights))
+            text = zeros.get(key(operation.name), "")
+            layers.append(LayerReport(operation.name, operation.kind, "int8", "", weights, zeros=text))
         elif node in fusion.reasons and node.target not in SILENT and isinstance(node.meta.get("val"), Tensor):
             layers.append(_float_row(graph, node, fusion.reasons[node]))
-    return QuantizationReport(layers, segments)
+    return QuantizationReport(layers, len(segments))
 
 
 def _float_row(graph: GraphModule, node: Node, reason: str) -> LayerReport:
