@@ -1,18 +1,25 @@
 """The embedded set, class folders with every defect that a user's folder has, splits, and the order of the batches."""
 
 import gzip
+import importlib
+import struct
+import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import require
 from PIL import Image
 
 from imgopt_fast.data import DataError, Split, decode, load_dataset, load_labelled, stable_fraction
 from imgopt_fast.data.embedded.make_subset import draw
 from imgopt_fast.data.idx import read_idx
+
+decoding = importlib.import_module("imgopt_fast.data.decode")  # the package's `decode` is its function
 
 
 def make_folder(root: Path, *, images: int = 20, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> Path:
@@ -124,7 +131,9 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
 
 def test_labelled_images_take_the_labels_of_a_known_list(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "set", images=3)
-    split = load_labelled(root, ("class1", "class2", "class0"), (6, 5), 1)
+    (root / "class0" / "damaged.png").touch()
+    split, skipped = load_labelled(root, ("class1", "class2", "class0"), (6, 5), 1)
+    assert [name for name, _ in skipped] == ["class0/damaged.png"]
     assert split.images.shape == (6, 1, 6, 5)
     assert split.labels.tolist() == [2, 2, 2, 0, 0, 0]
     with pytest.raises(DataError, match="set: the network has no class 'class1', only class0"):
@@ -170,19 +179,69 @@ def damage_empty(root: Path) -> None:
     (root / "class1" / "damaged.jpg").touch()
 
 
-@pytest.mark.parametrize("damage", [damage_text, damage_truncated, damage_empty])
-def test_an_unreadable_image_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    root = make_folder(tmp_path / "set")
+def damage_bomb(root: Path) -> None:
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", 60_000, 60_000, 8, 2, 0, 0, 0)
+    (root / "class1" / "damaged.jpg").write_bytes(header + struct.pack(">I", zlib.crc32(header[12:])))
+
+
+DAMAGES = [damage_text, damage_truncated, damage_empty, damage_bomb]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("fast", [True, False])
+def test_an_unreadable_image_is_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], fast: bool
+) -> None:
+    monkeypatch.setattr(decoding, "simplejpeg", decoding.simplejpeg if fast else None)
+    root = make_folder(tmp_path / "set", images=40)
+    whole = load_dataset(root, image_size=12)
     damage(root)
+    data = load_dataset(root, image_size=12)
+    assert [skipped.name for skipped in data.skipped] == ["class1/damaged.jpg"]
+    assert data.skipped[0].reason
+    for part in ("train", "validation", "test"):
+        assert getattr(data, part).images.equal(getattr(whole, part).images)
+        assert getattr(data, part).labels.equal(getattr(whole, part).labels)
     with pytest.raises(DataError, match=r"class1/damaged\.jpg: cannot read this image: .+"):
-        load_dataset(root)
+        decode(root / "class1" / "damaged.jpg", 8, 8, 3)
+
+
+def test_a_folder_of_unreadable_images_says_so(tmp_path: Path) -> None:
+    for path in make_folder(tmp_path / "set", images=40).rglob("*.png"):
+        path.write_text("no image")
+    with pytest.raises(DataError, match=r"set: 80 images cannot be read .* the first is .*png: not an image"):
+        load_dataset(tmp_path / "set")
+
+
+def test_the_first_frame_of_an_animation_counts(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert decode(tmp_path / "moving.gif", 8, 8, 3).reshape(-1, 3).mean(axis=0).tolist() == [255, 0, 0]
+
+
+def test_both_decoders_see_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require(decoding.simplejpeg is not None, "simplejpeg")
+    smooth = np.add.outer(np.arange(96), np.arange(128))[..., None] * np.array([1.0, 0.7, 0.3])
+    for name, mode in (("colour", "RGB"), ("grey", "L"), ("printed", "CMYK")):
+        Image.fromarray(smooth.astype(np.uint8)).convert(mode).save(tmp_path / f"{name}.jpg", quality=95)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter
+    Image.fromarray(smooth.astype(np.uint8)).save(tmp_path / "turned.jpg", exif=turned)
+    for path in sorted(tmp_path.glob("*.jpg")):
+        for height, width, channels in ((96, 128, 3), (24, 24, 3), (40, 20, 1)):
+            both = []
+            for library in (decoding.simplejpeg, None):
+                monkeypatch.setattr(decoding, "simplejpeg", library)
+                both.append(decode(path, height, width, channels).astype(int))
+                monkeypatch.undo()
+            assert np.abs(both[0] - both[1]).max() <= 6, (path.name, height)
 
 
 def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="missing: no such folder or archive"):
         load_dataset(tmp_path / "missing")
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="file: neither a folder nor a zip archive"):
+    with pytest.raises(DataError, match="file: neither a folder nor a zip or tar archive"):
         load_dataset(tmp_path / "file")
     with pytest.raises(DataError, match="a folder of images per class, two at least; found 0"):
         load_dataset(tmp_path)
@@ -197,33 +256,62 @@ def test_wrong_arguments_are_named() -> None:
         load_dataset(image_size=32)
 
 
-@pytest.mark.parametrize("inside", ["", "photos/"])
-def test_an_archive_is_its_folder(tmp_path: Path, inside: str) -> None:
-    root = make_folder(tmp_path / "set", images=40)
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+def zip_stored(root: Path, inside: str) -> Path:
+    return zip_folder(root, inside, zipfile.ZIP_STORED)
+
+
+def zip_deflated(root: Path, inside: str) -> Path:
+    return zip_folder(root, inside, zipfile.ZIP_DEFLATED)
+
+
+def zip_folder(root: Path, inside: str, method: int) -> Path:
+    with zipfile.ZipFile(root.with_suffix(".zip"), "w", method) as archive:
         archive.writestr("__MACOSX/class0/0.png", b"no image")
         for path in root.rglob("*.png"):
             archive.write(path, inside + path.relative_to(root).as_posix())
-    folder, archived = load_dataset(root), load_dataset(tmp_path / "set.zip")
+    return root.with_suffix(".zip")
+
+
+def tar_plain(root: Path, inside: str) -> Path:
+    return tar_folder(root, inside, "")
+
+
+def tar_packed(root: Path, inside: str) -> Path:
+    return tar_folder(root, inside, "gz")
+
+
+def tar_folder(root: Path, inside: str, method: str) -> Path:
+    with tarfile.open(root.with_suffix(".tar"), f"w:{method}") as archive:
+        archive.add(root, inside or ".")
+    return root.with_suffix(".tar")
+
+
+@pytest.mark.parametrize("inside", ["", "photos/"])
+@pytest.mark.parametrize("pack", [zip_stored, zip_deflated, tar_plain, tar_packed])
+def test_an_archive_is_its_folder(tmp_path: Path, pack: Callable[[Path, str], Path], inside: str) -> None:
+    root = make_folder(tmp_path / "set", images=40)
+    path = pack(root, inside)
+    folder, archived = load_dataset(root), load_dataset(path)
     assert archived.class_names == folder.class_names
     assert len(archived.train) + len(archived.validation) + len(archived.test) == 80
     if not inside:  # the split goes by the name, of which the top folder is a part
         assert archived.train.images.equal(folder.train.images)
         assert archived.test.labels.equal(folder.test.labels)
-    assert load_labelled(tmp_path / "set.zip", folder.class_names, (12, 12), 3).images.shape == (80, 3, 12, 12)
+    assert load_labelled(path, folder.class_names, (12, 12), 3)[0].images.shape == (80, 3, 12, 12)
 
 
 def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "set")
+    root = make_folder(tmp_path / "set", images=40)
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for path in sorted(root.rglob("*.png")):
             archive.write(path, path.relative_to(root).as_posix())
     whole = (tmp_path / "set.zip").read_bytes()
     (tmp_path / "set.zip").write_bytes(whole[:1000] + bytes(100) + whole[1100:])
-    with pytest.raises(DataError, match=r"set\.zip/class0/\w+\.png: cannot read this image"):
-        load_dataset(tmp_path / "set.zip")
+    assert [skipped.reason[:27] for skipped in load_dataset(tmp_path / "set.zip").skipped] == [
+        "the archive is damaged here"
+    ]
     (tmp_path / "set.zip").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"set\.zip: neither a folder nor a zip archive"):
+    with pytest.raises(DataError, match=r"set\.zip: neither a folder nor a zip or tar archive"):
         load_dataset(tmp_path / "set.zip")
 
 

@@ -1,6 +1,7 @@
 """`imgopt-fast eval`: the accuracy of a trained network on a class folder, or on the test images of its own data."""
 
 import argparse
+import sys
 from pathlib import Path
 
 EXAMPLES = """examples:
@@ -29,11 +30,12 @@ def run(arguments: argparse.Namespace) -> int:
     network = load_network(arguments.run_folder)
     card = network.card
     if arguments.data is not None:
-        images = load_labelled(arguments.data, card.class_names, (card.height, card.width), card.channels)
+        images, skipped = load_labelled(arguments.data, card.class_names, (card.height, card.width), card.channels)
+        for name, reason in skipped:
+            print(f"left out {name}: {reason}", file=sys.stderr)
     else:
         config = TrainConfig.load(arguments.run_folder / "config.yaml")
-        path = Path(config.data) if config.data is not None else None
-        images = load_dataset(path, image_size=config.img_size, validation=config.validation).test
+        images = load_dataset(config.data, image_size=config.img_size, validation=config.validation).test
     right = predictions(network.module, images, card.prepare()) == images.labels
     print(f"{int(right.sum()) / len(images):.2%} of {len(images):,} images")
     width = max(map(len, card.class_names))

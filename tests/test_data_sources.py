@@ -1,0 +1,339 @@
+"""Published arrays, shards, and the cache of decoded images."""
+
+import gzip
+import io
+import os
+import pickle
+import tarfile
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import require
+from numpy.typing import NDArray
+from PIL import Image
+from test_data import make_folder
+
+from imgopt_fast.data import DataError, cache, load_dataset, shards, stable_fraction
+from imgopt_fast.data.prefetch import prefetched
+
+
+@pytest.fixture(autouse=True)
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("IMGOPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# ------------------------------------------------------------------------------------------------------- arrays
+
+
+def write_idx(path: Path, array: NDArray[np.uint8]) -> None:
+    header = bytes((0, 0, 8, array.ndim)) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    data = header + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def arrays(count: int, classes: int = 3) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    labels = np.arange(count, dtype=np.uint8) % classes
+    images = np.broadcast_to(labels[:, None, None] * 40, (count, 6, 5)).copy()
+    images[:, 0, 0] = np.arange(count)
+    return images, labels
+
+
+@pytest.mark.parametrize(("suffix", "prefix"), [(".gz", ""), ("", "emnist-letters-")])
+def test_idx_files(tmp_path: Path, suffix: str, prefix: str) -> None:
+    test = "test" if prefix else "t10k"
+    for part, count in (("train", 60), (test, 9)):
+        images, labels = arrays(count)
+        write_idx(tmp_path / f"{prefix}{part}-images-idx3-ubyte{suffix}", images)
+        write_idx(tmp_path / f"{prefix}{part}-labels-idx1-ubyte{suffix}", labels + 1)  # as EMNIST counts
+    data = load_dataset(tmp_path)
+    assert data.class_names == ("1", "2", "3")
+    assert (len(data.test), len(data.train) + len(data.validation)) == (9, 60)
+    assert data.train.shape == (1, 6, 5)
+    assert (data.train.images[:, 0, 5, 4] // 40).long().equal(data.train.labels)
+    again = load_dataset(tmp_path / f"{prefix}train-images-idx3-ubyte{suffix}")
+    assert again.train.images.equal(data.train.images)
+    with pytest.raises(ValueError, match=r"image_size: .* are 6x5, got 32"):
+        load_dataset(tmp_path, image_size=32)
+    (tmp_path / f"{prefix}train-labels-idx1-ubyte{suffix}").unlink()
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte(\.gz)?: No such file"):
+        load_dataset(tmp_path)
+    write_idx(tmp_path / "other-train-images-idx3-ubyte", images)
+    with pytest.raises(DataError, match="holds several sets"):
+        load_dataset(tmp_path)
+
+
+def test_npz_archives(tmp_path: Path) -> None:
+    images, labels = arrays(80)
+    colour = np.repeat(images[..., None], 3, axis=3)
+    np.savez(
+        tmp_path / "keras.npz", x_train=colour, y_train=labels[:, None], x_test=colour[:9], y_test=labels[:9, None]
+    )
+    data = load_dataset(tmp_path / "keras.npz")
+    assert data.train.shape == (3, 6, 5)
+    assert len(data.test) == 9
+    np.savez(tmp_path / "plain.npz", images=images, labels=labels, class_names=["a", "b", "c"])
+    data = load_dataset(tmp_path / "plain.npz")
+    assert data.class_names == ("a", "b", "c")
+    held = [stable_fraction(f"plain/{i}") for i in range(80)]
+    assert data.validation.images[:, 0, 0, 0].tolist() == [i for i in range(80) if held[i] < 0.1]
+    assert data.test.images[:, 0, 0, 0].tolist() == [i for i in range(80) if 0.1 <= held[i] < 0.2]
+    assert len(data.train) + len(data.validation) + len(data.test) == 80
+    np.savez(tmp_path / "few.npz", images=images, labels=labels, class_names=["a", "b"])
+    with pytest.raises(DataError, match="expected labels from 0 to 1, got 0 to 2"):
+        load_dataset(tmp_path / "few.npz")
+    np.savez(tmp_path / "floats.npz", images=images / 255, labels=labels)
+    with pytest.raises(DataError, match=r"expected uint8 images .* got float64 \(80, 6, 5\)"):
+        load_dataset(tmp_path / "floats.npz")
+    np.savez(tmp_path / "names.npz", pictures=images)
+    with pytest.raises(DataError, match="expected arrays train_images and train_labels, found pictures"):
+        load_dataset(tmp_path / "names.npz")
+    np.savez(tmp_path / "objects.npz", images=np.array([{}]), labels=labels)
+    with pytest.raises(DataError, match=r"objects\.npz: cannot read these arrays"):
+        load_dataset(tmp_path / "objects.npz")
+
+
+def cifar_files(kind: str, per_batch: int = 30) -> Iterator[tuple[str, bytes]]:
+    """The files of a set whose image i of a batch is filled with i, red 1 above, of class i % 3."""
+    hundred = "100" in kind
+    train = ["train"] if hundred else [f"data_batch_{i}" for i in range(1, 6)]
+    names = [b"ant", b"bee", b"cat"]
+    pixels = np.repeat(np.arange(per_batch, dtype=np.uint8)[:, None], 3072, axis=1)
+    pixels[:, :1024] += 1
+    labels = np.arange(per_batch) % 3
+    for name in (*train, "test" if hundred else "test_batch"):
+        if kind.endswith(("bin", "binary")):
+            columns = [labels[:, None].astype(np.uint8)] * (2 if hundred else 1)
+            yield f"{name}.bin", np.hstack([*columns, pixels]).tobytes()
+        else:
+            key = b"fine_labels" if hundred else b"labels"
+            yield name, pickle.dumps({b"data": pixels, key: labels.tolist()}, protocol=2)
+    if kind.endswith(("bin", "binary")):
+        yield "fine_label_names.txt" if hundred else "batches.meta.txt", b"\n".join(names) + b"\n\n"
+    else:
+        key = b"fine_label_names" if hundred else b"label_names"
+        yield "meta" if hundred else "batches.meta", pickle.dumps({key: names}, protocol=0)
+
+
+CIFAR = {
+    "cifar-10-batches-py": "cifar-10-python",
+    "cifar-10-batches-bin": "cifar-10-binary",
+    "cifar-100-python": "cifar-100-python",
+    "cifar-100-binary": "cifar-100-binary",
+}
+
+
+def write_cifar(folder: Path, kind: str) -> Path:
+    path = folder / f"{CIFAR[kind]}.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in cifar_files(kind):
+            member = tarfile.TarInfo(f"{kind}/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("kind", CIFAR)
+def test_cifar_as_published(tmp_path: Path, kind: str) -> None:
+    packed = load_dataset(write_cifar(tmp_path, kind))
+    (tmp_path / kind).mkdir()
+    for name, content in cifar_files(kind):
+        (tmp_path / kind / name).write_bytes(content)
+    for path in (tmp_path / kind, tmp_path):
+        data = load_dataset(path)
+        assert data.class_names == ("ant", "bee", "cat")
+        assert data.name == ("CIFAR-100" if "100" in kind else "CIFAR-10")
+        assert len(data.test) == 30
+        assert len(data.train) + len(data.validation) == (30 if "100" in kind else 150)
+        assert data.train.shape == (3, 32, 32)
+        blue = data.train.images[:, 2, 5, 7].long()
+        assert (blue % 3).equal(data.train.labels)
+        assert (blue + 1).equal(data.train.images[:, 0, 31, 0].long())
+        assert data.train.images.equal(packed.train.images)
+
+
+def test_cifar_pickles_run_nothing(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, ("touch evil",)
+
+    kind = "cifar-10-batches-py"
+    for name, content in cifar_files(kind):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "data_batch_2").write_bytes(pickle.dumps({b"data": Evil()}, protocol=2))
+    with pytest.raises(DataError, match=r"not CIFAR as published, or damaged: .*system has no place in it"):
+        load_dataset(tmp_path)
+    path = write_cifar(tmp_path, kind)
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(DataError, match=r"cifar-10-python\.tar\.gz: "):
+        load_dataset(path)
+
+
+# ------------------------------------------------------------------------------------------------------- the cache
+
+
+def test_large_sets_are_decoded_once(tmp_path: Path, cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder(tmp_path / "set", images=40)
+    (root / "class0" / "7.png").write_text("no image")
+    (root / "class1" / "odd.png").touch()
+    direct = load_dataset(root)
+    monkeypatch.setattr(cache, "LEAST_BYTES", 0)
+    built = load_dataset(root)
+    assert not list(cached.glob("*.partial"))
+    monkeypatch.setattr(cache, "decode_into", None)  # nothing is decoded from now on
+    mapped = load_dataset(root)
+    for data in (built, mapped):
+        assert data.skipped == direct.skipped
+        assert not data.train.resident
+        for part in ("train", "validation", "test"):
+            assert getattr(data, part).images.equal(getattr(direct, part).images)
+            assert getattr(data, part).labels.equal(getattr(direct, part).labels)
+    batches = [
+        [(index.tolist(), batch.images.sum().item()) for index, batch in data.train.shuffled(8, seed=1, epoch=2)]
+        for data in (direct, mapped)
+    ]
+    assert batches[0] == batches[1]
+    monkeypatch.undo()
+    monkeypatch.setenv("IMGOPT_CACHE", str(cached))
+    monkeypatch.setattr(cache, "LEAST_BYTES", 0)
+    Image.new("RGB", (12, 12)).save(root / "class0" / "7.png")
+    assert [skipped.name for skipped in load_dataset(root).skipped] == ["class1/odd.png"]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, cached: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = make_folder(tmp_path / "set", images=40)
+    monkeypatch.setattr(cache, "LEAST_BYTES", 0)
+
+    def full(*arguments: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    data = load_dataset(root)
+    assert data.train.resident
+    assert "cannot keep the decoded images: No space left on device; they stay in memory" in caplog.text
+    assert list(cached.iterdir()) == []
+
+
+def test_prefetched_items_keep_order_errors_and_stop() -> None:
+    made = []
+
+    def items() -> Iterator[int]:
+        for i in range(100):
+            made.append(i)
+            yield i
+            if i == 20:
+                raise OSError("gone")
+
+    taken = prefetched(items(), 2)
+    assert [next(taken) for _ in range(5)] == [0, 1, 2, 3, 4]
+    taken.close()  # type: ignore[attr-defined]
+    assert len(made) < 12
+    with pytest.raises(OSError, match="gone"):
+        list(prefetched(items()))
+    assert list(prefetched(iter([]))) == []
+
+
+# ------------------------------------------------------------------------------------------------------- shards
+
+
+def write_shards(folder: Path, counts: tuple[int, ...] = (30, 25, 35), *, names: bool = False) -> Path:
+    """Shards whose image number i (over all shards) is filled with i and has class i % 3."""
+    folder.mkdir()
+    number = 0
+    for shard, count in enumerate(counts):
+        with tarfile.open(folder / f"part-{shard:03}.tar", "w") as archive:
+            for _ in range(count):
+                image = io.BytesIO()
+                Image.new("L", (6, 6), number).save(image, "png")
+                label = ("ant", "bee", "cat")[number % 3] if names else str(number % 3)
+                for suffix, content in (("png", image.getvalue()), ("cls", label.encode())):
+                    member = tarfile.TarInfo(f"sample{number:04}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+                number += 1
+    return folder
+
+
+@pytest.fixture
+def streamed(tmp_path: Path) -> Path:
+    pytest.importorskip("webdataset")
+    return write_shards(tmp_path / "shards")
+
+
+def test_shards_are_found_listed_and_split(tmp_path: Path, streamed: Path) -> None:
+    data = load_dataset(streamed)
+    assert data.class_names == ("0", "1", "2")
+    assert data.train.shape == (1, 6, 6)
+    keys = [stable_fraction(f"sample{i:04}") for i in range(90)]
+    assert data.validation.images[:, 0, 0, 0].tolist() == [i for i in range(90) if keys[i] < 0.1]
+    assert data.test.images[:, 0, 0, 0].tolist() == [i for i in range(90) if 0.1 <= keys[i] < 0.2]
+    training = [i for i in range(90) if keys[i] >= 0.2]
+    assert data.train.first(7).images[:, 0, 0, 0].tolist() == training[:7]
+    assert [len(batch) for batch in data.train.in_order(40)] == [40, len(training) - 40]
+    for pattern in (f"{streamed}/part-{{000..002}}.tar", f"pipe:cat {streamed}/part-000.tar {streamed}/part-001.tar"):
+        assert load_dataset(pattern, image_size=4).train.shape == (1, 4, 4)
+    (streamed / "classes.txt").write_text("ant\nbee\ncat\n")
+    assert load_dataset(streamed).class_names == ("ant", "bee", "cat")
+    named = load_dataset(write_shards(tmp_path / "named", names=True))
+    assert named.class_names == ("ant", "bee", "cat")
+
+
+def test_shards_stream_every_image_once_in_a_new_order(streamed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "BUFFER", 16)
+    train = load_dataset(streamed).train
+
+    def order(**changes: Any) -> list[list[int]]:
+        settings = {"seed": 1, "epoch": 0, **changes}
+        batches = list(train.shuffled(8, **settings))
+        for index, batch in batches:
+            assert batch.images[:, 0, 0, 0].long().equal(index)
+            assert batch.labels.equal(index % 3)
+        return [index.tolist() for index, _ in batches]
+
+    whole = order(last=True)
+    flat = [position for batch in whole for position in batch]
+    assert sorted(flat) == train.positions.tolist()
+    assert order() == whole[: len(train) // 8] == order()
+    assert order(first=3) == whole[3 : len(train) // 8]
+    assert order(epoch=1) != order() != order(seed=2)
+    assert any(abs(a - b) > 30 for a, b in pairwise(flat))
+    halves = [order(share=lambda index, r=r: index[r::2]) for r in range(2)]
+    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in order()]
+
+
+def test_damaged_shards(streamed: Path) -> None:
+    shard = streamed / "part-001.tar"
+    content = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as archive:
+        damaged = [m for m in archive if m.name.endswith(".png")][:20]
+    for member in damaged:
+        content[member.offset_data : member.offset_data + 20] = bytes(20)
+    shard.write_bytes(content)
+    data = load_dataset(streamed)
+    held_out = [m for m in damaged if stable_fraction(m.name[:-4]) < 0.2]
+    assert f"{len(held_out)} of the held-out images cannot be read" in data.skipped[0].reason
+    seen = sorted(i for index, _ in data.train.shuffled(40, seed=0, epoch=0, last=True) for i in index.tolist())
+    assert len(seen) == len(data.train) - (20 - len(held_out))
+
+
+def test_shards_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path / "shards")
+    monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
+    with pytest.raises(DataError, match=r"pip install 'imgopt-fast\[shards\]'"):
+        load_dataset(tmp_path / "shards")
+
+
+def test_the_library_is_there_in_ci() -> None:
+    try:
+        import webdataset
+    except ImportError:
+        webdataset = None
+    require(webdataset is not None, "webdataset")
+    assert torch.get_num_threads() >= 1
