@@ -22,7 +22,21 @@ from PIL import Image
 from imgopt_fast.cli import main
 from imgopt_fast.training import evaluate
 
-TINY = ["--epochs", "2", "--prune-epochs", "1", "-b", "32", "--warmup-epochs", "1", "--calibration", "32"]
+TINY = [
+    "--epochs",
+    "2",
+    "--prune-epochs",
+    "1",
+    "-b",
+    "32",
+    "--warmup-epochs",
+    "1",
+    "--calibration",
+    "32",
+    "--qat-epochs",
+    "0",
+]
+TINY += ["--no-memory"]
 
 
 def imgopt_fast(*arguments: str, cwd: Path, largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -116,13 +130,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert list((images.parent / "runs").rglob("*")) == [images.parent / "runs" / "taken"]
 
 
-def test_an_unreadable_image_is_one_line_and_exit_code_2(images: Path) -> None:
+def test_an_unreadable_image_is_left_out_and_named(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (images / "blue" / "bad.jpg").write_text("no image")
-    result = imgopt_fast("train", "images", cwd=images.parent)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert "images/blue/bad.jpg: cannot read this image" in result.stderr
-    assert [path.name for path in images.parent.iterdir()] == ["images"]
+    assert main(["train", "images", *TINY, "--no-reference-epoch", "--img-size", "16", "--experiment", "run"]) == 0
+    run = images.parent / "runs" / "run"
+    for name in ("report.md", "report.html"):
+        assert "blue/bad.jpg" in (run / name).read_text()
+    capfd.readouterr()
+    assert main(["eval", "runs/run", "images"]) == 0
+    out, err = capfd.readouterr()
+    assert "of 120 images" in out
+    assert err == "left out blue/bad.jpg: not an image file, or damaged\n"
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(images: Path) -> None:

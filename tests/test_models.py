@@ -1,5 +1,8 @@
 """The networks: shapes, sizes as published, and the ways to name one."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +16,7 @@ PARAMETERS = {
     ("mobilenetv2", 1000): 3_504_872,
     ("resnet20", 10): 272_474,
     ("resnet8", 10): 308_650,
+    ("vit", 10): 1_793_866,
 }
 
 
@@ -53,7 +57,7 @@ def test_a_network_from_elsewhere() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet", "model: expected one of resnet8, .* or package.module:function, got 'resnet'"),
+        ("resnet", "model: expected one of resnet8, .*, timm/NAME or package.module:function, got 'resnet'"),
         ("no.such.module:f", "model: cannot import 'no.such.module:f'"),
         (f"{__name__}:missing", "model: cannot import"),
         (f"{__name__}:nothing", "returned NoneType, expected a torch.nn.Module"),
@@ -62,3 +66,18 @@ def test_a_network_from_elsewhere() -> None:
 def test_a_network_that_does_not_exist(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_model(name, num_classes=4, in_channels=1)
+
+
+def test_a_network_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def create(name: str, **arguments: object) -> nn.Module:
+        made.append((name, arguments))
+        return nn.Identity()
+
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create))
+    create_model("timm/resnet10t", num_classes=4, in_channels=1)
+    assert made == [("resnet10t", {"pretrained": False, "num_classes": 4, "in_chans": 1})]
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="timm/resnet10t needs timm, which cannot be imported here"):
+        create_model("timm/resnet10t", num_classes=4, in_channels=1)

@@ -28,20 +28,31 @@ from imgopt_fast.training import (
     figures,
     load_network,
     load_weights,
+    recipe,
     resume,
     save_weights,
     train,
 )
+from imgopt_fast.training.augmentation import Augmentation
 from imgopt_fast.training.checkpoint import interruptible
 from imgopt_fast.training.evaluate import accuracy, density, measure_speed, predictions
-from imgopt_fast.training.loop import Stage, learning_rate
 from imgopt_fast.training.network import Card
+from imgopt_fast.training.optimizers import learning_rate
 from imgopt_fast.training.progress import Progress
 from imgopt_fast.training.run_folder import RunFolder
+from imgopt_fast.training.stages import Stage
 
 # Seconds, not minutes: two epochs of a network of one stage on the images of `few_images`.
 TINY = TrainConfig(
-    model=f"{__name__}:tiny_network", epochs=2, prune_epochs=1, batch_size=16, calibration=32, warmup_epochs=1, lr=0.1
+    model=f"{__name__}:tiny_network",
+    epochs=2,
+    prune_epochs=1,
+    qat_epochs=0,
+    batch_size=16,
+    calibration=32,
+    warmup_epochs=1,
+    lr=0.1,
+    memory=False,
 )
 
 
@@ -98,6 +109,11 @@ def results(folder: Path) -> list[list[str]]:
         return [row[:-2] for row in csv.reader(file)]
 
 
+def files_of(folder: Path) -> list[str]:
+    """Without TensorBoard's, which depend on what is installed."""
+    return sorted(path.name for path in folder.iterdir() if "tfevents" not in path.name)
+
+
 def assert_same_weights(one: Path, other: Path) -> None:
     for name in ("dense", "pruned", "model"):
         first, second = (load_weights(folder / f"{name}.safetensors") for folder in (one, other))
@@ -110,7 +126,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 def test_a_training_writes_its_folder_and_reports_three_networks(shared: Report) -> None:
     report = shared
-    assert sorted(path.name for path in report.path.iterdir()) == [
+    assert files_of(report.path) == [
         "checkpoint.pt",
         "config.yaml",
         "confusion.png",
@@ -120,7 +136,9 @@ def test_a_training_writes_its_folder_and_reports_three_networks(shared: Report)
         "model.safetensors",
         "network.yaml",
         "pruned.safetensors",
+        "report.html",
         "report.md",
+        "samples.png",
         "summary.csv",
     ]
     assert [row.stage for row in report.epochs] == ["dense", "dense", "pruned"]
@@ -149,13 +167,13 @@ def test_same_seed_same_result_and_another_seed_another(shared: Report) -> None:
 
 def test_the_test_images_decide_nothing(few_images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every accuracy before the end is measured on the validation images."""
-    from imgopt_fast.training import loop, recipe
+    from imgopt_fast.training import loop
 
     asked: list[int] = []
 
-    def spy(model: nn.Module, split: Split, prepare: Compose) -> float:
+    def spy(model: nn.Module, split: Split, prepare: Compose, **others: Any) -> float:
         asked.append(split.labels.data_ptr())
-        return accuracy(model, split, prepare)
+        return accuracy(model, split, prepare, **others)
 
     monkeypatch.setattr(loop, "accuracy", spy)
     monkeypatch.setattr(recipe, "accuracy", spy)
@@ -184,16 +202,25 @@ WAYS: dict[str, dict[str, Any]] = {
     "trivial": {"aa": "trivial"},
     "erasing": {"reprob": 1.0},
     "mixing": {"mixup": 0.4, "cutmix": 1.0},
-    "adamw": {"opt": "adamw"},
+    "adam": {"opt": "adam", "lr": 0.002},
+    "adamw": {"opt": "adamw", "lr": 0.002},
+    "steps": {"sched": "step", "decay_epochs": 0.5},
+    "averaged": {"model_ema_decay": 0.9},
+    "accumulated": {"grad_accum_steps": 3},
+    "whole set": {"opt": "gd"},
+    "proximal": {"l1": 0.05},
+    "sampled": {"grad_sampling": 2},
+    "layer-wise": {"layer_decay": 0.5},
     "clipped": {"clip_grad": 0.01},
 }
 
 
-def test_every_way_to_train_differs_and_repeats(shared: Report) -> None:
+def test_every_way_to_train_differs_and_repeats(shared: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "write_report", lambda *arguments: None)  # the figures take longer than the training
     images = Path(shared.config.data or "")
     found = {name: results(train(tiny(images, name, **QUICK, **way)).path) for name, way in WAYS.items()}
     assert len({str(rows) for rows in found.values()}) == len(WAYS)
-    for name in ("trivial", "mixing"):
+    for name in ("trivial", "mixing", "sampled"):
         assert results(train(tiny(images, f"{name} again", **QUICK, **WAYS[name])).path) == found[name]
 
 
@@ -229,16 +256,28 @@ def test_a_teacher_is_heard(shared: Report) -> None:
     assert results(deaf) == results(alone)
 
 
-def test_a_teacher_sees_its_own_normalization_and_knows_the_classes(few_images: Path) -> None:
+def test_a_teacher_sees_the_students_view_in_its_own_normalization(few_images: Path) -> None:
     report = train(tiny(few_images, "run", prune_epochs=0, quantize="none", reference_epoch=False))
-    network, images = load_network(report.path), report.dataset.test.images
-    own = network.module(network.card.prepare()(images))
-    other = network.as_teacher(report.dataset, ((0.3,), (0.2,)))(Compose([Normalize((0.3,), (0.2,))])(images))
-    torch.testing.assert_close(other, own)
+    teacher = load_network(report.path).as_teacher(report.dataset)
+    images, labels = report.dataset.train.images[:9], report.dataset.train.labels[:9]
+    key = (3, 1, torch.arange(9))
+    config = dataclasses.replace(report.config, mixup=0.4, cutmix=1.0, aa="rand", reprob=0.5)
+    student = Augmentation(config, Normalize((0.3,), (0.2,)), 3)
+    theirs = Augmentation(config, teacher.normalize, 3)(images, labels, key)
+    view = student(images, labels, key)
+    assert not view.images.allclose(theirs.images)
+    replayed = student.replay(view, teacher.normalize, teacher.size)
+    torch.testing.assert_close(replayed, theirs.images)
+    assert student.replay(view, student.normalize, teacher.size) is view.images
+    assert student.replay(view, student.normalize, (24, 20)).shape[2:] == (24, 20)
+    part = student(images[3:], labels[3:], (3, 1, torch.arange(3, 9)), halo=2)
+    torch.testing.assert_close(part.images, view.images[5:])
+    torch.testing.assert_close(part.targets, view.targets[5:])
+    torch.testing.assert_close(student.replay(part, teacher.normalize, teacher.size), replayed[5:])
     three = torch.zeros(1, 3, 12, 12, dtype=torch.uint8)
     colour = dataclasses.replace(report.dataset, train=Split(three, torch.zeros(1, dtype=torch.int64)))
     with pytest.raises(ValueError, match="distill: expected a teacher of the 3 classes and 3 channels"):
-        network.as_teacher(colour, ((0.5,) * 3, (0.5,) * 3))
+        load_network(report.path).as_teacher(colour)
 
 
 def test_a_folder_without_a_network_is_named(tmp_path: Path) -> None:
@@ -280,7 +319,7 @@ def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint(few_images: Path, monkeyp
     press_ctrl_c_at(monkeypatch, 2)
     with pytest.raises(InterruptedTrainingError):
         train(tiny(few_images, "run"))
-    assert sorted(path.name for path in (few_images.parent / "runs" / "run").iterdir()) == [
+    assert files_of(few_images.parent / "runs" / "run") == [
         "checkpoint.pt",
         "config.yaml",
     ]
@@ -360,13 +399,18 @@ def test_run_folder_leaves_nothing_when_nothing_was_worth_keeping(tmp_path: Path
 def test_learning_rate_rises_and_falls() -> None:
     stage = Stage("dense", 3, 10, 0.4, 2.0)
     for sched in ("cosine", "linear"):
-        rates = [learning_rate(step, stage, 7, sched) for step in range(71)]
+        rates = [learning_rate(step, stage, 7, TrainConfig(sched=sched)) for step in range(71)]
         assert rates[:15] == sorted(rates[:15])
         assert rates[14:] == sorted(rates[14:], reverse=True)
         assert rates[14] == pytest.approx(1)
         assert rates[70] == pytest.approx(0)
         assert rates[42] == pytest.approx(0.5)
-    assert learning_rate(0, dataclasses.replace(stage, warmup_epochs=0.0), 7, "cosine") == 1
+    steps = TrainConfig(sched="step", decay_epochs=4, decay_rate=0.2)
+    rates = [learning_rate(step, stage, 7, steps) for step in range(70)]
+    assert rates[14:28] == [1.0] * 14
+    assert rates[28:56] == pytest.approx([0.2] * 28)
+    assert rates[56:] == pytest.approx([0.04] * 14)
+    assert learning_rate(0, dataclasses.replace(stage, warmup_epochs=0.0), 7, TrainConfig()) == 1
 
 
 def test_config_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -407,12 +451,21 @@ def test_a_wrong_config_file_is_explained(tmp_path: Path, text: str, message: st
         {"reprob": -0.5},
         {"mixup": -1.0},
         {"clip_grad": 0.0},
-        {"opt": "adam"},
+        {"opt": "lion"},
         {"weight_decay": -1.0},
         {"scale": (2.0, 1.0)},
         {"validation": 0.5},
         {"img_size": 4},
-        {"sched": "step"},
+        {"sched": "poly"},
+        {"qat_lr": 0.0},
+        {"layer_decay": 0.0},
+        {"grad_accum_steps": 0},
+        {"grad_sampling": 0},
+        {"model_ema_decay": 1.0},
+        {"distill_epochs": -1},
+        {"l1": -0.1},
+        {"transfer": "frozen"},
+        {"kd_cache": True, "mixup": 0.2},
         {"experiment": "a/b"},
     ],
 )

@@ -3,11 +3,15 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from imgopt_fast.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from imgopt_fast.training import Report
 
 EXAMPLES = """examples:
   imgopt-fast train                                 the embedded Fashion-MNIST subset, about two minutes
@@ -15,6 +19,9 @@ EXAMPLES = """examples:
   imgopt-fast train --model resnet20 --epochs 30 --sparsity 0.9
   imgopt-fast train --config runs/first/config.yaml --experiment second --seed 1
   imgopt-fast train --resume runs/first             after Ctrl-C, or anything worse
+  imgopt-fast train ./flowers --distill runs/large --sparsity 0.9 --quantize int8
+  imgopt-fast train ./birds --pretrained runs/flowers --transfer features      a new last layer, in seconds
+  torchrun --nproc-per-node 2 -m imgopt_fast train ./flowers                   two processes, one network
 """
 
 
@@ -22,7 +29,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "train",
         help="train, prune, quantize and test a classifier",
-        description="Train a classifier, prune it, quantize it to int8, test all three, and write a run folder.",
+        description="Train a classifier, prune it, quantize it to int8, test each of them, and write a run folder.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # a flag that is not given leaves the value of --config alone
@@ -30,24 +37,77 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("folder", nargs="?", metavar="DATA", help="the same as --data")
     parser.add_argument("--config", type=Path, help="config.yaml of a run to repeat; the other flags override it")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="run folder of a stopped training to continue")
+    add_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    values = {name: value for name, value in vars(arguments).items() if name != "verb"}
+    from imgopt_fast.training import resume, train
+
+    if "resume" in values:
+        path = _only(values, "resume")
+        return launch("train", lambda: resume(path))
+    config = _config(values)
+    return launch("train", lambda: train(config))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of TrainConfig."""
     types = get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         _add_flag(parser, field, types[field.name])
 
 
-def run(arguments: argparse.Namespace) -> int:
-    values = {name: value for name, value in vars(arguments).items() if name != "verb"}
-    from imgopt_fast.training import DivergedError, InterruptedTrainingError, resume, train
+def add_following_parser(
+    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    verb: str,
+    *,
+    help: str,
+    about: str,
+    examples: str,
+) -> None:
+    """The parser of a verb that goes on from a finished run, with all options of a training."""
+    parser = subparsers.add_parser(
+        verb,
+        help=help,
+        description=f"{about} Every option that is not given is that of the run.",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("folder", nargs="?", metavar="DATA", help="the same as --data")
+    parser.add_argument("--config", type=Path, help="config.yaml to take the options from instead of the run's")
+    add_options(parser)
+
+
+def follow(arguments: argparse.Namespace, **changes: Any) -> int:
+    """Train with the configuration of the run, `changes`, and the flags that were given, in a new folder beside it."""
+    values, path = dict(vars(arguments)), arguments.run_folder
+    verb = values.pop("verb")
+    values.pop("run_folder")
+    values.setdefault("config", path / "config.yaml")
+    beside = {"output": str(path.parent), "experiment": f"{path.resolve().name}-{verb}"}
+    config = _config(beside | changes | values)
+    from imgopt_fast.training import train
+
+    return launch(verb, lambda: train(config))
+
+
+def launch(verb: str, training: "Callable[[], Report]") -> int:
+    """Run a training and print its table; what stops it is one line."""
+    from imgopt_fast.training import DivergedError, InterruptedTrainingError
 
     try:
-        report = resume(_only(values, "resume")) if "resume" in values else train(_config(values))
+        report = training()
     except DivergedError as error:
-        print(f"imgopt-fast train: {error}", file=sys.stderr)
+        print(f"imgopt-fast {verb}: {error}", file=sys.stderr)
         return 1
     except InterruptedTrainingError as stopped:
-        print(f"imgopt-fast train: stopped; continue with --resume {stopped}", file=sys.stderr)
+        print(f"imgopt-fast {verb}: stopped; continue with --resume {stopped}", file=sys.stderr)
         return 130
-    print(report.table())
+    if report.stages:  # of several processes the first one has them
+        print(report.table())
     return 0
 
 

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from imgopt_fast.training.report import EpochRow
 
@@ -30,11 +31,12 @@ class Position:
     epochs: list[EpochRow] = field(default_factory=list)
 
 
-def save_checkpoint(path: Path, position: Position, parts: dict[str, Any]) -> None:
-    """Write `position` and the state_dict of each of `parts` (model, optimizer, ...) and torch's random state."""
+def save_checkpoint(path: Path, position: Position, parts: dict[str, Any], random: list[Tensor]) -> None:
+    """Write `position`, the state_dict of each of `parts` (model, optimizer, ...) and torch's random state of each
+    process."""
     state = {name: part.state_dict() for name, part in parts.items()}
     file = io.BytesIO()  # torch's own writer reports a full disk as something else than an OSError
-    torch.save({"position": asdict(position), "rng": torch.get_rng_state(), "state": state}, file)
+    torch.save({"position": asdict(position), "rng": random, "state": state}, file)
     path.write_bytes(file.getbuffer())
 
 
@@ -54,18 +56,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def restore(checkpoint: dict[str, Any], parts: dict[str, Any]) -> Position:
-    """Load the state of each of `parts`; returns the position."""
+def restore(checkpoint: dict[str, Any], parts: dict[str, Any], rank: int) -> Position:
+    """Load the state of each of `parts`, and the random state of process `rank`; returns the position."""
     for name, part in parts.items():
         part.load_state_dict(checkpoint["state"][name])
-    torch.set_rng_state(checkpoint["rng"])
+    torch.set_rng_state(checkpoint["rng"][rank % len(checkpoint["rng"])])
     position: Position = checkpoint["position"]
     return position
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether Ctrl-C was pressed, so that a training stops between two steps.
+    """Gives a function that says whether Ctrl-C was pressed or SIGTERM came: a training stops between two steps.
 
     The second Ctrl-C interrupts at once. Only the main thread can listen to signals; elsewhere nothing changes.
     """
@@ -79,8 +81,9 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed.set()
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield pressed.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -8,9 +8,14 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
+
+if TYPE_CHECKING:
+    import torch
+
+DISTILL_EPOCHS = 3
 
 
 def option(default: Any, help: str, *flags: str, choices: tuple[str, ...] = ()) -> Any:
@@ -24,7 +29,8 @@ class TrainConfig:
 
     data: str | None = option(
         None,
-        "class folder of images or a zip of one; default: the embedded Fashion-MNIST subset",
+        "class folder of images, a zip or tar of one, CIFAR or IDX files, .npz, or WebDataset shards; "
+        "default: the embedded Fashion-MNIST subset",
         "--data",
         "--data-dir",
     )
@@ -32,18 +38,38 @@ class TrainConfig:
     validation: float = option(0.1, "share of the training images that is held out where there is no validation split")
 
     model: str = option(
-        "resnet8", "network: resnet8, resnet20, resnet18, resnet50, mobilenetv2 or package.module:function"
+        "resnet8",
+        "network: resnet8, resnet20, resnet18, resnet50, mobilenetv2, vit, timm/NAME or package.module:function",
     )
-    epochs: int = option(20, "epochs of dense training")
+    pretrained: str | None = option(None, "run folder or weight file to begin with")
+    transfer: str = option(
+        "finetune",
+        "what learns of a pretrained network: all of it; the last layer behind a frozen body; the last layer on "
+        "features computed once, in seconds",
+        choices=("finetune", "frozen", "features"),
+    )
+    epochs: int = option(20, "epochs of dense training; 0 takes the network of --pretrained as it is")
     batch_size: int = option(128, "images per step", "-b", "--batch-size")
     lr: float = option(0.2, "highest learning rate")
-    opt: str = option("sgd", "optimizer; adamw wants an --lr of about 0.002", choices=("sgd", "adamw"))
+    grad_accum_steps: int = option(1, "batches whose gradients make one update")
+    opt: str = option(
+        "sgd",
+        "optimizer; adam and adamw want an --lr of about 0.002; gd is gradient descent: one update per epoch from the "
+        "exact gradient of the whole training set",
+        choices=("sgd", "adam", "adamw", "gd"),
+    )
     momentum: float = option(0.9, "momentum of SGD (Nesterov's)")
     weight_decay: float = option(5e-4, "weight decay of the convolution and linear weights")
-    sched: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "linear"))
+    layer_decay: float = option(1.0, "learning rate of each block, as a share of that of the block above")
+    sched: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "linear", "step"))
+    decay_epochs: float = option(30.0, "epochs between the steps of --sched step")
+    decay_rate: float = option(0.1, "factor of each step of --sched step")
     warmup_epochs: float = option(2.0, "epochs over which the learning rate rises to --lr")
     smoothing: float = option(0.1, "label smoothing")
     clip_grad: float | None = option(None, "largest norm of the gradient; default: as it comes")
+    l1: float = option(0.0, "strength of the L1 norm, whose proximal step makes weights exactly zero")
+    grad_sampling: int = option(1, "take the weights' gradients from one of N parts of each batch (unbiased); 1: all")
+    model_ema_decay: float = option(0.0, "decay of a moving average of the weights, which then is the result; 0: none")
 
     hflip: float = option(0.5, "probability of a horizontal flip")
     degrees: float = option(10.0, "random rotation, in degrees either way")
@@ -62,32 +88,63 @@ class TrainConfig:
     distill: str | None = option(None, "run folder of a teacher; without one, pruning learns from the dense network")
     distill_loss_weight: float = option(0.5, "share of the loss that is the teacher's; 0 learns from the labels alone")
     kd_temperature: float = option(4.0, "temperature of the distillation")
+    kd_hint_weight: float = option(0.0, "weight of the distance to the teacher's pooled features")
+    kd_cache: bool = option(False, "ask the teacher once for each image without augmentation, and never again")
+    distill_epochs: int | None = option(
+        None, "epochs under the teacher after pruning, with the mask that it left; default: 3 with --distill, else 0"
+    )
 
     quantize: str = option("int8", "quantization at the end", choices=("int8", "none"))
+    qat_epochs: int = option(1, "epochs of quantization-aware training before the quantization")
+    qat_lr: float = option(0.005, "highest learning rate of the quantization-aware training")
     calibration: int = option(512, "training images that the quantization's ranges are measured on")
 
     seed: int = option(0, "seed of the initial weights, the order of the images and every random draw")
-    amp: bool | None = option(None, "bfloat16 autocast; default: where the processor has instructions for it")
+    amp: bool | None = option(None, "mixed precision; default: where the processor has instructions for bfloat16")
+    amp_dtype: str = option("bfloat16", "of mixed precision; float16 scales the loss", choices=("bfloat16", "float16"))
     channels_last: bool = option(True, "NHWC memory")
-    device: str = option("cpu", "torch device")
+    torchcompile: str | None = option(None, "torch.compile backend (inductor) for training; default: none")
+    device: str = option("cpu", "torch device; under torchrun `cuda` is each process' own")
 
     output: str = option("runs", "folder that holds the run folders")
     experiment: str | None = option(None, "name of the run folder; default: model, data and date")
     reference_epoch: bool = option(True, "time one epoch of a plain PyTorch loop too")
+    memory: bool = option(True, "measure the memory of each stage's network, in a process of its own")
 
     def __post_init__(self) -> None:
-        at_least = {"epochs": 1, "batch_size": 1, "prune_epochs": 0, "calibration": 1, "seed": 0}
+        at_least = {
+            "epochs": int(self.pretrained is None),
+            "batch_size": 1,
+            "prune_epochs": 0,
+            "calibration": 1,
+            "seed": 0,
+        }
+        at_least |= {"qat_epochs": 0, "grad_accum_steps": 1, "grad_sampling": 1}
         for name, low in at_least.items():
             _expect(getattr(self, name) >= low, name, f"at least {low}", getattr(self, name))
-        for name in ("lr", "prune_lr", "kd_temperature"):
+        for name in ("lr", "prune_lr", "qat_lr", "kd_temperature", "decay_epochs", "decay_rate"):
             _expect(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
-        for name in ("momentum", "smoothing", "sparsity"):
+        for name in ("momentum", "smoothing", "sparsity", "model_ema_decay"):
             _expect(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
-        for name in ("weight_decay", "warmup_epochs", "prune_warmup_epochs", "degrees", "translate", "mixup", "cutmix"):
+        rates = ("weight_decay", "warmup_epochs", "prune_warmup_epochs", "l1", "kd_hint_weight")
+        for name in (*rates, "degrees", "translate", "mixup", "cutmix"):
             _expect(getattr(self, name) >= 0, name, "a number that is not negative", getattr(self, name))
         for name in ("hflip", "reprob"):
             _expect(0 <= getattr(self, name) <= 1, name, "a probability", getattr(self, name))
         _expect(self.clip_grad is None or self.clip_grad > 0, "clip_grad", "a positive number", self.clip_grad)
+        _expect(0 < self.layer_decay <= 1, "layer_decay", "a share", self.layer_decay)
+        _expect(
+            self.distill_epochs is None or self.distill_epochs >= 0, "distill_epochs", "at least 0", self.distill_epochs
+        )
+        _expect(
+            not (self.kd_cache and (self.mixup or self.cutmix)), "kd_cache", "no --mixup and no --cutmix with it", True
+        )
+        _expect(
+            self.transfer == "finetune" or self.pretrained is not None,
+            "transfer",
+            "--pretrained with it",
+            self.transfer,
+        )
         _expect(0 <= self.distill_loss_weight <= 1, "distill_loss_weight", "a share", self.distill_loss_weight)
         _expect(0 < self.validation < 0.5, "validation", "a share between 0 and 0.5", self.validation)
         _expect(self.img_size is None or self.img_size >= 8, "img_size", "at least 8", self.img_size)
@@ -112,6 +169,17 @@ class TrainConfig:
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
         features = cpu_features()
         return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+    def amp_type(self) -> "torch.dtype":
+        import torch
+
+        return torch.float16 if self.amp_dtype == "float16" else torch.bfloat16
+
+    def distilled_epochs(self) -> int:
+        """Epochs of the stage between pruning and quantization-aware training."""
+        if self.distill_epochs is not None:
+            return self.distill_epochs
+        return DISTILL_EPOCHS if self.distill is not None and self.sparsity > 0 and self.prune_epochs > 0 else 0
 
     def save(self, path: Path) -> None:
         path.write_text(yaml.safe_dump(dataclasses.asdict(self) | {"scale": list(self.scale)}, sort_keys=False))

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from imgopt_fast.augment import Compose
 from imgopt_fast.data import Split
+from imgopt_fast.training.distributed import Process
 
+ALONE = Process()
 BATCH = 128  # images per call where throughput matters
 LEAST_SECONDS = 0.5  # per measurement: some hundred calls at batch 1, enough for a steady median
 
@@ -28,9 +30,16 @@ def predictions(model: nn.Module, split: Split, prepare: Compose, *, batch_size:
     return torch.cat([model(prepare(batch.images)).argmax(dim=1) for batch in split.in_order(batch_size)])
 
 
-def accuracy(model: nn.Module, split: Split, prepare: Compose, *, batch_size: int = BATCH) -> float:
-    """Share of `split` whose class the model finds; the model is left in evaluation mode."""
-    return int((predictions(model, split, prepare, batch_size=batch_size) == split.labels).sum()) / len(split)
+def accuracy(
+    model: nn.Module, split: Split, prepare: Compose, *, batch_size: int = BATCH, process: Process = ALONE
+) -> float:
+    """Share of `split` whose class the model finds, each process looking at its part; left in evaluation mode."""
+    part = split if process.world == 1 else split.take(torch.arange(process.rank, len(split), process.world))
+    right = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    if len(part):
+        right += (predictions(model, part, prepare, batch_size=batch_size) == part.labels).sum()
+    process.sum([right])
+    return int(right) / len(split)
 
 
 @torch.no_grad()

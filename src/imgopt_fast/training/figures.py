@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,17 +10,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from imgopt_fast.data import Split
+from imgopt_fast.data import Dataset, Split
+from imgopt_fast.training.augmentation import Augmentation
+from imgopt_fast.training.stages import TITLES
 
 if TYPE_CHECKING:
     from imgopt_fast.training.report import EpochRow
 
 DPI = 120
 COLUMNS, ROWS = 8, 3  # of the mistakes that are shown
+SAMPLES = 12  # augmented images that are shown
 
 
 def curves(path: Path, rows: Sequence[EpochRow]) -> None:
-    """Loss, validation accuracy and density over the epochs, with the pruning shaded."""
+    """Loss, validation accuracy and density over the epochs, the stages after the first one shaded."""
     from matplotlib.figure import Figure
 
     epochs = [row.epoch for row in rows]
@@ -28,13 +32,14 @@ def curves(path: Path, rows: Sequence[EpochRow]) -> None:
         ("validation accuracy, %", [100 * row.eval_top1 for row in rows]),
         ("density of the weights, %", [100 * row.density for row in rows]),
     )
-    first_pruned = next((row.epoch for row in rows if row.stage == "pruned"), None)
+    later = {stage: [row.epoch for row in rows if row.stage == stage] for stage in ("pruned", "distilled", "qat")}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (title, values) in zip(figure.subplots(1, len(shown)), shown, strict=True):
         axes.plot(epochs, values, marker="o", markersize=3)
-        if first_pruned is not None:
-            axes.axvspan(first_pruned - 0.5, epochs[-1] + 0.5, alpha=0.12, color="tab:orange", label="pruning")
-            axes.legend(frameon=False)
+        for color, (stage, within) in zip(("tab:orange", "tab:green", "tab:purple"), later.items(), strict=True):
+            if within:
+                axes.axvspan(within[0] - 0.5, within[-1] + 0.5, alpha=0.12, color=color, label=TITLES[stage])
+                axes.legend(frameon=False)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=DPI)
@@ -76,4 +81,23 @@ def mistakes(path: Path, split: Split, found: Tensor, class_names: Sequence[str]
             axes.imshow(image, cmap="gray", vmin=0, vmax=255)
             is_class, found_class = (class_names[int(labels[wrong[i]])] for labels in (split.labels, found))
             axes.set_title(f"{found_class}\nis {is_class}", fontsize=7)
+    figure.savefig(path, dpi=DPI)
+
+
+def samples(path: Path, dataset: Dataset, augment: Augmentation, seed: int) -> None:
+    """Training images before and after the augmentation of the first epoch, with the parameters that were drawn."""
+    from matplotlib.figure import Figure
+
+    batch = dataset.train.first(SAMPLES)
+    view = augment(batch.images, batch.labels, (seed, 0, torch.arange(len(batch))))
+    shown = augment.sources(batch.images, view.draws)
+    figure = Figure(figsize=(10.5, 2.1 * -(-SAMPLES // 3)), layout="constrained")
+    for i, axes in enumerate(figure.subplots(-(-SAMPLES // 3), 3).flat):
+        axes.axis("off")
+        if i < len(batch):
+            pair = torch.cat([batch.images[i].float() / 255, shown[i].clamp(0, 1)], dim=2)
+            axes.imshow(pair.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+            name = dataset.class_names[int(batch.labels[i])]
+            drawn = textwrap.fill(view.draws.describe(i).replace("  ", " "), 52)
+            axes.set_title(f"{name}\n{drawn}", fontsize=6)
     figure.savefig(path, dpi=DPI)

@@ -6,25 +6,33 @@ everything else, so a training that was stopped and resumed ends with the same b
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import nn
 
 from imgopt_fast.augment import Compose
-from imgopt_fast.compress import Pruner, distillation_loss
+from imgopt_fast.compress import Pruner
 from imgopt_fast.data import Dataset, batches_per_epoch
 from imgopt_fast.training.augmentation import Augmentation
 from imgopt_fast.training.checkpoint import FILE, SECONDS, Position, interruptible, restore, save_checkpoint
+from imgopt_fast.training.clock import Clock
 from imgopt_fast.training.config import TrainConfig
+from imgopt_fast.training.distributed import Process
 from imgopt_fast.training.evaluate import accuracy, density
+from imgopt_fast.training.events import Events
+from imgopt_fast.training.optimizers import Updates
 from imgopt_fast.training.progress import Progress
 from imgopt_fast.training.report import EpochRow, write_summary
 from imgopt_fast.training.run_folder import RunFolder
+from imgopt_fast.training.sampled_gradients import SampledGradients
+from imgopt_fast.training.stages import Stage
+from imgopt_fast.training.teachers import Objective, Teacher
+from imgopt_fast.training.transfer import training_mode
+
+STOP, SAVE = 0, 1  # what a process tells the others with its gradients
 
 
 class DivergedError(RuntimeError):
@@ -36,29 +44,20 @@ class InterruptedTrainingError(Exception):
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Epochs under one optimizer and one rise and fall of the learning rate."""
-
-    name: str
-    first_epoch: int
-    epochs: int
-    lr: float
-    warmup_epochs: float
-
-    @property
-    def end(self) -> int:
-        return self.first_epoch + self.epochs
-
-
-@dataclass(frozen=True)
 class Fitting:
-    """What every stage works with: `augment` for training images, `prepare` for the others."""
+    """What every stage works with: `augment` for training images, `prepare` for the others.
+
+    `times`: seconds per stage and phase.
+    """
 
     config: TrainConfig
     dataset: Dataset
     augment: Augmentation
     prepare: Compose
     run: RunFolder
+    process: Process
+    events: Events
+    times: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def fit(
@@ -67,64 +66,85 @@ def fit(
     fitting: Fitting,
     epochs: list[EpochRow],
     pruner: Pruner | None = None,
-    teacher: nn.Module | None = None,
+    teacher: Teacher | None = None,
     checkpoint: dict[str, Any] | None = None,
 ) -> list[EpochRow]:
     """Train `model` in place through the epochs of `stage`, from `checkpoint` on where there is one.
 
-    With a `teacher`, a network in evaluation mode, the labels are only a part of the loss.
-
     Returns `epochs`, those of the stages before, with the new ones. Raises DivergedError or InterruptedTrainingError.
     """
-    config, images = fitting.config, fitting.dataset.train
-    steps = batches_per_epoch(len(images), config.batch_size)
-    optimizer = _optimizer(model, config, stage.lr)
-    schedule = LambdaLR(optimizer, lambda step: learning_rate(step, stage, steps, config.sched))
-    if pruner is not None:
-        pruner.optimizer = optimizer  # whose momentum must forget the pruned weights
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"pruner": pruner} if pruner else {})
-    at = restore(checkpoint, parts) if checkpoint else Position(stage.name, stage.first_epoch, epochs=epochs)
-    device, autocast, precision = images.labels.device, config.uses_amp(), torch.bfloat16
+    config, train, process = fitting.config, fitting.dataset.train, fitting.process
+    whole_set = config.opt == "gd"
+    steps = batches_per_epoch(len(train), config.batch_size, last=whole_set)
+    per_update = steps if whole_set else min(config.grad_accum_steps, steps)
+    objective = Objective(config, fitting.augment, fitting.dataset, model, teacher)
+    updates = Updates(model, objective, config, stage, -(-steps // per_update), process, pruner)
+    network = torch.compile(model, backend=config.torchcompile) if config.torchcompile else model
+    parts = {"model": model, "objective": objective} | updates.parts()
+    at = restore(checkpoint, parts, process.rank) if checkpoint else Position(stage.name, stage.first_epoch)
+    at.epochs = at.epochs or epochs
 
+    device = train.labels.device
+    precision, autocast = config.amp_type(), stage.amp and config.uses_amp()
+    halo = fitting.augment.halo if process.world > 1 else 0
+    clock = Clock(device)
+    flags = torch.zeros(2, device=device)
+    loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64, device=device)
     saved = time.perf_counter()
 
     def save() -> None:
         nonlocal saved
-        if not loss_sum.isfinite():  # nothing to resume from: the checkpoint before is
-            raise DivergedError(f"the loss is {loss_sum.item()} in epoch {at.epoch + 1}; try a lower --lr")
-        at.loss_sum = loss_sum.item()
-        fitting.run.write(FILE, lambda path: save_checkpoint(path, at, parts))
+        total = loss_sum.clone()
+        process.sum([total])
+        if not total.isfinite():  # nothing to resume from: the checkpoint before is
+            raise DivergedError(f"the loss is {total.item()} in epoch {at.epoch + 1}; try a lower --lr")
+        at.loss_sum = total.item() / process.world
+        states = process.gather(torch.get_rng_state())
+        fitting.run.write(FILE, lambda path: save_checkpoint(path, at, parts, states))
         fitting.run.keep = True
         saved = time.perf_counter()
 
-    done, total = (at.epoch - stage.first_epoch) * steps + at.batch, stage.epochs * steps
-    bar = Progress(stage.name, total * config.batch_size, done=done * config.batch_size)
+    done, total_steps = (at.epoch - stage.first_epoch) * steps + at.batch, stage.epochs * steps
+    bar = Progress(stage.name, total_steps * config.batch_size, done=done * config.batch_size, shown=process.main)
     with bar as progress, interruptible() as interrupted:
         while at.epoch < stage.end:
-            model.train()
-            began, count = time.perf_counter(), 0
-            loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64, device=device)
-            for index, batch in images.shuffled(config.batch_size, seed=config.seed, epoch=at.epoch, first=at.batch):
-                views, targets = fitting.augment(batch.images, batch.labels, (config.seed, at.epoch, index))
-                with torch.autocast(device.type, precision, enabled=autocast):
-                    loss = _loss(model(views), targets, views, teacher, config)
-                optimizer.zero_grad()
-                loss.backward()
-                if config.clip_grad is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-                optimizer.step()
-                schedule.step()
-                if pruner is not None:
-                    pruner.step()
-                loss_sum += loss.detach()
+            training_mode(model)
+            began, seen = time.perf_counter(), 0
+            batches = train.shuffled(
+                config.batch_size,
+                seed=config.seed,
+                epoch=at.epoch,
+                first=at.batch,
+                last=whole_set,
+                share=process.share(halo),
+            )
+            clock.start()
+            for index, batch in batches:
+                clock.lap("wait")
+                view = fitting.augment(batch.images, batch.labels, (config.seed, at.epoch, index), halo=halo)
+                clock.lap("augment")
+                with torch.autocast(device.type, precision, enabled=autocast), SampledGradients(config.grad_sampling):
+                    loss = objective(network, view)
+                clock.lap("forward")
+                first = at.batch // per_update * per_update  # of the batches of this update
+                images = _images(len(train), config.batch_size, first, min(first + per_update, steps))
+                updates.backward(loss, len(view.index) / images)
+                clock.lap("backward")
                 at.batch += 1
-                count += len(index)
-                progress.advance(len(index))
-                if interrupted() or time.perf_counter() - saved > SECONDS:
+                loss_sum += loss.detach() * (len(view.index) / _images(len(train), config.batch_size, 0, steps))
+                if at.batch % per_update == 0 or at.batch == steps:
+                    flags[STOP], flags[SAVE] = interrupted(), process.main and time.perf_counter() - saved > SECONDS
+                    updates.step(flags)
+                clock.lap("step")
+                seen += len(view.index)
+                progress.advance(len(view.index) * process.world)
+                if flags.any():
                     save()
-                if interrupted():
+                if flags[STOP]:
                     raise InterruptedTrainingError(fitting.run.path)
-            mean_loss = loss_sum.item() / steps  # waits for a GPU: the seconds are those of the work
+                clock.lap("step")
+            process.sum([loss_sum])
+            mean_loss = loss_sum.item()  # waits for a GPU: the seconds are those of the work
             seconds = time.perf_counter() - began
             if not math.isfinite(mean_loss):
                 raise DivergedError(f"the loss is {mean_loss} in epoch {at.epoch + 1}; try a lower --lr")
@@ -132,52 +152,32 @@ def fit(
                 epoch=at.epoch + 1,
                 stage=stage.name,
                 train_loss=mean_loss,
-                eval_top1=accuracy(model, fitting.dataset.validation, fitting.prepare),
-                lr=optimizer.param_groups[0]["lr"],
-                density=density(model),
+                eval_top1=accuracy(updates.evaluated, fitting.dataset.validation, fitting.prepare, process=process),
+                lr=updates.optimizer.param_groups[-1]["lr"],
+                density=density(updates.evaluated),
                 seconds=seconds,
-                images_per_second=count / seconds,
+                images_per_second=seen * process.world / seconds,
             )
             at = Position(stage.name, at.epoch + 1, epochs=[*at.epochs, row])
             loss_sum.zero_()
+            fitting.times[stage.name] = clock.seconds()
             fitting.run.write("summary.csv", partial(write_summary, epochs=at.epochs))
+            fitting.events.write(row, clock.seconds())
             save()
-            if interrupted():
+            if interrupted_anywhere(process, interrupted()):
                 raise InterruptedTrainingError(fitting.run.path)
-            progress.note(loss=f"{row.train_loss:.3f}", validation=f"{row.eval_top1:.1%}")
+            progress.note(
+                loss=f"{row.train_loss:.3f}", validation=f"{row.eval_top1:.1%}", wait=f"{clock.share('wait'):.1%}"
+            )
+    updates.finish()
+    objective.close()
     return at.epochs
 
 
-def _loss(logits: Tensor, labels: Tensor, images: Tensor, teacher: nn.Module | None, config: TrainConfig) -> Tensor:
-    """Cross entropy, and beside it the distance to what `teacher` says about exactly these images."""
-    if teacher is None or config.distill_loss_weight == 0:
-        return F.cross_entropy(logits, labels, label_smoothing=config.smoothing)
-    with torch.no_grad():
-        taught = teacher(images)
-    return distillation_loss(
-        logits,
-        taught,
-        labels,
-        temperature=config.kd_temperature,
-        alpha=config.distill_loss_weight,
-        label_smoothing=config.smoothing,
-    )
+def interrupted_anywhere(process: Process, here: bool) -> bool:
+    return any(process.gather(here))
 
 
-def learning_rate(step: int, stage: Stage, steps_per_epoch: int, sched: str) -> float:
-    """Share of the stage's highest rate at `step`: a linear rise, then half a cosine, or a line, down to zero."""
-    warmup, total = stage.warmup_epochs * steps_per_epoch, stage.epochs * steps_per_epoch
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1.0, total - warmup)
-    return 1 - progress if sched == "linear" else (1 + math.cos(math.pi * progress)) / 2
-
-
-def _optimizer(model: nn.Module, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    """SGD or AdamW; biases and batch norm's parameters do not decay."""
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if config.opt == "adamw":
-        return torch.optim.AdamW(groups, lr)
-    return torch.optim.SGD(groups, lr, config.momentum, nesterov=config.momentum > 0)
+def _images(count: int, batch_size: int, begin: int, end: int) -> int:
+    """Images in the batches from `begin` to `end`."""
+    return min(end * batch_size, count) - begin * batch_size

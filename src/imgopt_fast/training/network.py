@@ -13,8 +13,7 @@ from imgopt_fast.augment import Compose, Normalize
 from imgopt_fast.compress import Int8Config, PruneConfig, load_weights, prune, quantize
 from imgopt_fast.data import Dataset
 from imgopt_fast.models import create_model
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel
+from imgopt_fast.training.teachers import Teacher
 
 FILE, WEIGHTS = "network.yaml", "model.safetensors"
 # An int8 network is built by quantizing an untrained one, for its structure: every scale and weight is in the file, so
@@ -27,7 +26,7 @@ class Card:
     """How to build the network of model.safetensors, and what images it was trained on."""
 
     model: str
-    stage: str  # "dense", "pruned" or "int8": what kind of layers it has
+    stage: str  # the stage that it comes from: "int8" for an int8 network
     class_names: tuple[str, ...]
     channels: int
     height: int
@@ -68,50 +67,40 @@ class Network:
         """(N, classes) of uint8 `images` (N, C, H, W)."""
         return torch.softmax(self.module(self.card.prepare()(images)).float(), dim=1)
 
-    def as_teacher(self, dataset: Dataset, statistics: Statistics) -> nn.Module:
-        """The network for images of `dataset` that were normalized by its own `statistics` (mean, std).
+    def as_teacher(self, dataset: Dataset) -> Teacher:
+        """The network as a teacher of the images of `dataset`.
 
-        Raises ValueError when the network knows other classes or another number of channels.
+        Raises ValueError when it knows other classes or another number of channels.
         """
         if self.card.class_names != dataset.class_names or self.card.channels != dataset.channels:
             raise ValueError(
                 f"distill: expected a teacher of the {len(dataset.class_names)} classes and {dataset.channels} "
                 f"channels of {dataset.name}, got one of {len(self.card.class_names)} and {self.card.channels}"
             )
-        return _Renormalized(self.module, statistics, (self.card.mean, self.card.std)).eval()
+        device = dataset.validation.labels.device
+        normalize = Normalize(self.card.mean, self.card.std)
+        return Teacher(self.module.to(device), normalize, (self.card.height, self.card.width))
 
 
-class _Renormalized(nn.Module):
-    """`module` behind the change from one mean and standard deviation per channel to another."""
+def load_network(run: Path, stage: str | None = None) -> Network:
+    """The network of the run folder `run` as it was after `stage`, by default the final one.
 
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, module: nn.Module, given: Statistics, wanted: Statistics) -> None:
-        super().__init__()
-        self.module = module
-        (mean, std), (new_mean, new_std) = (torch.tensor(given)[..., None, None], torch.tensor(wanted)[..., None, None])
-        self.register_buffer("scale", std / new_std)
-        self.register_buffer("shift", (mean - new_mean) / new_std)
-        self.same = given == wanted
-
-    def forward(self, images: Tensor) -> Any:
-        return self.module(images if self.same else images * self.scale + self.shift)
-
-
-def load_network(run: Path) -> Network:
-    """The final network of the run folder `run`; ValueError when there is none or its files do not fit together."""
-    card = Card.load(run / FILE)
+    Raises ValueError when there is none or its files do not fit together.
+    """
+    card, weights = Card.load(run / FILE), WEIGHTS
+    if stage is not None and stage != card.stage:
+        card, weights = dataclasses.replace(card, stage=stage), f"{stage}.safetensors"
     module = create_model(card.model, num_classes=len(card.class_names), in_channels=card.channels)
     module = _to_channels_last(module).eval()
-    if card.stage == "pruned":
+    stored = load_weights(run / weights)
+    if any(name.endswith("weight_mask") for name in stored):
         prune(module, PruneConfig(sparsity=0))  # the layers; the masks are among the weights
     elif card.stage == "int8":
         module = quantize(module, [torch.rand(2, card.channels, card.height, card.width)], SKELETON)
     try:
-        module.load_state_dict(load_weights(run / WEIGHTS))
+        module.load_state_dict(stored)
     except RuntimeError as error:
-        raise ValueError(f"{run / WEIGHTS}: not the weights of {card.model} that {FILE} describes") from error
+        raise ValueError(f"{run / weights}: not the weights of {card.model} that {FILE} describes") from error
     return Network(card, module.eval())
 
 

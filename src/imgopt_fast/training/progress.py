@@ -9,7 +9,7 @@ from tqdm import tqdm
 class Progress:
     """Counts images; a context manager. tqdm shows nothing when stderr is not a terminal."""
 
-    def __init__(self, stage: str, images: int, *, done: int = 0) -> None:
+    def __init__(self, stage: str, images: int, *, done: int = 0, shown: bool = True) -> None:
         # A terminal that does not know its size (some in containers) says 0 by 0, where tqdm would draw nothing.
         terminal = shutil.get_terminal_size()
         self._bar = tqdm(
@@ -20,7 +20,7 @@ class Progress:
             unit_scale=True,
             ncols=terminal.columns,
             nrows=terminal.lines,
-            disable=None,
+            disable=None if shown else True,
         )
 
     def advance(self, images: int) -> None:

@@ -1,4 +1,4 @@
-"""The whole training, from images to a small int8 classifier: dense, then pruned, then quantized, then tested once.
+"""The whole training, from images to a small int8 classifier: dense, pruned, distilled, int8-aware, int8, tested once.
 
 The validation images serve every look along the way. The test images are touched at the end only, when nothing is
 left to choose.
@@ -6,6 +6,7 @@ left to choose.
 
 import copy
 import dataclasses
+import logging
 import time
 from datetime import datetime
 from functools import partial
@@ -16,23 +17,32 @@ import torch
 from torch import nn
 
 from imgopt_fast.augment import Compose, Normalize
-from imgopt_fast.compress import Int8Config, PruneConfig, load_weights, prune, quantize, save_weights
-from imgopt_fast.data import Dataset, batches_per_epoch, load_dataset
+from imgopt_fast.compress import Int8Config, PruneConfig, load_weights, prune, qat, quantize, save_weights
+from imgopt_fast.data import Dataset, Split, batches_per_epoch, load_dataset
 from imgopt_fast.models import create_model
 from imgopt_fast.training.augmentation import Augmentation
 from imgopt_fast.training.checkpoint import FILE as CHECKPOINT
 from imgopt_fast.training.checkpoint import load_checkpoint
 from imgopt_fast.training.config import TrainConfig
+from imgopt_fast.training.distributed import Process, joined, local_device
 from imgopt_fast.training.evaluate import accuracy, density, measure_speed, predictions
-from imgopt_fast.training.loop import Fitting, Stage, fit
+from imgopt_fast.training.events import Events
+from imgopt_fast.training.head import fit_head
+from imgopt_fast.training.loop import Fitting, fit
+from imgopt_fast.training.memory import peak_memory
 from imgopt_fast.training.network import FILE as CARD
 from imgopt_fast.training.network import WEIGHTS, Card, load_network
 from imgopt_fast.training.reference_loop import reference_epoch
-from imgopt_fast.training.report import Report, StageRow, write_report
+from imgopt_fast.training.report import Report, StageRow, write_report, write_summary
 from imgopt_fast.training.run_folder import RunFolder
+from imgopt_fast.training.stages import planned
+from imgopt_fast.training.teachers import Teacher
+from imgopt_fast.training.transfer import freeze_body, read_checkpoint, transfer_weights
 
 PRUNE_RAMP = 0.5  # share of the pruning steps over which weights are removed; the rest recovers
 PRUNE_UPDATES = 20  # mask updates on that way
+
+logger = logging.getLogger("imgopt_fast")
 
 
 def train(config: TrainConfig) -> Report:
@@ -40,111 +50,206 @@ def train(config: TrainConfig) -> Report:
 
     Raises DataError when the data cannot be read, ValueError when the configuration cannot work, OSError when the run
     folder cannot be written, DivergedError when the loss stops being finite, InterruptedTrainingError after Ctrl-C.
+    Under torchrun each process calls it; the report of the first one has the final tests.
     """
-    with RunFolder.create(_run_path(config)) as run:
-        run.write("config.yaml", config.save)
-        return _train(config, run, None)
+    config = _settled(config)
+    with joined(config.device) as process:
+        path = Path(process.gather(str(_run_path(config)))[0])  # the name has a time in it
+        with RunFolder.create(path, writes=process.main) as run:
+            run.write("config.yaml", config.save)
+            return _train(config, run, process, None)
 
 
 def resume(path: Path) -> Report:
     """Continue the training in the run folder `path` where its last checkpoint left it, as `train` would have.
 
-    On a CPU with the same number of threads the result has the bits of a training that was never stopped.
+    On a CPU with the same number of threads and processes the result has the bits of a training that was never
+    stopped; with another number of processes it goes on from the same weights, images and draws.
     """
     config = TrainConfig.load(path / "config.yaml")
-    return _train(config, RunFolder(path), load_checkpoint(path / CHECKPOINT))
+    with joined(config.device) as process:
+        run = RunFolder(path, writes=process.main)
+        return _train(config, run, process, load_checkpoint(path / CHECKPOINT))
 
 
-def _train(config: TrainConfig, run: RunFolder, checkpoint: dict[str, Any] | None) -> Report:
-    began = time.perf_counter()
-    data = Path(config.data) if config.data is not None else None
-    dataset = load_dataset(data, image_size=config.img_size, validation=config.validation)
-    mean, std = dataset.statistics()
+def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: dict[str, Any] | None) -> Report:
+    began, device = time.perf_counter(), _device(config)
+    with process.main_first():
+        dataset = load_dataset(config.data, image_size=config.img_size, validation=config.validation)
+    source = _source(config)
+    mean, std = dataset.statistics() if source is None else (source.mean, source.std)
+    decoding = time.perf_counter() - began
+    dataset = dataset.to(device)
+    if process.main and dataset.skipped:
+        logger.warning(f"{dataset.name}: left out {len(dataset.skipped)} images that cannot be read; see report.md")
+    _check_world(config, dataset, process)
     prepare = Compose([Normalize(mean, std)])
     augment = Augmentation(config, Normalize(mean, std), len(dataset.class_names))
-    dataset = dataset.to(_device(config))
-    fitting = Fitting(config, dataset, augment, prepare, run)
-    files = _weight_files(config)
+    events = Events(run.path if process.main else None)
+    fitting = Fitting(config, dataset, augment, prepare, run, process, events)
     torch.manual_seed(config.seed)
-    model = _create(config, dataset)
-    teacher = None
-    if config.distill is not None:
-        teacher = load_network(Path(config.distill)).as_teacher(dataset, (mean, std)).to(_device(config))
-    networks = {}
+    model, given = _start(config, dataset)
+    torch.manual_seed(config.seed + process.rank)  # dropout and sampled gradients differ between the processes
+    teacher = load_network(Path(config.distill)).as_teacher(dataset) if config.distill is not None else None
+    stages, files = planned(config), _weight_files(config, given)
+    at = checkpoint["position"] if checkpoint is not None else None
+    epochs = at.epochs if at is not None else []
+    networks: dict[str, nn.Module] = {}
+    if given:
+        run.write(files[given], partial(save_weights, model.state_dict()))
+        networks[given] = copy.deepcopy(model).eval()
 
-    dense = Stage("dense", 0, config.epochs, config.lr, config.warmup_epochs)
-    if checkpoint is None or checkpoint["position"].stage == dense.name:
-        epochs = fit(dense, model, fitting, [], teacher=teacher, checkpoint=checkpoint)
-        run.write(files[dense.name], partial(save_weights, model.state_dict()))
-        checkpoint = None
-    else:
-        epochs = []  # the checkpoint has them
-        model.load_state_dict(load_weights(run.path / files[dense.name]))
-    networks[dense.name] = copy.deepcopy(model).eval()
-
-    if "pruned" in files:
-        pruner = prune(model, _prune_config(config, dataset))
-        pruned = Stage("pruned", dense.end, config.prune_epochs, config.prune_lr, config.prune_warmup_epochs)
-        epochs = fit(pruned, model, fitting, epochs, pruner, teacher or networks[dense.name], checkpoint)
-        run.write(files[pruned.name], partial(save_weights, model.state_dict()))
-        networks[pruned.name] = model
+    for stage in stages:
+        pruner = None
+        if stage.name == "pruned":
+            pruner = prune(model, _prune_config(config, dataset))
+        elif stage.name == "qat":
+            model = qat(model.eval(), _calibration(config, fitting), Int8Config())
+        if at is not None and stage.end <= at.epoch and stage.name != at.stage:
+            model.load_state_dict(load_weights(run.path / files[stage.name]))
+        else:
+            taught_by = teacher
+            if teacher is None and stage.name != "dense" and networks:  # the first network is the largest
+                taught_by = Teacher(next(iter(networks.values())), augment.normalize, dataset.train.shape[1:])
+            if stage.name == "dense" and config.transfer == "features":
+                epochs = fit_head(stage, model, fitting)
+                run.write("summary.csv", partial(write_summary, epochs=epochs))
+            else:
+                epochs = fit(stage, model, fitting, epochs, pruner, taught_by, checkpoint)
+            checkpoint = None
+            if stage.name in files:
+                run.write(files[stage.name], partial(save_weights, model.state_dict()))
+        if stage.name in files:
+            networks[stage.name] = copy.deepcopy(model).eval()
+    events.close()
 
     if "int8" in files:
-        sample = dataset.train.take(torch.arange(min(config.calibration, len(dataset.train))))
-        batches = [prepare(batch.images) for batch in sample.in_order(config.batch_size)]
-        networks["int8"] = quantize(model.eval(), batches, Int8Config())
-        run.write(files["int8"], partial(save_weights, networks["int8"].state_dict()))
-
-    height, width = dataset.train.images.shape[2:]
-    card = Card(config.model, list(files)[-1], dataset.class_names, dataset.channels, height, width, mean, std)
+        float_model: Any = model.eval()
+        aware = bool(stages) and stages[-1].name == "qat"
+        int8 = float_model.convert() if aware else quantize(model, _calibration(config, fitting), Int8Config())
+        networks["int8"] = int8
+        run.write(files["int8"], partial(save_weights, int8.state_dict()))
+    card = Card(config.model, list(files)[-1], dataset.class_names, *dataset.train.shape, mean, std)
     run.write(CARD, card.save)
+    if not process.main:  # the tests are measurements, and the first process makes them alone
+        empty = torch.empty(0, dtype=torch.int64)
+        return Report(config, dataset, run.path, epochs, [], empty, None, time.perf_counter() - began, fitting.times)
 
     # The choices are made. Now, and only now, the test images.
-    images = prepare(dataset.test.take(torch.arange(min(config.batch_size, len(dataset.test)))).images)
-    stages = [
+    memory = peak_memory(run.path, list(files)) if config.memory else {}
+    images = prepare(dataset.test.first(config.batch_size).images)
+    rows = [
         StageRow(
             stage=name,
             test_top1=accuracy(network, dataset.test, prepare),
             density=density(network),
             file_bytes=(run.path / files[name]).stat().st_size,
+            peak_bytes=memory.get(name),
             speed=measure_speed(network, images),
         )
         for name, network in networks.items()
     ]
     reference = None
-    if config.reference_epoch:
+    if config.reference_epoch and isinstance(dataset.train, Split):
         plain = _create(dataclasses.replace(config, channels_last=False), dataset)
         reference = reference_epoch(config, plain, dataset.train, mean, std)
-    found = predictions(networks[stages[-1].stage], dataset.test, prepare)
+    found = predictions(networks[rows[-1].stage], dataset.test, prepare).cpu()
     seconds = time.perf_counter() - began
-    report = Report(config, dataset.to(torch.device("cpu")), run.path, epochs, stages, found.cpu(), reference, seconds)
-    write_report(run, report)
+    times = {"data": {"decode": decoding}} | fitting.times
+    shown = dataset.to(torch.device("cpu"))
+    report = Report(config, shown, run.path, epochs, rows, found, reference, seconds, times)
+    write_report(run, report, augment)
     return report
 
 
-def _weight_files(config: TrainConfig) -> dict[str, str]:
+def _source(config: TrainConfig) -> Card | None:
+    """What the run folder that the training begins with says about its network."""
+    path = Path(config.pretrained) if config.pretrained is not None else None
+    return Card.load(path / CARD) if path is not None and path.is_dir() else None
+
+
+def _settled(config: TrainConfig) -> TrainConfig:
+    """A network that is taken as it is says itself which one it is."""
+    source = _source(config) if config.epochs == 0 else None
+    return config if source is None else dataclasses.replace(config, model=source.model)
+
+
+def _start(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, str]:
+    """The network that the training begins with; beside it the name of its stage where it is a result already."""
+    if config.pretrained is None:
+        return _create(config, dataset), ""
+    path, card = Path(config.pretrained), _source(config)
+    if card is not None:
+        source = load_network(path, _last_float(path) if card.stage == "int8" else None)
+        if card.channels != dataset.channels:
+            raise ValueError(
+                f"pretrained: {path} takes {card.channels} channels, {dataset.name} has {dataset.channels}"
+            )
+        if config.epochs == 0:
+            if card.class_names != dataset.class_names:
+                raise ValueError(f"pretrained: {path} knows other classes than {dataset.name}; expected --epochs")
+            return _placed(config, source.module), source.card.stage
+        weights, known = source.module.state_dict(), list(card.class_names)
+    else:
+        weights, known = read_checkpoint(path), None
+    model = _create(config, dataset)
+    left = transfer_weights(model, weights, dataset.class_names, known)
+    logger.info(f"{path}: {len(left)} of {len(model.state_dict())} tensors keep their initial values: {_few(left)}")
+    if config.transfer != "finetune":
+        freeze_body(model)
+    return model, "" if config.epochs else "dense"
+
+
+def _last_float(path: Path) -> str:
+    """The last stage before int8 whose weights the run folder has."""
+    for stage in ("distilled", "pruned", "dense"):
+        if (path / f"{stage}.safetensors").exists():
+            return stage
+    raise ValueError(f"{path}: has no float network")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") or "none"
+
+
+def _calibration(config: TrainConfig, fitting: Fitting) -> list[torch.Tensor]:
+    sample = fitting.dataset.train.first(config.calibration)
+    return [fitting.prepare(batch.images) for batch in sample.in_order(config.batch_size)]
+
+
+def _weight_files(config: TrainConfig, given: str) -> dict[str, str]:
     """Stages of the recipe and the files that keep their networks; the last one is the result."""
-    stages = (
-        ["dense"]
-        + ["pruned"] * (config.prune_epochs > 0 and config.sparsity > 0)
-        + ["int8"] * (config.quantize == "int8")
-    )
-    return {stage: WEIGHTS if stage == stages[-1] else f"{stage}.safetensors" for stage in stages}
+    names = [given] if given else []
+    names += [stage.name for stage in planned(config) if stage.name != "qat"]
+    names += ["int8"] * (config.quantize == "int8")
+    return {name: WEIGHTS if name == names[-1] else f"{name}.safetensors" for name in names}
+
+
+def _check_world(config: TrainConfig, dataset: Dataset, process: Process) -> None:
+    short = len(dataset.train) % config.batch_size if config.opt == "gd" else 0
+    smallest = min([config.batch_size, len(dataset.train), *[short] * (short > 0)])
+    if smallest < process.world:
+        raise ValueError(f"batch_size: expected an image for each of {process.world} processes in every batch")
 
 
 def _device(config: TrainConfig) -> torch.device:
     try:
-        return torch.empty(0, device=config.device).device
+        return torch.empty(0, device=local_device(config.device)).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: cannot use {config.device!r}: {str(error).splitlines()[0]}") from error
 
 
 def _create(config: TrainConfig, dataset: Dataset) -> nn.Module:
-    model = create_model(config.model, num_classes=len(dataset.class_names), in_channels=dataset.channels)
+    return _placed(
+        config, create_model(config.model, num_classes=len(dataset.class_names), in_channels=dataset.channels)
+    )
+
+
+def _placed(config: TrainConfig, model: nn.Module) -> nn.Module:
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     # torch's annotations do not know the argument.
-    created: nn.Module = model.to(_device(config), memory_format=memory_format)  # type: ignore[call-overload]
-    return created
+    placed: nn.Module = model.to(_device(config), memory_format=memory_format)  # type: ignore[call-overload]
+    return placed
 
 
 def _run_path(config: TrainConfig) -> Path:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from imgopt_fast import __version__, _native
 from imgopt_fast.data import Dataset
-from imgopt_fast.training import figures
+from imgopt_fast.training import figures, memory
+from imgopt_fast.training.augmentation import Augmentation
 from imgopt_fast.training.config import TrainConfig, cpu_features
 from imgopt_fast.training.evaluate import Speed
+from imgopt_fast.training.page import page
 from imgopt_fast.training.run_folder import RunFolder
-
-STAGE_TITLES = {"dense": "dense float", "pruned": "pruned", "int8": "int8"}
+from imgopt_fast.training.stages import TITLES
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class StageRow:
     test_top1: float  # share of the test images, in [0, 1]
     density: float  # share of the weights that are not zero
     file_bytes: int
+    peak_bytes: int | None  # of inference, weights included; see imgopt_fast.training.memory
     speed: Speed
 
 
@@ -55,21 +57,29 @@ class Report:
     found: Tensor  # (N,) the class that the last network finds in each test image
     reference_seconds: float | None  # of one epoch in the plain PyTorch loop
     seconds: float  # of everything
+    times: dict[str, dict[str, float]]  # seconds per stage and phase
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The networks side by side: a line of titles, then one for each."""
+        return [
+            ("", "accuracy", "density", "size", "memory", "latency", "images/s"),
+            *(
+                (
+                    TITLES[row.stage],
+                    f"{row.test_top1:.2%}",
+                    f"{row.density:.0%}",
+                    f"{row.file_bytes / 1024:,.0f} KiB",
+                    "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.1f} MiB",
+                    f"{row.speed.latency * 1e3:.2f} ms",
+                    f"{row.speed.images_per_second:,.0f}",
+                )
+                for row in self.stages
+            ),
+        ]
 
     def table(self) -> str:
         """The networks side by side, and the epoch beside the plain loop's."""
-        head = ("", "accuracy", "density", "size", "latency", "images/s")
-        rows = [
-            (
-                STAGE_TITLES[row.stage],
-                f"{row.test_top1:.2%}",
-                f"{row.density:.0%}",
-                f"{row.file_bytes / 1024:,.0f} KiB",
-                f"{row.speed.latency * 1e3:.2f} ms",
-                f"{row.speed.images_per_second:,.0f}",
-            )
-            for row in self.stages
-        ]
+        head, *rows = self.cells()
         widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -97,13 +107,15 @@ class Report:
         return [*lines, f"Everything took {self.seconds:.0f} s; the run folder is {self.path}"]
 
 
-def write_report(run: RunFolder, report: Report) -> None:
+def write_report(run: RunFolder, report: Report, augment: Augmentation) -> None:
     names = report.dataset.class_names
+    run.write("samples.png", lambda path: figures.samples(path, report.dataset, augment, report.config.seed))
     run.write("summary.csv", lambda path: write_summary(path, report.epochs))
     run.write("curves.png", lambda path: figures.curves(path, report.epochs))
     run.write("confusion.png", lambda path: figures.confusion(path, report.dataset.test.labels, report.found, names))
     run.write("mistakes.png", lambda path: figures.mistakes(path, report.dataset.test, report.found, names))
     run.write("report.md", lambda path: path.write_text(_markdown(report)))
+    run.write("report.html", lambda path: path.write_text(page(report)))
 
 
 def write_summary(path: Path, epochs: list[EpochRow]) -> None:
@@ -116,12 +128,12 @@ def write_summary(path: Path, epochs: list[EpochRow]) -> None:
 
 def _markdown(report: Report) -> str:
     config, data = report.config, report.dataset
-    precision = "bfloat16 autocast" if config.uses_amp() else "float32"
+    precision = f"{config.amp_dtype} autocast" if config.uses_amp() else "float32"
     processor = cpu_features().get("cpu_name") or platform.processor()
     return f"""# {config.model} on {data.name}
 
 {len(data.class_names)} classes; {len(data.train):,} training, {len(data.validation):,} validation and \
-{len(data.test):,} test images of {data.train.images.shape[-1]} by {data.train.images.shape[-2]} pixels.
+{len(data.test):,} test images of {data.train.shape[2]} by {data.train.shape[1]} pixels.{_skipped(report)}
 
 ```
 {report.table()}
@@ -131,8 +143,10 @@ def _markdown(report: Report) -> str:
 {_standard_error(report):.1%}.
 - *density*: share of the convolution and linear weights that are not zero. *size*: of the weight file, in which a \
 mostly-zero tensor is stored as bits and values.
+- *memory*: weights, and the most by which a process grows while {memory.IMAGES} images go through.
 - *latency*: median at batch 1; *images/s*: at batch {min(config.batch_size, len(data.test))}; the float networks \
 run in float32.
+- Seconds: {_times(report)}.
 - Training: {precision}, seed {config.seed}. The plain PyTorch loop does the same work for one epoch (same network, \
 batches, augmentation ranges, loss and optimizer) with `affine_grid` + `grid_sample` in float32.
 - Machine: {processor}, {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads; \
@@ -141,13 +155,43 @@ torch {torch.__version__}, Python {platform.python_version()}.
 
 ![curves](curves.png)
 
+A batch as the network saw it, with the parameters that were drawn:
+
+![samples](samples.png)
+
 How often the final network takes images of one class (row) for another (column), and images that it gets wrong:
 
 ![confusion](confusion.png)
 ![mistakes](mistakes.png)
 
-Repeat it with `imgopt-fast train --config config.yaml`. The final network is `model.safetensors`.
+{_unreadable(report)}Repeat it with `imgopt-fast train --config config.yaml`. The final network is `model.safetensors`.
 """
+
+
+def time_lines(report: Report) -> list[str]:
+    """Where the time went: a line per stage with the share of each phase."""
+    lines = []
+    for stage, seconds in report.times.items():
+        total = sum(seconds.values())
+        shares = ", ".join(f"{phase} {value / max(total, 1e-9):.1%}" for phase, value in seconds.items())
+        lines.append(f"{stage} {total:.1f} s ({shares})")
+    return lines
+
+
+def _times(report: Report) -> str:
+    return "; ".join(time_lines(report))
+
+
+def _skipped(report: Report) -> str:
+    count = len(report.dataset.skipped)
+    return f" {count} images that cannot be read were left out." if count else ""
+
+
+def _unreadable(report: Report) -> str:
+    if not report.dataset.skipped:
+        return ""
+    lines = "\n".join(f"- `{name}`: {reason}" for name, reason in report.dataset.skipped)
+    return f"Left out:\n\n{lines}\n\n"
 
 
 def _standard_error(report: Report) -> float:

@@ -11,17 +11,22 @@ from pathlib import Path
 
 
 class RunFolder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    """`path`, written to if `writes`: of several processes one alone does."""
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self.keep = False  # from the first checkpoint on
 
     @classmethod
     @contextmanager
-    def create(cls, path: Path) -> Iterator["RunFolder"]:
+    def create(cls, path: Path, *, writes: bool = True) -> Iterator["RunFolder"]:
         """A new folder at `path`, with the parents it needs; on an error the folders made here disappear again.
 
         Raises ValueError when `path` exists.
         """
+        if not writes:
+            yield cls(path, writes=False)
+            return
         if path.exists():
             raise ValueError(f"{path}: exists already; choose another --experiment or --output")
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -40,6 +45,8 @@ class RunFolder:
     def write(self, name: str, writer: Callable[[Path], object]) -> Path:
         """The file `name`, made by `writer(path)`: the old one or the new one, at every moment, never a part."""
         path = self.path / name
+        if not self.writes:
+            return path
         partial = path.with_name(f".partial-{name}")  # keeps the suffix, by which libraries choose the format
         try:
             writer(partial)

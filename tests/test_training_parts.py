@@ -1,0 +1,310 @@
+"""The parts of the loop against what they are by definition: gradients, updates, averages, transfer, teachers."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_training import make_images, press_ctrl_c_at, results, tiny, tiny_network
+from torch import nn
+
+from imgopt_fast.compress import PruneConfig, prune
+from imgopt_fast.models import create_model
+from imgopt_fast.training import (
+    InterruptedTrainingError,
+    TrainConfig,
+    evaluate,
+    load_weights,
+    recipe,
+    resume,
+    save_weights,
+    train,
+)
+from imgopt_fast.training.distributed import Process
+from imgopt_fast.training.optimizers import Averaged, Zeros, layer_groups, make_optimizer, proximal_l1
+from imgopt_fast.training.sampled_gradients import SampledGradients
+from imgopt_fast.training.transfer import freeze_body, read_checkpoint, training_mode, transfer_weights
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("parts") / "images")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "LEAST_SECONDS", 0.01)
+    monkeypatch.setattr(recipe, "write_report", lambda *arguments: None)
+
+
+QUICK: dict[str, Any] = {"epochs": 1, "prune_epochs": 0, "quantize": "none", "reference_epoch": False, "amp": False}
+
+
+def no_batch_norm(num_classes: int, in_channels: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 6, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, 2, 1),
+        nn.Flatten(),
+        nn.Linear(72, num_classes),
+    )
+
+
+PLAIN = f"{__name__}:no_batch_norm"
+
+# ------------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize(("count", "every"), [(12, 3), (7, 2), (5, 4), (3, 8)])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(6, 4), (6,)),
+        (nn.Linear(6, 4, bias=False), (5, 6)),
+        (nn.Conv2d(6, 4, 3, 2, 1), (6, 7, 8)),
+        (nn.Conv2d(6, 4, 3, padding=(1, 0), dilation=2, groups=2, bias=False), (6, 7, 8)),
+    ],
+)
+def test_sampled_gradients_are_unbiased(
+    layer: nn.Module, shape: tuple[int, ...], count: int, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = copy.deepcopy(layer).double()
+    input = torch.randn(count, *shape, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(layer(input)).detach()
+    exact = torch.autograd.grad((layer(input) * direction).sum(), [input, *layer.parameters()])
+    parts = []
+    for part in range(min(every, count)):
+        monkeypatch.setattr(torch, "randint", lambda high, size, part=part: torch.tensor(part))
+        with SampledGradients(every):
+            output = layer(input)
+        parts.append(torch.autograd.grad((output * direction).sum(), [input, *layer.parameters()]))
+    torch.testing.assert_close(output, layer(input))
+    for i, gradient in enumerate(exact):
+        found = torch.stack([part[i] for part in parts])
+        torch.testing.assert_close(found.mean(0), gradient)
+        exact_in_every_part = i != 1  # all but the weight
+        assert all(torch.allclose(f, gradient) for f in found) == exact_in_every_part
+
+
+def test_sampled_gradients_train_any_network_in_bfloat16() -> None:
+    for name in ("resnet8", "vit"):
+        model = create_model(name, num_classes=3, in_channels=1)
+        with torch.autocast("cpu", torch.bfloat16), SampledGradients(2):
+            model(torch.rand(6, 1, 16, 16)).float().square().sum().backward()
+        assert all(
+            p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters()
+        )
+
+
+def test_gradient_descent_sees_the_whole_set_whatever_the_batch(images: Path) -> None:
+    weights = []
+    for batch_size in (1000, 16, 7):
+        config = tiny(images, f"gd {batch_size}", **QUICK | {"epochs": 3}, model=PLAIN, opt="gd", batch_size=batch_size)
+        weights.append(load_weights(train(config).path / "model.safetensors"))
+    for other in weights[1:]:
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_stop_between_two_updates_keeps_the_gradients(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = {"grad_accum_steps": 4, "model_ema_decay": 0.9, "grad_sampling": 2, "opt": "adam", "lr": 0.002}
+    whole = train(tiny(images, "accumulated whole", **QUICK, **ways))
+    press_ctrl_c_at(monkeypatch, 2)
+    with pytest.raises(InterruptedTrainingError):
+        train(tiny(images, "accumulated stopped", **QUICK, **ways))
+    stopped = resume(images.parent / "runs" / "accumulated stopped")
+    assert results(stopped.path) == results(whole.path)
+    first, second = (load_weights(run.path / "model.safetensors") for run in (whole, stopped))
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+# ------------------------------------------------------------------------------------------------------- updates
+
+
+def test_the_proximal_step_reaches_the_minimum_and_its_zeros() -> None:
+    target = torch.tensor([[1.0, -0.02, 0.3, -0.5, 0.05]])
+    weight = nn.Parameter(torch.randn(1, 5))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (0.5 * (weight - target).square().sum()).backward()
+        optimizer.step()
+        proximal_l1(optimizer, 0.1)
+    expected = target.sign() * (target.abs() - 0.1).clamp_min(0)
+    torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-5)
+    assert weight.detach()[0, 1] == 0 == weight.detach()[0, 4]
+
+
+def test_proximal_training_ends_with_exact_zeros(images: Path) -> None:
+    report = train(tiny(images, "l1", **QUICK | {"epochs": 2}, l1=0.1))
+    assert report.stages[0].density < 0.9
+
+
+def test_averaged_weights_are_the_moving_average_and_respect_masks() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    pruner = prune(model, PruneConfig(sparsity=0.5))
+    averaged, expected = Averaged(model, 0.9), None
+    for _ in range(5):
+        with torch.no_grad():
+            model[0].weight.add_(torch.randn(4, 4))
+            model[1].running_mean.add_(1)
+        pruner.step()
+        averaged.update(model)
+        now = model[0].weight.detach().clone()
+        expected = now if expected is None else 0.9 * expected + 0.1 * now
+    torch.testing.assert_close(averaged.module[0].weight.detach(), expected)
+    assert averaged.module[1].running_mean.equal(model[1].running_mean)
+    pruner.layers["0"].set_mask(torch.eye(4, dtype=torch.bool))
+    averaged.update(model)
+    assert averaged.module[0].weight.count_nonzero() == 4
+
+
+def test_zeros_stay_zeros() -> None:
+    sparse, dense = nn.Linear(4, 4), nn.Linear(4, 4)
+    with torch.no_grad():
+        sparse.weight[:2] = 0
+    zeros = Zeros(nn.Sequential(sparse, dense))
+    with torch.no_grad():
+        for layer in (sparse, dense):
+            layer.weight.add_(1)
+    zeros.step()
+    assert sparse.weight.count_nonzero() == 8
+    assert dense.weight.count_nonzero() == 16
+
+
+def test_lower_layers_learn_less() -> None:
+    model = create_model("resnet8", num_classes=3, in_channels=1)
+    assert len(layer_groups(model)) == 2 + 3 + 1  # conv1, bn1, a block for each of three stages, fc
+    groups = make_optimizer(model, nn.Module(), TrainConfig(layer_decay=0.5), 0.8).param_groups
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rate[id(model.fc.weight)] == rate[id(model.fc.bias)] == 0.8
+    assert rate[id(model.layer3[0].conv1.weight)] == rate[id(model.layer3[0].bn2.bias)] == 0.4
+    assert rate[id(model.conv1.weight)] == pytest.approx(0.8 * 0.5**5)
+    assert len(rate) == len(list(model.parameters()))
+    freeze_body(model)
+    groups = make_optimizer(model, nn.Module(), TrainConfig(), 0.8).param_groups
+    assert {id(p) for group in groups for p in group["params"]} == {id(model.fc.weight), id(model.fc.bias)}
+
+
+def test_parts_of_a_batch_cover_it_with_their_halo() -> None:
+    index = torch.arange(10, 21)
+    for world in (2, 3):
+        parts = [Process(rank, world).share(2)(index) for rank in range(world)]  # type: ignore[misc]
+        assert torch.cat([part[2:] for part in parts]).equal(index)
+        assert parts[0][:2].tolist() == [19, 20]
+        assert parts[1][:2].tolist() == parts[0][-2:].tolist()
+    assert Process().share(2) is None
+
+
+# ------------------------------------------------------------------------------------------------------- transfer
+
+
+def test_rows_of_the_last_layer_follow_the_class_names() -> None:
+    source, target = (create_model("resnet8", num_classes=n, in_channels=1) for n in (3, 4))
+    before = target.fc.weight.detach().clone()
+    left = transfer_weights(target, source.state_dict(), ("bee", "cow", "ant", "cat"), ("ant", "bee", "cat"))
+    assert left == ["fc.weight[cow]", "fc.bias[cow]"]
+    for row, origin in ((0, 1), (2, 0), (3, 2)):
+        assert target.fc.weight[row].equal(source.fc.weight[origin])
+        assert target.fc.bias[row].equal(source.fc.bias[origin])
+    assert target.fc.weight[1].equal(before[1])
+    assert target.layer2[0].bn1.running_var.equal(source.layer2[0].bn1.running_var)
+    other = create_model("resnet8", num_classes=4, in_channels=3)
+    left = transfer_weights(other, source.state_dict(), ("a", "b", "c", "d"), None)
+    assert left == ["conv1.weight", "fc.weight", "fc.bias"]
+    with pytest.raises(ValueError, match="none of its weights"):
+        transfer_weights(nn.Sequential(nn.Linear(2, 2)), source.state_dict(), ("a", "b"), None)
+
+
+def test_checkpoints_of_other_programs(tmp_path: Path) -> None:
+    weights = {"module.fc.weight": torch.ones(2, 3), "module.fc.bias": torch.zeros(2)}
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "a.pth")
+    assert list(read_checkpoint(tmp_path / "a.pth")) == ["fc.weight", "fc.bias"]
+    save_weights({"x": torch.ones(2)}, tmp_path / "b.safetensors")
+    assert list(read_checkpoint(tmp_path / "b.safetensors")) == ["x"]
+    (tmp_path / "c.pt").write_text("nothing")
+    torch.save([1, 2], tmp_path / "d.pt")
+    for name in ("c.pt", "d.pt"):
+        with pytest.raises(ValueError, match=rf"{name}: not a file of weights"):
+            read_checkpoint(tmp_path / name)
+
+
+def test_a_frozen_body_keeps_weights_and_statistics() -> None:
+    model = tiny_network(3, 1)
+    freeze_body(model)
+    before = copy.deepcopy(model.state_dict())
+    training_mode(model)
+    assert not model[1].training
+    assert model[-1].training
+    optimizer = make_optimizer(model, nn.Module(), TrainConfig(), 0.1)
+    F.cross_entropy(model(torch.rand(8, 1, 12, 12)), torch.arange(8) % 3).backward()
+    optimizer.step()
+    changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
+    assert changed == {"8.weight", "8.bias"}
+
+
+@pytest.fixture(scope="module")
+def first(images: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "LEAST_SECONDS", 0.01)
+        patch.setattr(recipe, "write_report", lambda *arguments: None)
+        return train(tiny(images, "first", **QUICK | {"epochs": 3})).path
+
+
+@pytest.mark.parametrize("transfer", ["frozen", "features"])
+def test_transfer_trains_the_head_alone(images: Path, first: Path, transfer: str) -> None:
+    config = tiny(images, transfer, **QUICK | {"epochs": 6}, pretrained=str(first), transfer=transfer)
+    report = train(config)
+    old, new = (load_weights(path / "model.safetensors") for path in (first, report.path))
+    assert {name for name in old if not old[name].equal(new[name])} == {"8.weight", "8.bias"}
+    assert len(report.epochs) == 6
+    assert report.epochs[-1].train_loss < report.epochs[0].train_loss + 0.01
+    assert report.stages[0].test_top1 > 0.5
+
+
+def test_finetuning_begins_where_the_other_ended(images: Path, first: Path) -> None:
+    settings = QUICK | {"lr": 1e-9, "pretrained": str(first)}
+    report = train(tiny(images, "finetuned", **settings))
+    weights = tiny(images, "from weights", **settings | {"pretrained": str(first / "model.safetensors")})
+    for path in (report.path, train(weights).path):
+        old, new = load_weights(first / "model.safetensors"), load_weights(path / "model.safetensors")
+        torch.testing.assert_close(new["0.weight"], old["0.weight"])
+        torch.testing.assert_close(new["8.weight"], old["8.weight"])
+    with pytest.raises(ValueError, match="none of its weights"):
+        train(tiny(images, "other", **settings | {"model": "resnet8"}))
+
+
+# ------------------------------------------------------------------------------------------------------- teachers
+
+
+def test_hints_and_tables_of_a_teacher_are_heard(images: Path, first: Path) -> None:
+    taught = QUICK | {"distill": str(first)}
+    ways: dict[str, dict[str, Any]] = {
+        "taught": {},
+        "hinted": {"kd_hint_weight": 1.0},
+        "hinted only": {"kd_hint_weight": 1.0, "distill_loss_weight": 0.0},
+        "table": {"kd_cache": True},
+    }
+    found = {name: results(train(tiny(images, name, **taught, **way)).path) for name, way in ways.items()}
+    assert len({str(rows) for rows in found.values()}) == len(ways)
+    again = train(tiny(images, "table again", **taught, kd_cache=True)).path
+    assert results(again) == found["table"]
+
+
+def test_a_table_says_what_the_teacher_would(images: Path, first: Path) -> None:
+    """Without augmentation both are the same training."""
+    still = {"hflip": 0.0, "degrees": 0.0, "translate": 0.0, "scale": (1.0, 1.0), "distill": str(first)}
+    losses = []
+    for cached in (False, True):
+        report = train(tiny(images, f"still {cached}", **QUICK, **still, kd_cache=cached))
+        losses.append(report.epochs[0].train_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_half_precision_and_compilation_train(images: Path) -> None:
+    for name, way in {"half": {"amp": True, "amp_dtype": "float16"}, "compiled": {"torchcompile": "eager"}}.items():
+        report = train(dataclasses.replace(tiny(images, name, **QUICK), **way))
+        assert report.epochs[0].train_loss < 2
