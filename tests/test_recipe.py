@@ -210,7 +210,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, monkeypatch: pytest.M
     """Without batch norm, whose statistics are those of a part, the two differ in the order of sums only."""
     images = make_images(tmp_path / "images")
     ways: dict[str, Any] = {
-        "model": "test_training_parts:no_batch_norm", "epochs": 2, "prune_epochs": 1, "quantize": "none",
+        "model": "small_networks:no_batch_norm", "epochs": 2, "prune_epochs": 1, "quantize": "none",
         "mixup": 0.4, "cutmix": 1.0, "reference_epoch": False, "amp": False, "grad_accum_steps": 2,
     }  # fmt: skip
     alone = train(tiny(images, "alone", **ways)).path

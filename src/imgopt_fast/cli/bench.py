@@ -12,6 +12,12 @@ from typing import Any
 FULL_SECONDS, QUICK_SECONDS = 0.15, 0.1
 
 
+EXAMPLES = """examples:
+  imgopt-fast bench --quick
+  imgopt-fast bench --op affine_warp --threads 2 --json results.json
+"""
+
+
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the verb."""
     parser = subparsers.add_parser(
@@ -19,6 +25,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="time the operations against their peers on this machine",
         description="Times every operation against PyTorch and the installed peers (OpenCV, kornia, albumentations, "
         "onnxruntime, OpenVINO, scipy), each with the same number of threads, after checking that the results agree.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="a few cases only, under a minute")
     parser.add_argument("--op", action="append", metavar="NAME", help="only this one; may be repeated")

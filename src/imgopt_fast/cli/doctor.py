@@ -30,6 +30,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="say what is installed, which kernels run here, and what is missing",
         description="Prints versions, processor features, the kernels in use per operation and what each missing "
         "piece costs. The exit code is 1 when something is broken; a missing optional piece is not.",
+        epilog="examples:\n  imgopt-fast doctor",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 

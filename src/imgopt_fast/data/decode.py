@@ -72,6 +72,20 @@ def decode_into(data: bytes, pixels: NDArray[np.uint8]) -> Header:
     return header
 
 
+def decode_whole(data: bytes) -> NDArray[np.uint8]:
+    """(height, width, 3) pixels of an image file at its own size, upright. Raises UnreadableError."""
+    if simplejpeg is not None and data.startswith(JPEG) and _EXIF not in data[:EXIF_WITHIN]:
+        try:
+            rows, columns, colors, _ = simplejpeg.decode_jpeg_header(data)
+            if colors in PLAIN_COLORS and rows * columns <= _most_pixels():
+                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
+                return pixels
+        except ValueError:
+            pass  # Pillow has the last word
+    with _opened(data) as image:
+        return np.array(ImageOps.exif_transpose(_eight_bits(image)).convert("RGB"))
+
+
 def read_header(data: bytes) -> Header:
     """Raises UnreadableError."""
     with _opened(data) as image:

@@ -89,7 +89,7 @@ def fit(
     halo = fitting.augment.halo if process.world > 1 else 0
     clock = Clock(device)
     flags = torch.zeros(2, device=device)
-    loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64, device=device)
+    loss_sum = torch.tensor(at.loss_sum / process.world, dtype=torch.float64, device=device)
     saved = time.perf_counter()
 
     def save() -> None:
@@ -98,7 +98,7 @@ def fit(
         process.sum([total])
         if not total.isfinite():  # nothing to resume from: the checkpoint before is
             raise DivergedError(f"the loss is {total.item()} in epoch {at.epoch + 1}; try a lower --lr")
-        at.loss_sum = total.item() / process.world
+        at.loss_sum = total.item()
         states = process.gather(torch.get_rng_state())
         fitting.run.write(FILE, lambda path: save_checkpoint(path, at, parts, states))
         fitting.run.keep = True

@@ -6,6 +6,7 @@ scratch of the kernels, of torch's allocator and of ours. Linux only, where a pr
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ def peak_memory(run: Path, stages: Sequence[str]) -> dict[str, int]:
     if sys.platform != "linux":
         return {}
     command = [sys.executable, "-m", __name__, str(run), *stages]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    setting = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # a model may come from anywhere
+    result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, env=setting)
     if result.returncode:
         return {}
     found: dict[str, int] = json.loads(result.stdout.splitlines()[-1])

@@ -59,7 +59,6 @@ class Updates:
             "optimizer": self.optimizer,
             "schedule": self.schedule,
             "scaler": self.scaler,
-            "gradients": Gradients(self.parameters),
         }
         optional = {"pruner": self.pruner, "averaged": self.averaged}
         return parts | {name: part for name, part in optional.items() if part is not None}
@@ -178,17 +177,3 @@ class Zeros:
     def step(self) -> None:
         for weight, kept in self._kept:
             weight.mul_(kept)
-
-
-class Gradients:
-    """The gradients between two updates, for a checkpoint in the middle of an accumulation."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = parameters
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {str(i): p.grad for i, p in enumerate(self._parameters) if p.grad is not None}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for i, p in enumerate(self._parameters):
-            p.grad = state[str(i)].to(p.device) if str(i) in state else None

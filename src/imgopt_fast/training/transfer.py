@@ -28,8 +28,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         stored = torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{path}: not a file of weights") from error
+    stored = stored if isinstance(stored, dict) else {}
     for key in ("state_dict", "model", "state"):  # as training scripts wrap them
-        if isinstance(stored, dict) and isinstance(stored.get(key), dict):
+        if isinstance(stored.get(key), dict):
             stored = stored[key]
     weights = {name.removeprefix("module."): t for name, t in stored.items() if isinstance(t, Tensor)}
     if not weights:

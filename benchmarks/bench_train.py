@@ -1,0 +1,286 @@
+"""The training against a plain PyTorch loop, and what surrounds it: decoding, the cache, photos, transfer.
+
+    python benchmarks/bench_train.py throughput CIFAR     images/s of both loops: ResNet-20, batch 128, alternated
+    python benchmarks/bench_train.py accuracy CIFAR       both loops over three seeds: hours on two cores
+    python benchmarks/bench_train.py decode CIFAR         decoding all files, and reading them from the cache
+    python benchmarks/bench_train.py head CIFAR           a new last layer on cached features
+    python benchmarks/bench_train.py photos PHOTOS        decode and augment to 224x224, against Pillow
+
+CIFAR is a zip or folder of CIFAR-10 as JPEG files, PHOTOS a folder of photos; IMGOPT_CIFAR and IMGOPT_PHOTOS serve as
+well. OMP_NUM_THREADS sets the threads of both sides. The plain loop is what a careful user writes: a DataLoader over
+decoded images in memory with as many workers as threads, the same augmentation per sample in albumentations, float32,
+NCHW, SGD with the same settings. What both do is checked before it is timed.
+"""
+
+import argparse
+import dataclasses
+import io
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from imgopt_fast.augment import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop
+from imgopt_fast.data import Dataset, load_dataset
+from imgopt_fast.models import create_model
+from imgopt_fast.training import TrainConfig, evaluate, train
+from imgopt_fast.training.augmentation import Augmentation
+from imgopt_fast.training.clock import share
+from imgopt_fast.training.distributed import Process
+from imgopt_fast.training.events import Events
+from imgopt_fast.training.head import fit_head
+from imgopt_fast.training.loop import Fitting, fit
+from imgopt_fast.training.run_folder import RunFolder
+from imgopt_fast.training.stages import Stage
+
+SIDE = 224  # of the photos
+CROP = {"scale": (0.25, 1.0), "ratio": (3 / 4, 4 / 3)}
+RECIPE = TrainConfig(model="resnet20", epochs=30, lr=0.2, quantize="none", prune_epochs=0, reference_epoch=False)
+
+
+# ------------------------------------------------------------------------------------------------------- the plain loop
+
+
+class PlainImages(TorchDataset[tuple[Tensor, int]]):
+    """Decoded images in memory; each is augmented by albumentations when a worker asks for it."""
+
+    def __init__(self, config: TrainConfig, images: Tensor, labels: Tensor, mean: Any, std: Any) -> None:
+        import albumentations as A
+        import cv2
+
+        cv2.setNumThreads(0)
+        self.images, self.labels = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.tolist()
+        shift = (-config.translate, config.translate)
+        self.transform = A.Compose([
+            A.HorizontalFlip(p=config.hflip),
+            A.Affine(scale=config.scale, translate_percent=shift, rotate=(-config.degrees, config.degrees), p=1.0),
+            A.Normalize(mean, std, max_pixel_value=255.0),
+        ])  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image = self.transform(image=self.images[i])["image"]
+        return torch.from_numpy(image.transpose(2, 0, 1).copy()), self.labels[i]
+
+
+def plain_steps(config: TrainConfig, data: Dataset, model: nn.Module, workers: int, steps: int) -> Iterator[int]:
+    """Trains `model` for `steps` updates under the schedule of `config`; yields the images of each."""
+    mean, std = data.statistics()
+    images = PlainImages(config, data.train.first(len(data.train)).images, data.train.labels, mean, std)
+    loader = DataLoader(
+        images, config.batch_size, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
+    )
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, config.lr, config.momentum, nesterov=True)
+    warmup = config.warmup_epochs * len(loader)
+
+    def rate(step: int) -> float:
+        return (step + 1) / (warmup + 1) if step < warmup else (
+            1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+        ) / 2  # fmt: skip
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    done = 0
+    while done < steps:
+        model.train()
+        for batch, labels in loader:
+            loss = F.cross_entropy(model(batch), labels, label_smoothing=config.smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            done += 1
+            yield len(labels)
+            if done == steps:
+                return
+
+
+# ------------------------------------------------------------------------------------------------------- measurements
+
+
+def shortened(data: Dataset, images: int) -> Dataset:
+    return dataclasses.replace(data, train=data.train.first(images), validation=data.validation.take(torch.arange(64)))
+
+
+def our_epoch(config: TrainConfig, data: Dataset, mean: Any, std: Any) -> tuple[float, dict[str, float]]:
+    """Images/s of an epoch over `data` in our loop, and the seconds of its phases."""
+    model = create_model(config.model, num_classes=len(data.class_names), in_channels=data.channels)
+    model = model.to(memory_format=torch.channels_last)
+    augment = Augmentation(config, Normalize(mean, std), len(data.class_names))
+    prepare = Compose([Normalize(mean, std)])
+    with tempfile.TemporaryDirectory() as folder:
+        fitting = Fitting(config, data, augment, prepare, RunFolder(Path(folder)), Process(), Events(None))
+        (row,) = fit(Stage("dense", 0, 1, config.lr, 0.5), model, fitting, [])
+    return row.images_per_second, fitting.times["dense"]
+
+
+def throughput(path: str, rounds: int, images: int) -> None:
+    """Both loops in turn; each round trains `images` images in each, behind a few steps that are not counted."""
+    config, data = RECIPE, load_dataset(path)
+    mean, std = data.statistics()
+    workers = torch.get_num_threads()
+    part, steps, skip = shortened(data, images), images // config.batch_size, 4
+    model = create_model(config.model, num_classes=len(data.class_names), in_channels=data.channels)
+    plain = plain_steps(config, data, model, workers, (rounds + 1) * (steps + skip))
+    our_epoch(config, shortened(data, 4 * config.batch_size), mean, std)
+    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    waits = []
+    for _ in range(rounds):
+        rate, times = our_epoch(config, part, mean, std)
+        rates["ours"].append(rate)
+        waits.append(share(times, "wait"))
+        for _ in range(skip):  # the workers' queues have filled while ours ran
+            next(plain)
+        begin = time.perf_counter()
+        count = sum(next(plain) for _ in range(steps))
+        rates["plain"].append(count / (time.perf_counter() - begin))
+    ratios = [a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)]
+    precision = config.amp_dtype if config.uses_amp() else "float32"
+    print(f"{workers} threads; ours in {precision}, channels_last; plain in float32 with {workers} workers")
+    for name, values in rates.items():
+        print(f"{name:6} {statistics.median(values):8,.0f} images/s  ({min(values):,.0f} to {max(values):,.0f})")
+    print(f"ratio  {statistics.median(ratios):8.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"data wait of ours {statistics.median(waits):.2%}")
+
+
+def accuracies(path: str, seeds: int, epochs: int) -> None:
+    """Test accuracy of both loops after the same number of epochs, for each seed."""
+    data = load_dataset(path)
+    mean, std = data.statistics()
+    found: dict[str, list[float]] = {"ours": [], "plain": []}
+    for seed in range(seeds):
+        config = dataclasses.replace(RECIPE, data=path, epochs=epochs, seed=seed, memory=False)
+        with tempfile.TemporaryDirectory() as folder:
+            report = train(dataclasses.replace(config, output=folder))
+        found["ours"].append(report.stages[-1].test_top1)
+        torch.manual_seed(seed)
+        model = create_model(config.model, num_classes=len(data.class_names), in_channels=data.channels)
+        steps = epochs * (len(data.train) // config.batch_size)
+        for _ in plain_steps(config, data, model, torch.get_num_threads(), steps):
+            pass
+        prepare = Compose([Normalize(mean, std)])
+        found["plain"].append(evaluate.accuracy(model, data.test, prepare))
+        print(f"seed {seed}: ours {found['ours'][-1]:.2%}, plain {found['plain'][-1]:.2%}", flush=True)
+    for name, values in found.items():
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(f"{name:6} {statistics.mean(values):.2%} ± {spread:.2%}")
+
+
+def decoding(path: str) -> None:
+    """Seconds to decode every file, and to find them in the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["IMGOPT_CACHE"] = folder
+        for what in ("decoded", "from the cache", "from the cache"):
+            begin = time.perf_counter()
+            data = load_dataset(path)
+            seconds = time.perf_counter() - begin
+            count = len(data.train) + len(data.validation) + len(data.test)
+            print(f"{count:,} files {what}: {seconds:.2f} s")
+
+
+def heads(path: str) -> None:
+    """Seconds of a transfer to a new last layer on cached features, behind an untrained ResNet-20."""
+    config, data = RECIPE, load_dataset(path)
+    mean, std = data.statistics()
+    model = create_model(config.model, num_classes=len(data.class_names), in_channels=data.channels)
+    model = model.to(memory_format=torch.channels_last)
+    prepare = Compose([Normalize(mean, std)])
+    augment = Augmentation(config, Normalize(mean, std), len(data.class_names))
+    with tempfile.TemporaryDirectory() as folder:
+        fitting = Fitting(config, data, augment, prepare, RunFolder(Path(folder)), Process(), Events(None))
+        fit_head(Stage("dense", 0, 20, config.lr, 0.0), model, fitting)
+    times = fitting.times["dense"]
+    print(
+        f"{len(data.train):,} images: features {times['features']:.1f} s, 20 epochs of the head {times['head']:.1f} s"
+    )
+
+
+def photos(folder: str, rounds: int) -> None:
+    """Images/s from JPEG bytes to normalized 224x224 floats, in one thread: ours, and Pillow with NumPy."""
+    files = [path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in (".jpg", ".jpeg")]
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    torch.set_num_threads(1)
+    crop = Compose([RandomResizedCrop(SIDE, **CROP), RandomHorizontalFlip(), Normalize(mean, std)])
+    rng = np.random.default_rng(0)
+
+    def ours() -> Tensor:
+        from imgopt_fast.data.decode import decode_whole
+
+        views = [crop(torch.from_numpy(decode_whole(d)).permute(2, 0, 1), key=(0, 0, i)) for i, d in enumerate(files)]
+        return torch.stack(views)
+
+    def plain() -> Tensor:
+        views = []
+        for data in files:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            width, height = image.size
+            area = rng.uniform(*CROP["scale"]) * width * height
+            ratio = math.exp(rng.uniform(*map(math.log, CROP["ratio"])))
+            w, h = min(width, round(math.sqrt(area * ratio))), min(height, round(math.sqrt(area / ratio)))
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            view = image.crop((left, top, left + w, top + h)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            if rng.random() < 0.5:
+                view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            tensor = torch.from_numpy(np.array(view)).permute(2, 0, 1).contiguous().float().div_(255)
+            views.append((tensor - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])
+        return torch.stack(views)
+
+    calls: dict[str, Callable[[], Tensor]] = {"ours": ours, "plain": plain}
+    for call in calls.values():
+        assert call().shape == (len(files), 3, SIDE, SIDE)
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            rates[name].append(len(files) / (time.perf_counter() - begin))
+    ratios = [a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)]
+    for name, values in rates.items():
+        print(f"{name:6} {statistics.median(values):6.0f} photos/s  ({min(values):.0f} to {max(values):.0f})")
+    print(f"ratio  {statistics.median(ratios):6.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("throughput", "accuracy", "decode", "head", "photos"))
+    parser.add_argument("data", nargs="?", help="default: IMGOPT_CIFAR, for photos IMGOPT_PHOTOS")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=2560, help="per round of `throughput` (default: 2560)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=30)
+    arguments = parser.parse_args()
+    path = arguments.data or os.environ.get("IMGOPT_PHOTOS" if arguments.what == "photos" else "IMGOPT_CIFAR")
+    if path is None:
+        parser.error("expected a data set, as an argument or in IMGOPT_CIFAR or IMGOPT_PHOTOS")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    torch.manual_seed(0)
+    if arguments.what == "throughput":
+        throughput(path, arguments.rounds, arguments.images)
+    elif arguments.what == "accuracy":
+        accuracies(path, arguments.seeds, arguments.epochs)
+    elif arguments.what == "decode":
+        decoding(path)
+    elif arguments.what == "head":
+        heads(path)
+    else:
+        photos(path, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
