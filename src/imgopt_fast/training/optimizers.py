@@ -171,9 +171,9 @@ class Zeros:
 
     def __init__(self, model: nn.Module) -> None:
         weights = [p for p in model.parameters() if p.ndim in (2, 4)]
-        self._kept = [(w, w.detach() != 0) for w in weights if (w == 0).float().mean() >= ZEROS_KEPT_FROM]
+        self._zeros = [(w, w.detach() == 0) for w in weights if (w == 0).float().mean() >= ZEROS_KEPT_FROM]
 
     @torch.no_grad()
     def step(self) -> None:
-        for weight, kept in self._kept:
-            weight.mul_(kept)
+        for weight, zeros in self._zeros:
+            weight.masked_fill_(zeros, 0)
