@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../pages.h"
 #include "../torch_stable.h"
 #include "binding.h"
 
@@ -130,6 +131,7 @@ Tensor affine_warp(Tensor images, Tensor matrix, std::vector<int64_t> size, std:
     p.output = output.mutable_data_ptr();
     p.output_dtype = pixel_dtype(output, "dtype");
     set_strides(output, p.output_stride);
+    prefer_large_pages(p.output, output.numel() * static_cast<int64_t>(output.element_size()));
     if (output.numel() > 0) {
         const KernelTable& table_of_isa = kernels();
         parallel_units(batch * size[0], row_grain(p),

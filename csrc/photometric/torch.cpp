@@ -1,6 +1,7 @@
 // adjust_hue and adjust_sharpness for torch on the CPU: checks, allocation, and the loop over threads.
 #include <cmath>
 
+#include "../pages.h"
 #include "../torch_stable.h"
 
 namespace imgopt {
@@ -42,6 +43,7 @@ Tensor adjust_hue(Tensor images, Tensor shift) {
     STD_TORCH_CHECK(images.size(1) == 3, "images: expected three channels");
     const std::vector<float> turn = scaled(shift, images.size(0), "shift", sixths);
     Tensor output = torch::stable::empty_like(dense.tensor);
+    prefer_large_pages(output.mutable_data_ptr(), output.numel() * static_cast<int64_t>(output.element_size()));
     const Hue p{dtype_of(images, "images"),      dense.tensor.const_data_ptr(),
                 output.mutable_data_ptr(),       turn.data(),
                 images.size(2) * images.size(3), dense.interleaved};
@@ -57,6 +59,7 @@ Tensor adjust_sharpness(Tensor images, Tensor factor) {
     const int64_t channels = images.size(1), height = images.size(2);
     const std::vector<float> weight = scaled(factor, images.size(0), "factor", smoothing);
     Tensor output = torch::stable::empty_like(dense.tensor);
+    prefer_large_pages(output.mutable_data_ptr(), output.numel() * static_cast<int64_t>(output.element_size()));
     const int64_t step = dense.interleaved ? channels : 1, planes = dense.interleaved ? 1 : channels;
     const Sharpness p{dtype_of(images, "images"),
                       dense.tensor.const_data_ptr(),
