@@ -68,9 +68,10 @@ IMGOPT_HD inline float widened(BFloat16 v) { return float_of_bits(uint32_t{v.bit
 IMGOPT_HD inline float widened(Half v) {
     const uint32_t sign = uint32_t{v.bits} << 16 & 0x80000000u;
     const uint32_t rest = uint32_t{v.bits & 0x7fffu} << 13;
-    // Re-biased by a multiplication with 2^112, which also makes subnormals right; infinity and NaN by hand.
-    if (rest >= 0x0f800000u) return float_of_bits(sign | rest | 0x7f800000u);
-    return float_of_bits(sign | bits_of_float(float_of_bits(rest) * 0x1p112f));
+    // Re-biased by a multiplication with 2^112, which also makes subnormals right; infinity and NaN by hand. Without a
+    // branch, for the loops over many.
+    const uint32_t ordinary = bits_of_float(float_of_bits(rest) * 0x1p112f);
+    return float_of_bits(sign | (rest >= 0x0f800000u ? rest | 0x7f800000u : ordinary));
 }
 
 IMGOPT_HD inline void narrow(float v, float* to) { *to = v; }

@@ -2,18 +2,10 @@
 // vector unit calls warp_rows() for the cases that it does not accelerate.
 #pragma once
 
-#include "arithmetic.h"
+#include "points.h"
 
 namespace imgopt {
 namespace {
-
-// One image as it is sampled; strides count elements.
-template <class T>
-struct Source {
-    const T* data;
-    int64_t row, column, channel;
-    int32_t height, width;
-};
 
 // --- box filter and table ------------------------------------------------------------------------------------------
 
@@ -138,23 +130,6 @@ double unit<uint8_t>(Interpolation interpolation) {
 }
 
 template <class R>
-R bilinear(const uint8_t* data, const Taps<2>& t, R fx, R fy, double fill) {
-    const BilinearWeights w = bilinear_weights(fx, fy);
-    const int32_t outside = static_cast<int32_t>(fill);
-    const auto at = [&](int i, int j) { return t.y[i] < 0 || t.x[j] < 0 ? outside : int32_t{data[t.y[i] + t.x[j]]}; };
-    return static_cast<R>(at(0, 0) * w.w00 + at(0, 1) * w.w01 + at(1, 0) * w.w10 + at(1, 1) * w.w11);
-}
-template <class T, class R>
-R bilinear(const T* data, const Taps<2>& t, R fx, R fy, double fill) {
-    R row[2];
-    for (int i = 0; i < 2; ++i) {
-        const R left = tap<T, R>(data, t.y[i], t.x[0], fill);
-        row[i] = fused(fx, tap<T, R>(data, t.y[i], t.x[1], fill) - left, left);
-    }
-    return fused(fy, row[1] - row[0], row[0]);
-}
-
-template <class R>
 R bicubic(const uint8_t* data, const Taps<4>& t, R fx, R fy, double fill) {
     int32_t wx[4];
     R wy[4], sum = 0;
@@ -184,62 +159,18 @@ R bicubic(const T* data, const Taps<4>& t, R fx, R fy, double fill) {
     return sum;
 }
 
-// Bilinear samples whose taps all lie inside the image, which most do: no branch per tap, offsets once for all
-// channels.
-constexpr int kInside = 16;
-
-template <class T, class R>
-bool all_inside(const Source<T>& source, const Point<R>* points) {
-    bool inside = true;
-    for (int i = 0; i < kInside; ++i) {
-        const Point<R>& at = points[i];
-        inside &= at.finite & (at.x >= 0) & (at.y >= 0) & (at.x < source.width - 1) & (at.y < source.height - 1);
-    }
-    return inside;
-}
-
-template <class R>
-R bilinear_inside(const uint8_t* data, int64_t row, int64_t column, R fx, R fy) {
-    const BilinearWeights w = bilinear_weights(fx, fy);
-    return static_cast<R>(data[0] * w.w00 + data[column] * w.w01 + data[row] * w.w10 + data[row + column] * w.w11);
-}
-template <class T, class R>
-R bilinear_inside(const T* data, int64_t row, int64_t column, R fx, R fy) {
-    const R p00 = static_cast<R>(widened(data[0])), p10 = static_cast<R>(widened(data[row]));
-    const R above = fused(fx, static_cast<R>(widened(data[column])) - p00, p00);
-    const R below = fused(fx, static_cast<R>(widened(data[row + column])) - p10, p10);
-    return fused(fy, below - above, above);
-}
-
-template <class T, class R>
-void sample_inside(const Source<T>& source, const Point<R>* points, int64_t c0, int channels, R* to) {
-    int64_t at[kInside];
-    R fx[kInside], fy[kInside];
-    for (int i = 0; i < kInside; ++i) {
-        at[i] = points[i].y * source.row + points[i].x * source.column;
-        fx[i] = points[i].fx;
-        fy[i] = points[i].fy;
-    }
-    for (int c = 0; c < channels; ++c) {
-        const T* data = source.data + (c0 + c) * source.channel;
-        for (int i = 0; i < kInside; ++i)
-            to[c * kBlock + i] = bilinear_inside(data + at[i], source.row, source.column, fx[i], fy[i]);
-    }
-}
-
 // `count` samples of channels [c0, c0 + channels), each channel at its own kBlock values of `to`.
 template <class T, class R>
-void sample_block(const AffineWarp& p, const Source<T>& source, const Point<R>* points, int count, int64_t c0,
+void sample_block(const AffineWarp& p, const Source<T>& source, const Points<R>& points, int count, int64_t c0,
                   int channels, R* to) {
     const R whole = static_cast<R>(unit<T>(p.interpolation));
-    const bool bilinear_wanted = p.interpolation == Interpolation::bilinear;
+    const bool in_groups = p.interpolation == Interpolation::bilinear, near = near_offsets(source);
+    for (int i = 0; in_groups && i < count; i += kSome)
+        near ? bilinear_some<int32_t>(p, source, points, i, c0, channels, to)
+             : bilinear_some<int64_t>(p, source, points, i, c0, channels, to);
     for (int i = 0; i < count; ++i) {
-        if (bilinear_wanted && i % kInside == 0 && i + kInside <= count && all_inside(source, points + i)) {
-            sample_inside(source, points + i, c0, channels, to + i);
-            i += kInside - 1;
-            continue;
-        }
-        const Point<R>& point = points[i];
+        const Point<R> point = points[i];
+        if (in_groups && point.finite) continue;
         const auto store = [&](auto&& sampler) {
             for (int c = 0; c < channels; ++c)
                 to[c * kBlock + i] = sampler(source.data + (c0 + c) * source.channel, p.fill[c0 + c]);
@@ -249,9 +180,6 @@ void sample_block(const AffineWarp& p, const Source<T>& source, const Point<R>* 
         } else if (p.interpolation == Interpolation::nearest) {
             const Taps<1> t(source, point.x, point.y, p.padding);
             store([&](const T* data, double fill) { return tap<T, R>(data, t.y[0], t.x[0], fill); });
-        } else if (bilinear_wanted) {
-            const Taps<2> t(source, point.x, point.y, p.padding);
-            store([&](const T* data, double fill) { return bilinear(data, t, point.fx, point.fy, fill); });
         } else {
             const Taps<4> t(source, point.x, point.y, p.padding);
             store([&](const T* data, double fill) { return bicubic(data, t, point.fx, point.fy, fill); });
@@ -308,30 +236,39 @@ void store_block(const AffineWarp& p, double whole, int64_t offset, int count, i
 
 // --- forward -------------------------------------------------------------------------------------------------------
 
+// The next image comes from memory while this one is computed, a share of it with every row: the order in which a
+// turned image is read is one that no processor foresees.
+struct Ahead {
+    const void* from;  // null: nothing
+    int64_t bytes, rows, done;
+
+    void row() {
+        if (!from) return;
+        const int64_t end = ++done * bytes / rows;
+        for (int64_t i = (done - 1) * bytes / rows; i < end; i += 64)
+            __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+    }
+};
+
 // Rows [y0, y1) and columns [x0, x1) of one image; x0 is a multiple of kBlock.
 template <class T, class R>
 void warp_tile(const AffineWarp& p, const Map& map, const Source<T>& source, int64_t image, int64_t y0, int64_t y1,
-               int64_t x0, int64_t x1) {
+               int64_t x0, int64_t x1, Ahead& ahead) {
     const double whole = unit<T>(p.interpolation);
     const double* color = p.color_matrix ? p.color_matrix + image * p.color_stride : nullptr;
-    const int group = color ? 3 : 1;  // channels that the epilogue needs together
-    Point<R> points[kBlock];
-    R values[3 * kBlock];
+    const int together = p.channels <= 4 ? static_cast<int>(p.channels) : 1;  // the colour matrix needs three
+    Points<R> points;
+    R values[4 * kBlock];
     for (int64_t y = y0; y < y1; ++y) {
+        ahead.row();
         for (int64_t x = x0; x < x1; x += kBlock) {
             const int count = static_cast<int>(x1 - x < kBlock ? x1 - x : kBlock);
-            Base<R> base{};
-            if (map.affine) base = affine_base<R>(map.m, x, y);
-            for (int i = 0; i < count; ++i) {
-                points[i] = point_at(p, map, base, x, i, y);
-                fold(points[i].x, points[i].fx, source.width, p.padding);
-                fold(points[i].y, points[i].fy, source.height, p.padding);
-            }
+            locate_points(p, map, source.width, source.height, x, y, count, points);
             const int64_t offset = image * p.output_stride[0] + y * p.output_stride[2] + x * p.output_stride[3];
-            for (int64_t c0 = 0; c0 < p.channels; c0 += group) {
-                sample_block(p, source, points, count, c0, group, values);
+            for (int64_t c0 = 0; c0 < p.channels; c0 += together) {
+                sample_block(p, source, points, count, c0, together, values);
                 if (color) color_block(p, color, whole, count, values);
-                for (int c = 0; c < group; ++c)
+                for (int c = 0; c < together; ++c)
                     store_block(p, whole, offset + (c0 + c) * p.output_stride[1], count, c0 + c, values + c * kBlock);
             }
         }
@@ -355,7 +292,11 @@ void warp_rows_of(const AffineWarp& p, int64_t begin, int64_t end) {
         const Map map = map_of(p, image);
         const int64_t bytes = prepared_bytes<T>(p, map);
         const Source<T> source = prepared<T>(p, map, image, bytes ? thread_scratch(bytes) : nullptr);
-        warp_tile<T, R>(p, map, source, image, y0, y1, 0, p.output_width);
+        const int64_t size = p.channels * p.height * p.width;
+        const bool more = image + 1 < p.batch && (image + 1) * p.output_height < end && p.images_stride[0] == size;
+        Ahead ahead{more ? static_cast<const T*>(p.images) + (image + 1) * size : nullptr, size * int64_t{sizeof(T)},
+                    y1 - y0, 0};
+        warp_tile<T, R>(p, map, source, image, y0, y1, 0, p.output_width, ahead);
     });
 }
 

@@ -186,18 +186,6 @@ IMGOPT_INLINE void locate_block(const AffineWarp& p, const Map& map, const Sourc
     }
 }
 
-// The next image comes from memory while this one is computed, a share of it with every row.
-struct Ahead {
-    const uint8_t* from;
-    int64_t bytes, rows, done;
-
-    void row() {
-        if (!from) return;
-        const int64_t end = ++done * bytes / rows;
-        for (int64_t i = (done - 1) * bytes / rows; i < end; i += 64) __builtin_prefetch(from + i, 0, 2);
-    }
-};
-
 template <class Isa, int C, int taps, class T>
 void warp_strip(const AffineWarp& p, const Map& map, const Source<uint8_t>& source, const Window& w,
                 const Epilogue<C>& epilogue_of_image, int64_t image, int64_t y0, int64_t y1, int64_t x0, int64_t x1,
@@ -299,11 +287,12 @@ void warp_windowed(const AffineWarp& p, int64_t begin, int64_t end) {
             return true;
         };
         if (warp(y_begin, y_end, 0, p.output_width)) return;
+        Ahead nothing{};
         for (int64_t y0 = y_begin; y0 < y_end; y0 += kTile)
             for (int64_t x0 = 0; x0 < p.output_width; x0 += kTile) {
                 const int64_t y1 = y0 + kTile < y_end ? y0 + kTile : y_end;
                 const int64_t x1 = x0 + kTile < p.output_width ? x0 + kTile : p.output_width;
-                if (!warp(y0, y1, x0, x1)) warp_tile<uint8_t, float>(p, map, source, image, y0, y1, x0, x1);
+                if (!warp(y0, y1, x0, x1)) warp_tile<uint8_t, float>(p, map, source, image, y0, y1, x0, x1, nothing);
             }
     });
 }
