@@ -491,6 +491,10 @@ struct Isa {
         for (int c = 0; c < C; ++c) v[c] = _mm512_set1_ps(fill[c]);
     }
     IMGOPT_INLINE static void color(const float* m, float unit, __m512* v) { apply_color(m, unit, v); }
+    template <int C>
+    IMGOPT_INLINE static void copy(uint8_t* to, const Target& at, const Group& from, int half) {
+        store_dwords<C>(to, at, load_dwords(from.origin, from.offset + half * kLanes));
+    }
     template <int C, bool overshoots, class T>
     IMGOPT_INLINE static void put(T* to, const Target& at, const Epilogue<C>& epilogue, const __m512* v) {
         store<C, overshoots>(to, at, epilogue, v);

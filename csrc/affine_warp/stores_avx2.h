@@ -35,6 +35,20 @@ IMGOPT_INLINE void put_plane(T* to, __m128i v, int count) {
     for (int i = 0; i < count; ++i) to[i] = plane[i];
 }
 
+// Four pixels side by side, and four more.
+template <int C>
+IMGOPT_INLINE void put_pixels(uint8_t* to, const Target& at, __m128i first, __m128i second) {
+    if (at.room * C >= 4 * C + 16) {
+        put_bytes(to, first);
+        put_bytes(to + 4 * C, second);
+        return;
+    }
+    alignas(16) uint8_t pixels[32];
+    put_bytes(pixels, first);
+    put_bytes(pixels + 4 * C, second);
+    __builtin_memcpy(to, pixels, static_cast<size_t>(at.count) * C);
+}
+
 template <int C>
 IMGOPT_INLINE void store(uint8_t* to, const Target& at, const Epilogue<C>& e, const __m256* v) {
     const __m256 factor = _mm256_set1_ps(e.levels);
@@ -52,16 +66,16 @@ IMGOPT_INLINE void store(uint8_t* to, const Target& at, const Epilogue<C>& e, co
     }
     const __m128i order = C == 4 ? _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0)
                                  : _mm_set_epi8(-1, -1, -1, -1, 11, 7, 3, 10, 6, 2, 9, 5, 1, 8, 4, 0);
-    const __m128i first = _mm_shuffle_epi8(low, order), second = _mm_shuffle_epi8(high, order);
-    if (at.room * C >= 4 * C + 16) {
-        put_bytes(to, first);
-        put_bytes(to + 4 * C, second);
-        return;
-    }
-    alignas(16) uint8_t pixels[32];
-    put_bytes(pixels, first);
-    put_bytes(pixels + 4 * C, second);
-    __builtin_memcpy(to, pixels, static_cast<size_t>(at.count) * C);
+    put_pixels<C>(to, at, _mm_shuffle_epi8(low, order), _mm_shuffle_epi8(high, order));
+}
+
+// Pixels as they are, one per dword.
+template <int C>
+IMGOPT_INLINE void store_dwords(uint8_t* to, const Target& at, __m256i dwords) {
+    const __m128i order = C == 4 ? _mm_set_epi8(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)
+                                 : _mm_set_epi8(-1, -1, -1, -1, 14, 13, 12, 10, 9, 8, 6, 5, 4, 2, 1, 0);
+    put_pixels<C>(to, at, _mm_shuffle_epi8(_mm256_castsi256_si128(dwords), order),
+                  _mm_shuffle_epi8(_mm256_extracti128_si256(dwords, 1), order));
 }
 
 IMGOPT_INLINE __m256 narrowed(__m256 v, const float*) { return v; }

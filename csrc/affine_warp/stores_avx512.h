@@ -48,6 +48,20 @@ IMGOPT_INLINE __m512i levels(__m512 v, float factor) {
     return _mm512_castps_si512(_mm512_add_ps(level, _mm512_set1_ps(12582912.0f)));
 }
 
+// Sixteen pixels side by side.
+template <int C>
+IMGOPT_INLINE void put_pixels(uint8_t* to, const Target& at, __m512i pixels) {
+    // Whole vectors avoid the mask: a masked byte store costs as much as the sampling.
+    if (at.room * C >= 64) {
+        _mm512_storeu_si512(to, pixels);
+    } else if (at.count < kLanes || C == 4) {
+        _mm512_mask_storeu_epi8(to, at.count * C < 64 ? (1ull << at.count * C) - 1 : ~0ull, pixels);
+    } else {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(pixels));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 32), _mm512_extracti32x4_epi32(pixels, 2));
+    }
+}
+
 template <int C, bool overshoots>
 IMGOPT_INLINE void store(uint8_t* to, const Target& at, const Epilogue<C>& e, const __m512* v) {
     static constexpr InterleaveIndices<C> kIndices;
@@ -67,15 +81,21 @@ IMGOPT_INLINE void store(uint8_t* to, const Target& at, const Epilogue<C>& e, co
     __m512i pixels = _mm512_permutex2var_epi8(level[0], _mm512_load_si512(kIndices.bytes[0]), level[C > 1]);
     if constexpr (C > 2) pixels = _mm512_mask_permutexvar_epi8(pixels, kIndices.third_bytes, each, level[2]);
     if constexpr (C > 3) pixels = _mm512_mask_permutexvar_epi8(pixels, kIndices.fourth_bytes, each, level[3]);
-    // Whole vectors avoid the mask: a masked byte store costs as much as the sampling.
-    if (at.room * C >= 64) {
-        _mm512_storeu_si512(to, pixels);
-    } else if (at.count < kLanes) {
-        _mm512_mask_storeu_epi8(to, (1ull << at.count * C) - 1, pixels);
-    } else {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(pixels));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 32), _mm512_extracti32x4_epi32(pixels, 2));
-    }
+    put_pixels<C>(to, at, pixels);
+}
+
+// Pixels as they are, one per dword.
+template <int C>
+IMGOPT_INLINE void store_dwords(uint8_t* to, const Target& at, __m512i dwords) {
+    struct Indices {
+        alignas(64) uint8_t byte[64];
+
+        constexpr Indices() : byte{} {
+            for (int e = 0; e < 16 * C; ++e) byte[e] = static_cast<uint8_t>(e / C * 4 + e % C);
+        }
+    };
+    static constexpr Indices kIndices;
+    put_pixels<C>(to, at, C == 4 ? dwords : _mm512_permutexvar_epi8(_mm512_load_si512(kIndices.byte), dwords));
 }
 
 template <int C>

@@ -214,16 +214,23 @@ void warp_strip(const AffineWarp& p, const Map& map, const Source<uint8_t>& sour
                 const auto half = [&](int h) __attribute__((always_inline)) {
                     target.room = room;
                     target.count = room < lanes ? static_cast<int>(room) : lanes;
-                    typename Isa::Vector samples[C];
-                    if (group.touched) {
-                        Isa::template samples<C, taps>(w, group, h, samples);
-                        if (!affine) Isa::template blend<C>(epilogue.fill, group, h, samples);
-                    } else {
-                        Isa::template spread<C>(epilogue.fill, samples);
+                    bool copied = false;
+                    if constexpr (taps == 1 && C > 1 && sizeof(T) == 1) {
+                        copied = group.touched && affine && !epilogue.colored && !target.planar;
+                        if (copied) Isa::template copy<C>(to, target, group, h);
                     }
-                    if constexpr (C == 3)
-                        if (epilogue.colored) Isa::color(epilogue.color, epilogue.unit, samples);
-                    Isa::template put<C, taps == 4>(to, target, epilogue, samples);
+                    if (!copied) {
+                        typename Isa::Vector samples[C];
+                        if (group.touched) {
+                            Isa::template samples<C, taps>(w, group, h, samples);
+                            if (!affine) Isa::template blend<C>(epilogue.fill, group, h, samples);
+                        } else {
+                            Isa::template spread<C>(epilogue.fill, samples);
+                        }
+                        if constexpr (C == 3)
+                            if (epilogue.colored) Isa::color(epilogue.color, epilogue.unit, samples);
+                        Isa::template put<C, taps == 4>(to, target, epilogue, samples);
+                    }
                     room -= lanes;
                     to += lanes * step;
                 };
