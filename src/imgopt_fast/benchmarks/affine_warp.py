@@ -4,6 +4,13 @@ A batch of 64 uint8 RGB images of 224 x 224, each with its own rotation of up to
 of 0.8 to 1.2, unless the name says otherwise. OpenCV runs in a loop over the batch, which is how it is used; the
 conversion to what a network takes is charged to every contestant of a case that ends there. The images are smooth
 with a little noise, as photographs are.
+
+Where the time of the bilinear uint8 case goes on a Zen 5 core with AVX-512, by sampling and by leaving steps out: of 45
+cycles per sixteen pixels 18 load the taps and weigh them, sixteen loads of 16 bytes whose addresses come from memory;
+10 are coordinates and weights, 10 rounding, interleaving and stores, 6 the window; images that come from memory and not
+from the cache add a fifth. OpenCV's warp is five times that. The sampling alone is near what the loads allow; one
+channel and nearest need the same sixteen addresses and gain little from their smaller pixels. Pipelines add the mean of
+the source (contrast), 15 microseconds per image, the colour matrix, 5, and the faults of their fresh output.
 """
 
 import math
