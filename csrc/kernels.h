@@ -64,7 +64,8 @@ struct Probe {
 // Padding: a tap outside the image is `fill` (constant, blended tap by tap) or the border pixel (edge). reflect (about
 //   the border pixel's centre, period 2n - 2) and symmetric (about its outer edge, period 2n) first fold the
 //   coordinate; a mirrored fraction f > 0 becomes 1 - f. An axis of size 1 replicates.
-// Weights. nearest: floor(x + 1/2). bilinear on uint8: integers of the fixed sum S = 32512 = 127 · 256. The right column
+// Weights. nearest: floor(x + 1/2). bilinear on uint8: integers of the fixed sum S = 32512 = 127 · 256. The right
+// column
 //   has w1 = rne(fx S), product in R, the left one w0 = S - w1; with v = min(rne(fy 2^15), 2^15 - 1) the lower row has
 //   (w v + 2^14) >> 15 of each, the upper one the rest. No weight is negative, and they are off by less than 0.016
 //   levels; acc <= 255 S < 2^23 is exact in int32 and in float32. S splits into two bytes, 127 · 256, which is what the
@@ -275,7 +276,8 @@ struct MaskedMatmul {
     void* output;        // (samples, rows), of x's dtype
 };
 
-// gradient[source[i]] = sum over n of grad[n, row(i)] * x[n, column(i)], for the values i that are no padding.
+// gradient[source[i]] = sum over n of grad[n, row(i)] * x[n, column(i)], for the values i that are no padding; 0
+// elsewhere. Row o of the structure is the `row_size` positions from o * row_size on.
 struct MaskedWeightGrad {
     RowQuads weight;
     MaskedInput x;
@@ -284,7 +286,7 @@ struct MaskedWeightGrad {
     void* sums;             // float, 4 per step; double for f64: working memory
     void* gradient;         // of x's dtype
     int64_t grad_stride;
-    int64_t values;  // length of source and sums
+    int64_t row_size;  // 0 where the rows of the structure are not those of the weight: the gradient comes zeroed
 };
 
 // values[i] = weight[source[i]], 0 where source is -1, widened to float (f64: double).

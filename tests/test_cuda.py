@@ -366,7 +366,7 @@ def masked_problem(
     layout = mask_layout(mask.to(device))
     operands = [torch.randn(samples, inputs), torch.randn(out, inputs), torch.randn(out)]
     leaves = [t.to(device, dtype).requires_grad_() for t in operands]
-    shape = [out, inputs, layout.block, layout.transposed_block]
+    shape = [out, inputs, layout.block, layout.transposed_block, 0]
     found = masked_module.MATMUL(*leaves, *layout[1:7], shape, [])
     grad = torch.randn(samples, out).to(dtype)
     gradients = torch.autograd.grad(found, leaves, grad.to(device))

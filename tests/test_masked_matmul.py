@@ -1,6 +1,9 @@
 """masked_matmul, masked_conv2d and int8_masked_matmul against dense products in float64 and int64."""
 
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,7 +170,7 @@ def test_twins(twin: Any) -> None:
     mask = random_mask(67, 300, 0.3)
     made = mask_layout(mask)
     x, w, g, bias = torch.randn(9, 300), torch.randn(67, 300), torch.randn(9, 67), torch.randn(67)
-    shape = [67, 300, made.block, made.transposed_block]
+    shape = [67, 300, made.block, made.transposed_block, 0]
     kept = torch.where(mask, w, 0).double()
     y = twin.masked_matmul(x, w, bias, *made[1:7], shape, [])
     torch.testing.assert_close(y.double(), x.double() @ kept.t() + bias.double(), rtol=1e-4, atol=1e-4)
@@ -324,7 +327,7 @@ def test_autocast() -> None:
 def test_opcheck() -> None:
     mask = random_mask(9, 20, 0.4)
     made = mask_layout(mask)
-    shape = [9, 20, made.block, made.transposed_block]
+    shape = [9, 20, made.block, made.transposed_block, 0]
     x, w, b = torch.randn(4, 20, requires_grad=True), torch.randn(9, 20, requires_grad=True), torch.randn(9)
     torch.library.opcheck(module.MATMUL, (x, w, b, *made[1:7], shape, []))
     torch.library.opcheck(module.WEIGHT_GRAD, (x, torch.randn(4, 9), *made[1:7], shape, [], [9, 20]))
@@ -395,6 +398,26 @@ def assert_int8(dtype: torch.dtype) -> None:
             ours = int8_masked_matmul(x, packed, **options)  # type: ignore[arg-type]
             theirs = int8_conv2d(x[:, :, None, None], dense, **options)[:, :, 0, 0]  # type: ignore[arg-type]
             assert torch.equal(ours, theirs)
+
+
+# --- other instruction sets ------------------------------------------------------------------------------------------
+
+
+def test_neon_unit_in_an_emulator(tmp_path: Path) -> None:
+    """The NEON kernels against the scalar ones, where a cross compiler and an emulator are installed."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    tests = Path(__file__).parent
+    csrc = tests.parent / "csrc"
+    units = [str(csrc / "masked_matmul" / f"{isa}.cpp") for isa in ("neon", "scalar")]
+    program = str(tmp_path / "compare")
+    flags = ["-O1", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-static"]
+    flags += ["-march=armv8.2-a+dotprod+fp16", f"-I{csrc}"]
+    command = [compiler, *flags, str(tests / "neon_masked_matmul.cpp"), *units, "-o", program]
+    subprocess.run(command, check=True, timeout=300)
+    found = subprocess.run([emulator, program], capture_output=True, text=True, timeout=300, check=False)
+    assert found.stdout == "44 cases, 0 differ\n"
 
 
 # --- NumPy -----------------------------------------------------------------------------------------------------------

@@ -177,14 +177,24 @@ void plain_matmul(const MaskedMatmul& p, int64_t begin, int64_t end) {
     }
 }
 
+// The rows of the gradient that belong to windows [begin, end): zero but for the values that `sums` has.
 template <class Storage, class Sum>
-void write_gradient(const MaskedWeightGrad& p, const Quad& quad) {
-    const int64_t first = quad.first_step * 4, count = (quad.steps[0] + quad.steps[1] + quad.steps[2]) * 4;
-    constexpr int64_t kAhead = 128;  // places that are asked for before they are written
+void write_gradients(const MaskedWeightGrad& p, int64_t begin, int64_t end) {
+    constexpr int64_t kQuads = RowQuads::kWindow / 4;
+    const int64_t rows = p.weight.rows, quads = (rows + 3) / 4;
     Storage* gradient = static_cast<Storage*>(p.gradient);
-    for (int64_t i = first; i < first + count; ++i) {
-        if (i + kAhead < p.values) __builtin_prefetch(gradient + p.source[i + kAhead], 1);
-        if (p.source[i] >= 0) narrow(static_cast<const Sum*>(p.sums)[i], gradient[p.source[i]]);
+    const Sum* sums = static_cast<const Sum*>(p.sums);
+    for (int64_t window = begin; window < end; ++window) {  // which the second-level cache holds meanwhile
+        const int64_t first = window * RowQuads::kWindow, last = min_of(rows, first + RowQuads::kWindow);
+        memset(gradient + first * p.row_size, 0, static_cast<size_t>((last - first) * p.row_size) * sizeof(Storage));
+        for (int64_t b = 0; p.x.samples > 0 && b < p.weight.blocks; ++b)
+            for (int64_t q = window * kQuads; q < min_of(quads, (window + 1) * kQuads); ++q) {
+                const Quad quad(p.weight, b, q);
+                const int64_t from = quad.first_step * 4;
+                const int64_t to = from + (quad.steps[0] + quad.steps[1] + quad.steps[2]) * 4;
+                for (int64_t i = from; i < to; ++i)
+                    if (p.source[i] >= 0) narrow(sums[i], gradient[p.source[i]]);
+            }
     }
 }
 
@@ -205,9 +215,7 @@ void plain_weight_grad(const MaskedWeightGrad& p, int64_t begin, int64_t end) {
                     sums[i] = n == 0 ? product : sums[i] + product;
                 });
     }
-    for (int64_t b = 0; b < p.weight.blocks; ++b)
-        for (int64_t q = begin * kQuads; q < quads; ++q)
-            if (p.x.samples > 0) write_gradient<Storage, Sum>(p, Quad(p.weight, b, q));
+    write_gradients<Storage, Sum>(p, begin, end);
 }
 
 template <class Storage, class Sum>

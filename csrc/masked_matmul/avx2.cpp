@@ -116,6 +116,10 @@ struct Lanes {
         return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
     }
 
+    static IMGOPT_INLINE void sum_steps(Reg x, float* sums) {
+        _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+    }
+
     static Reg gather(const float* from, const int32_t* index) {
         const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
         const __m256i valid = _mm256_cmpgt_epi32(at, _mm256_set1_epi32(-1));

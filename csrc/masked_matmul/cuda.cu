@@ -109,7 +109,7 @@ Tensor masked_matmul_weight_grad(const Tensor& input, const Tensor& grad, const 
                              sums.mutable_data_ptr(),
                              gradient.mutable_data_ptr(),
                              shape[0],
-                             source.numel()};
+                             0};
     by_dtype(x.dtype, [&]<class Storage, class Sum>(Types<Storage, Sum>) {
         by_tiling(weight, [&]<bool tiled>(std::bool_constant<tiled>) {
             launch(sparse_weight_grad<Storage, Sum, tiled>, static_cast<unsigned>(blocks), kSparseThreads,

@@ -7,8 +7,7 @@
 // struct Lanes adds to what lanes.h names
 //   * kFew, up to how many samples this is the faster way; 0 where it never is, and the rest is not needed then;
 //   * kNearColumns, the largest block that a Table holds, and look_up(table, columns): x[column];
-//   * columns<kDistinct>(from, steps), the column of every lane (lane i is row i % 4 of step i / 4), 0 beyond `steps`;
-//   * sum_steps(x, sums), which adds the four rows of all steps to sums[4].
+//   * columns<kDistinct>(from, steps), the column of every lane (lane i is row i % 4 of step i / 4), 0 beyond `steps`.
 #pragma once
 
 #include "arithmetic.h"

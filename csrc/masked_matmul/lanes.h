@@ -15,7 +15,8 @@
 //   * load_part(from, count), the other lanes zero, and store_part(to, x, count), for every storage type;
 //   * transpose(tile), kWidth x kWidth in place, and join<kCount>(a, b), which turns sums of kCount / 2 values each
 //     into sums of kCount;
-//   * gather(from, index), 0 where the index is -1.
+//   * sum_steps(x, sums), which adds lane i to sums[i % 4] of four;
+//   * gather(from, index), 0 where the index is -1; and what few.h asks for.
 #pragma once
 
 #include "arithmetic.h"
@@ -320,29 +321,40 @@ struct RowQuadKernel {
             return Lanes::template join<kCount>(tree<kCount / 2>(leaf, i), tree<kCount / 2>(leaf, i + kCount / 2));
     }
 
-    // The value gradients of `steps` steps, stored or added to what the panels before have left.
+    // What value r of a step collects from one panel, a lane per sample modulo kWidth.
     template <int P, int kDistinct, class Column>
-    static void grad_steps(const Reg (&grad)[4][P], const float* x, const Column*& columns, float*& sums, int64_t steps,
-                           bool add) {
+    static IMGOPT_INLINE Reg products(const Reg (&grad)[4][P], const float* x, const Column* columns, int r) {
+        int64_t at[kDistinct];
+        offsets<P, kDistinct>(columns, at);
+        const float* column = x + at[r * kDistinct / 4];
+        Reg sum = Lanes::mul(grad[r][0], Lanes::load(column));
+#pragma GCC unroll 4
+        for (int p = 1; p < P; ++p) sum = Lanes::fma(grad[r][p], Lanes::load(column + p * kWidth), sum);
+        return sum;
+    }
+
+    // The value gradients of `steps` steps, stored or added to what the panels before have left. Inlined, so that the
+    // rows of the gradient stay in registers from one step to the next.
+    template <int P, int kDistinct, class Column>
+    static IMGOPT_INLINE void grad_steps(const Reg (&grad)[4][P], const float* x, const Column*& columns, float*& sums,
+                                         int64_t steps, bool add) {
         constexpr int kAtOnce = kWidth / 4;
-        for (int64_t s = 0; s < steps; s += kAtOnce) {
-            const int64_t left = steps - s;
+        for (; steps >= kAtOnce; steps -= kAtOnce, columns += kAtOnce * kDistinct, sums += kWidth) {
             const Reg total = tree<kWidth>(
                 [&](int i) __attribute__((always_inline)) {
-                    const int64_t step = kAtOnce == 1 ? 0 : min_of(i / 4, left - 1);
-                    const float* column =
-                        x + static_cast<int64_t>(columns[step * kDistinct + i % 4 * kDistinct / 4]) * kWidth * P;
-                    Reg sum = Lanes::mul(grad[i % 4][0], Lanes::load(column));
-#pragma GCC unroll 4
-                    for (int p = 1; p < P; ++p) sum = Lanes::fma(grad[i % 4][p], Lanes::load(column + p * kWidth), sum);
-                    return sum;
+                    return products<P, kDistinct>(grad, x, columns + i / 4 * kDistinct, i % 4);
                 },
                 0);
-            const int part = static_cast<int>(min_of(kAtOnce, left)) * 4;
-            const Reg before = add ? Lanes::load_part(sums, part) : Lanes::zero();
-            Lanes::store_part(sums, Lanes::add(before, total), part);
-            columns += min_of(kAtOnce, left) * kDistinct;
-            sums += part;
+            Lanes::store(sums, add ? Lanes::add(Lanes::load(sums), total) : total);
+        }
+        for (; steps > 0; --steps, columns += kDistinct, sums += 4) {  // fewer than a register holds
+            float total[4];
+            Lanes::sum_steps(
+                tree<4>([&](int r)
+                            __attribute__((always_inline)) { return products<P, kDistinct>(grad, x, columns, r); },
+                        0),
+                total);
+            for (int r = 0; r < 4; ++r) sums[r] = add ? sums[r] + total[r] : total[r];
         }
     }
 
@@ -386,9 +398,7 @@ struct RowQuadKernel {
                         grad_quad<P, uint8_t>(p, Quad(w, b, q), block, grad, first_row, first > 0);
                 }
         }
-        if (p.x.samples == 0) return;
-        for (int64_t b = 0; b < w.blocks; ++b)
-            for (int64_t q = first_quad; q < last_quad; ++q) write_gradient<Storage, float>(p, Quad(w, b, q));
+        write_gradients<Storage, float>(p, begin, end);
     }
 
     // --- values ------------------------------------------------------------------------------------------------------

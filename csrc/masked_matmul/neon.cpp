@@ -92,6 +92,8 @@ struct Lanes {
         return vpaddq_f32(a, b);
     }
 
+    static void sum_steps(Reg x, float* sums) { store(sums, x); }
+
     // There is no gather; four scalar loads are what it would be.
     static Reg gather(const float* from, const int32_t* index) {
         float lanes[4];

@@ -78,7 +78,9 @@ Tensor masked_matmul_weight_grad(const Tensor& input, const Tensor& grad, const 
     const Tensor rows = window.empty() ? torch::stable::contiguous(grad)
                                        : torch::stable::contiguous(grad, torch::headeronly::MemoryFormat::ChannelsLast);
     const Tensor sums = torch::stable::new_empty(input, {source.numel()}, sum_type(x.dtype));
-    Tensor gradient = torch::stable::new_zeros(input, weight_shape);
+    const bool transposed = shape.size() < 5 || shape[4] != 0;
+    Tensor gradient =
+        transposed ? torch::stable::new_zeros(input, weight_shape) : torch::stable::new_empty(input, weight_shape);
     const MaskedWeightGrad p{weight,
                              x,
                              rows.const_data_ptr(),
@@ -86,7 +88,7 @@ Tensor masked_matmul_weight_grad(const Tensor& input, const Tensor& grad, const 
                              sums.mutable_data_ptr(),
                              gradient.mutable_data_ptr(),
                              shape[0],
-                             source.numel()};
+                             transposed || shape[0] == 0 ? 0 : gradient.numel() / shape[0]};
     const int64_t units = windows_of(weight);
     parallel_units(units, grain(source.numel() * x.samples, units),
                    [&](int64_t begin, int64_t end) { kernels().masked.weight_grad(p, begin, end); });

@@ -127,7 +127,7 @@ def _apply(
         result = MATMUL_PACKED(input, weight.values, bias, weight.quads, weight.columns, shape, window)
         return cast(Tensor, result)
     assert layout is not None
-    shape = [weight.shape[0], in_features, layout.block, layout.transposed_block]
+    shape = [weight.shape[0], in_features, layout.block, layout.transposed_block, 0]
     result = MATMUL(input, weight, bias, *layout[1:7], shape, window)
     return cast(Tensor, result)
 
@@ -196,7 +196,8 @@ def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int
 
 
 # --- the operations -------------------------------------------------------------------------------------------------
-# shape: (outputs, input features or channels, block, block of the transposed structure); window: see
+# shape: (outputs, input features or channels, block, block of the transposed structure, whether the structure is itself
+# the transposed one, so that its rows do not lie side by side in the weight); window: see
 # reference.windows, empty for a linear.
 
 
@@ -241,13 +242,13 @@ def _transpose(
     input: Tensor, structure: tuple[Tensor, ...], shape: list[int], window: list[Any]
 ) -> tuple[tuple[Tensor, ...], list[int], list[Any]]:
     """Structure, shape and window of the input gradient, whose output is of the size of `input`."""
-    out, features, block, transposed_block = shape
+    out, features, block, transposed_block, transposed = shape
     if window:
         taps, (step_y, step_x, offset_y, offset_x, tap_y, tap_x, divide_y, divide_x) = window[2:4], window[4:]
         window = [
             *input.shape[2:], *taps, divide_y, divide_x, -offset_y, -offset_x, -tap_y, -tap_x, step_y, step_x
         ]  # fmt: skip
-    return (*structure[3:], *structure[:3]), [features, out, transposed_block, block], window
+    return (*structure[3:], *structure[:3]), [features, out, transposed_block, block, 1 - transposed], window
 
 
 def _sum_rows(grad: Tensor, window: list[Any]) -> Tensor:
