@@ -315,6 +315,13 @@ def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
         load_dataset(tmp_path / "set.zip")
 
 
+def test_a_sample_is_spread_over_the_split() -> None:
+    split = Split(torch.arange(23, dtype=torch.uint8).view(23, 1, 1, 1), torch.arange(23))
+    assert split.sample(5).labels.tolist() == [0, 4, 9, 13, 18]
+    assert split.sample(23).labels.equal(split.sample(99).labels)
+    assert split.first(5).labels.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_order_of_the_batches() -> None:
     split = Split(torch.arange(23, dtype=torch.uint8).view(23, 1, 1, 1), torch.arange(23))
 

@@ -66,6 +66,11 @@ class Split:
         """The first `count` images, or all of them."""
         return self.take(torch.arange(min(count, len(self))))
 
+    def sample(self, count: int) -> "Split":
+        """`count` images, or all, evenly spaced: folders come class by class."""
+        count = min(count, len(self))
+        return self.take(torch.arange(count) * len(self) // max(1, count))
+
     def shuffled(
         self, batch_size: int, *, seed: int, epoch: int, first: int = 0, last: bool = False, share: Share | None = None
     ) -> Iterator[tuple[Tensor, "Split"]]:
@@ -101,6 +106,7 @@ class TrainingSplit(Protocol):
     def __len__(self) -> int: ...
     def to(self, device: torch.device) -> "TrainingSplit": ...
     def first(self, count: int) -> Split: ...
+    def sample(self, count: int) -> Split: ...
     def in_order(self, batch_size: int) -> Iterator[Split]: ...
     def shuffled(
         self, batch_size: int, *, seed: int, epoch: int, first: int = 0, last: bool = False, share: Share | None = None
@@ -134,8 +140,8 @@ class Dataset:
         return self.train.shape[0]
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel of the first STATISTICS_IMAGES training images, in [0, 1] units."""
-        images = self.train.first(STATISTICS_IMAGES).images
+        """Mean and standard deviation per channel of STATISTICS_IMAGES training images or all, in [0, 1] units."""
+        images = self.train.sample(STATISTICS_IMAGES).images
         # A histogram gives the exact moments without a float copy of the whole set.
         values = torch.arange(256, dtype=torch.float64) / 255
         counts = torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(self.channels)]).double()

@@ -132,6 +132,10 @@ class ShardStream:
         _, split = next(self._decoded(_batched(self._in_order(), min(count, len(self)))))
         return split
 
+    def sample(self, count: int) -> Split:
+        """The first ones: shards are written in a random order, and to spread the sample would read them all."""
+        return self.first(count)
+
     def in_order(self, batch_size: int) -> Iterator[Split]:
         """All images in order; the last batch may be short."""
         return (split for _, split in prefetched(self._decoded(_batched(self._in_order(), batch_size))))

@@ -88,7 +88,7 @@ def samples(path: Path, dataset: Dataset, augment: Augmentation, seed: int) -> N
     """Training images before and after the augmentation of the first epoch, with the parameters that were drawn."""
     from matplotlib.figure import Figure
 
-    batch = dataset.train.first(SAMPLES)
+    batch = dataset.train.sample(SAMPLES)
     view = augment(batch.images, batch.labels, (seed, 0, torch.arange(len(batch))))
     shown = augment.sources(batch.images, view.draws)
     figure = Figure(figsize=(10.5, 2.1 * -(-SAMPLES // 3)), layout="constrained")

@@ -88,7 +88,8 @@ def fit(
     precision, autocast = config.amp_type(), stage.amp and config.uses_amp()
     halo = fitting.augment.halo if process.world > 1 else 0
     clock = Clock(device)
-    flags = torch.zeros(2, device=device)
+    # Alone, a process need not wait for its GPU to know what it said itself.
+    flags = torch.zeros(2, device=device if process.world > 1 else "cpu")
     loss_sum = torch.tensor(at.loss_sum / process.world, dtype=torch.float64, device=device)
     saved = time.perf_counter()
 

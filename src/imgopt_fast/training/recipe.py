@@ -213,7 +213,7 @@ def _few(names: list[str]) -> str:
 
 
 def _calibration(config: TrainConfig, fitting: Fitting) -> list[torch.Tensor]:
-    sample = fitting.dataset.train.first(config.calibration)
+    sample = fitting.dataset.train.sample(config.calibration)
     return [fitting.prepare(batch.images) for batch in sample.in_order(config.batch_size)]
 
 
