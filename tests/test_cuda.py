@@ -18,6 +18,7 @@ import torch
 
 import imgopt_fast
 from imgopt_fast import _native
+from imgopt_fast.ops import int8_conv2d as conv_module
 from imgopt_fast.ops import masked_matmul as masked_module
 from imgopt_fast.ops import photometric
 from imgopt_fast.ops.affine_warp import INTERPOLATIONS, PADDING_MODES
@@ -78,8 +79,11 @@ def warp_matches(device: torch.device, images: torch.Tensor, matrix: torch.Tenso
     return found
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize("channels", [1, 3, 4, 5, 33])
+@pytest.mark.parametrize(
+    ("channels", "layout"),
+    [(1, "strided"), (3, "channels_last"), (3, "contiguous"), (3, "strided"), (4, "channels_last"),
+     (5, "channels_last"), (33, "contiguous")],
+)  # fmt: skip
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_warp_of_uint8(device: torch.device, interpolation: str, channels: int, layout: str) -> None:
     images = warp_tests.layout(warp_tests.random_images((2, channels, 37, 41)), layout)
@@ -159,6 +163,12 @@ def test_warp_antialias_table_color_and_layouts(device: torch.device) -> None:
                 assert found.is_contiguous(memory_format=memory_format)
 
 
+def test_warp_of_more_images_than_a_device_has_room_for(device: torch.device) -> None:
+    """A block then has several tiles; the last one is not whole."""
+    images = warp_tests.random_images((90, 1, 41, 5))
+    warp_matches(device, images, warp_tests.rotation(90, 41, 5, scale=0.9), dtype=torch.float32)
+
+
 def test_warp_copies_exactly(device: torch.device) -> None:
     shift = torch.tensor([[[1.0, 0, 2], [0, 1, -1]]])
     flip = torch.tensor([[[-1.0, 0, 36], [0, 1, 0]]])
@@ -174,9 +184,9 @@ def test_warp_copies_exactly(device: torch.device) -> None:
             )
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30, -1e300])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1e300])
 def test_warp_survives_wild_matrices(device: torch.device, bad: float) -> None:
-    images = warp_tests.random_images((1, 3, 8, 9)).to(device)
+    images = warp_tests.random_images((1, 3, 4, 5)).to(device)
     for row in range(3):
         for column in range(3):
             matrix = torch.eye(3, dtype=torch.float64)[None].clone()
@@ -321,9 +331,10 @@ def test_conv_float_output_and_packed_weight(device: torch.device, geometry: str
     packed = imgopt_fast.pack_int8_weight(
         weight.to(device), scale, bias.to(device), **{name: settings.pop(name) for name in names}
     )
+    rows = conv_module.cuda_rows(weight.to(device))
     if not EMULATED:
-        assert packed.packed.dim() == 2
-    found = imgopt_fast.int8_conv2d(x.to(device), packed, **settings)
+        assert torch.equal(packed.packed, rows)
+    found = imgopt_fast.int8_conv2d(x.to(device), packed._replace(packed=rows), **settings)
     np.testing.assert_array_equal(found.cpu().numpy(), expected)
 
 
@@ -344,13 +355,17 @@ def test_conv_of_extreme_values(device: torch.device, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("mode", graph_tests.MODES)
-def test_graph_is_exact(device: torch.device, mode: str) -> None:
+def test_graph_is_exact(device: torch.device, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if EMULATED:  # the weights in the kernels' order, as on a device
+        monkeypatch.setattr(conv_module, "pack_bytes", lambda weight, groups: conv_module.cuda_rows(weight))
     program = graph_tests.network(mode)
     there = program._replace(constants=program.constants.to(device), packed=program.packed.to(device))
     for batch, height, width in ((2, 17, 19), (1, 6, 40), (0, 9, 9)):
         inputs = graph_tests.operands(batch, height, width)
         expected = graph_tests.expect(program, inputs)
-        for on_device in (there, repack(there)):
+        repacked = repack(there)
+        assert repacked.packed.dim() == 2
+        for on_device in (there, repacked):
             found = int8_graph([x.to(device) for x in inputs], on_device)
             graph_tests.assert_same([y.cpu() for y in found], expected)
 
@@ -386,7 +401,10 @@ def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor], dtype: 
 @pytest.fixture(params=[128, 0], ids=["tiled", "one block"])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Columns per block: what CUDA's table says, and all of them, which shared memory does not hold."""
-    choice = lambda rows, columns, count, isa: max(1, min(request.param or columns, columns))  # noqa: E731
+
+    def choice(mask: np.ndarray, isa: str | None) -> int:
+        return max(1, min(request.param or mask.shape[1], mask.shape[1]))
+
     monkeypatch.setattr("imgopt_fast.ops.masked_matmul.layout.block_columns", choice)
     return int(request.param)
 

@@ -13,6 +13,7 @@ namespace {
 
 using torch::headeronly::MemoryFormat;
 
+constexpr int64_t kManyTiles = 32;       // per multiprocessor: eight blocks' worth of work for each of its places
 constexpr unsigned kMostAcross = 65535;  // of the grid's second and third axis
 
 void set_strides(const Tensor& t, int64_t* to) {
@@ -130,8 +131,9 @@ template <class T, class R, int C>
 void launch_warp(const Launcher& launch, const WarpCall& call, const WarpNumbers<R>& numbers) {
     const AffineWarp& p = call.p;
     // A tile's place costs no division; what exceeds the second and third axis goes into the kernel's loops.
-    const dim3 grid(blocks_for(p.output_width, kTileSide),
-                    std::min(blocks_for(p.output_height, kTileSide), kMostAcross),
+    const int64_t across = ceil_div(p.output_width, kTileSide), down = ceil_div(p.output_height, kTileSide);
+    const bool many = across * down * p.batch > launch.processors() * kManyTiles;
+    const dim3 grid(static_cast<unsigned>(across), std::min(blocks_for(down, many ? kTilesDown : 1), kMostAcross),
                     std::min(blocks_for(p.batch, 1), kMostAcross));
     switch (p.interpolation) {
         case Interpolation::nearest:

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int kPixels = 4;  // per thread
 constexpr int kTileSide = 32;
+constexpr int kTilesDown =
+    4;  // of a block, where there are blocks enough: what an image's pixels share is prepared once
 constexpr int kWarpThreads = kTileSide * kTileSide / kPixels;
 
 // --- plans ---------------------------------------------------------------------------------------------------------
@@ -129,21 +131,20 @@ __global__ void box_filter(const AffineWarp p, const ImagePlan* plans, T* boxed,
 
 // --- points --------------------------------------------------------------------------------------------------------
 
-// The sampling points of output pixels (x0 + i, y).
+// The sampling point of output pixel (x, y), folded into the source where its padding mirrors; `base` is that of x's
+// block of columns, for an affine map.
 template <class R, Interpolation interpolation>
-__device__ inline void thread_points(const Map& map, int64_t x0, int64_t y, Point<R> (&points)[kPixels]) {
-    Base<R> base{};
-    if (map.affine) base = affine_base<R>(map.m, x0 / kBlock * kBlock, y);
-    for (int i = 0; i < kPixels; ++i) {
-        Point<R>& at = points[i];
-        at =
-            map.affine ? affine_point(base, static_cast<int>(x0 % kBlock) + i) : perspective_point<R>(map.m, x0 + i, y);
-        if (interpolation == Interpolation::nearest) {
-            at.x += at.fx >= static_cast<R>(0.5);
-            at.y += at.fy >= static_cast<R>(0.5);
-            at.fx = at.fy = 0;
-        }
+__device__ inline Point<R> sampling_point(const Map& map, const Base<R>& base, int64_t x, int64_t y, int32_t height,
+                                          int32_t width, Padding padding) {
+    Point<R> at = map.affine ? affine_point(base, static_cast<int>(x % kBlock)) : perspective_point<R>(map.m, x, y);
+    if (interpolation == Interpolation::nearest) {
+        at.x += at.fx >= static_cast<R>(0.5);
+        at.y += at.fy >= static_cast<R>(0.5);
+        at.fx = at.fy = 0;
     }
+    fold(at.x, at.fx, width, padding);
+    fold(at.y, at.fy, height, padding);
+    return at;
 }
 
 // --- epilogue ------------------------------------------------------------------------------------------------------
@@ -151,6 +152,7 @@ __device__ inline void thread_points(const Map& map, int64_t x0, int64_t y, Poin
 // rgb in units of [0, 1] through the colour matrix; not yet clamped. As colored() of rows.h.
 template <class R>
 __device__ inline void color_pixel(const double* m, const R (&rgb)[3], R (&to)[3]) {
+#pragma unroll
     for (int i = 0; i < 3; ++i, m += 4) {
         const R red = fused(static_cast<R>(m[0]), rgb[0], static_cast<R>(m[3]));
         to[i] = fused(static_cast<R>(m[2]), rgb[2], fused(static_cast<R>(m[1]), rgb[1], red));
@@ -185,7 +187,9 @@ __device__ inline void store_pixels(const AffineWarp& p, const WarpNumbers<R>& n
     Out* to =
         static_cast<Out*>(p.output) + image * p.output_stride[0] + y * p.output_stride[2] + x0 * column + c0 * channel;
     Out made[kPixels][count];
+#pragma unroll
     for (int i = 0; i < kPixels; ++i)
+#pragma unroll
         for (int c = 0; c < count; ++c)
             if constexpr (sizeof(Out) == 1)
                 put(values[i][c] * n.levels, made[i][c]);
@@ -195,17 +199,22 @@ __device__ inline void store_pixels(const AffineWarp& p, const WarpNumbers<R>& n
     const uintptr_t address = reinterpret_cast<uintptr_t>(to);
     constexpr uintptr_t unaligned = alignof(Four<Out>) - 1;
     if (whole && column == 1 && ((address | channel * sizeof(Out)) & unaligned) == 0) {
+#pragma unroll
         for (int c = 0; c < count; ++c)
             *reinterpret_cast<Four<Out>*>(to + c * channel) = {made[0][c], made[1][c], made[2][c], made[3][c]};
     } else if (whole && channel == 1 && column == count && (address & unaligned) == 0) {
         Four<Out>* vectors = reinterpret_cast<Four<Out>*>(to);
+#pragma unroll
         for (int v = 0; v < count; ++v) {
             Four<Out> four;
+#pragma unroll
             for (int e = 0; e < 4; ++e) four.of[e] = made[(4 * v + e) / count][(4 * v + e) % count];
             vectors[v] = four;
         }
     } else {
+#pragma unroll
         for (int i = 0; i < kPixels; ++i)
+#pragma unroll
             for (int c = 0; c < count; ++c)
                 if (x0 + i < p.output_width) to[i * column + c * channel] = made[i][c];
     }
@@ -216,13 +225,17 @@ __device__ inline void finish_pixels(const AffineWarp& p, const WarpNumbers<R>& 
                                      R (&values)[kPixels][count], int64_t image, int64_t y, int64_t x0, int64_t c0,
                                      int n0) {
     if constexpr (count == 3)
-        if (color)
+        if (color) {
+#pragma unroll
             for (int i = 0; i < kPixels; ++i) {
                 R rgb[3], to[3];
+#pragma unroll
                 for (int c = 0; c < 3; ++c) rgb[c] = values[i][c] * n.unit;
                 color_pixel(color, rgb, to);
+#pragma unroll
                 for (int c = 0; c < 3; ++c) values[i][c] = clamped<R>(to[c], 0, 1);
             }
+        }
     if constexpr (sizeof(R) == 8) {
         if (p.output_dtype == DType::f64) return store_pixels<double>(p, n, values, image, y, x0, c0, n0);
     }
@@ -246,24 +259,29 @@ struct WarpCall {
     bool colored;
 };
 
-template <class T, class R, int C, Interpolation interpolation>
-__device__ inline void sample_pixels(const WarpCall& call, const WarpNumbers<R>& n, const Pixels<T>& s, bool fast,
-                                     Point<R> (&points)[kPixels], int64_t channel, R (&values)[kPixels][C]) {
-    const int number = static_cast<int>(channel - call.first);
+// Interleaved uint8 pixels under an affine map, if all taps of all of them are inside: then nothing is folded, and
+// without branches the loads of all pixels are under way together. `lane` is the first pixel's place in its block of
+// columns.
+template <int C>
+__device__ inline bool sample_packed_pixels(const Pixels<uint8_t>& s, const Base<float>& base, int lane,
+                                            float (&values)[kPixels][C]) {
+    Point<float> points[kPixels];
+    bool inside = base.finite;
+#pragma unroll
     for (int i = 0; i < kPixels; ++i) {
-        const Point<R>& at = points[i];
-        if constexpr (sizeof(T) == 1 && sizeof(R) == 4 && C >= 3 && interpolation == Interpolation::bilinear)
-            if (fast && at.finite && all_inside(s.height, s.width, at.x, at.y)) {
-                sample_inside(s.data + at.y * s.row + at.x * C, s.row, split_weights(at.fx, at.fy), values[i]);
-                continue;
-            }
-        if (at.finite)
-            sample_taps<T, R, C, interpolation>(s, at, call.p.padding, n, static_cast<int>(channel), number, values[i]);
-        else
-            for (int c = 0; c < C; ++c) values[i][c] = n.filled[number + c];
+        points[i] = affine_point(base, lane + i);
+        inside = inside && is_inside(s, points[i].x, points[i].y);
     }
+    if (!inside) return false;
+    const PackedPixels packed = packed_pixels(s);
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i)
+        sample_packed(packed, points[i].x, points[i].y, split_weights(points[i].fx, points[i].fy), values[i]);
+    return true;
 }
 
+// Arrays here stay in registers: every index is a constant once the loops are unrolled. The general samples are too
+// long to be written out four times; their loop puts its result where a comparison says.
 template <class T, class R, int C, Interpolation interpolation>
 __global__ void __launch_bounds__(kWarpThreads) warp_images(const WarpCall call, const WarpNumbers<R> n) {
     const AffineWarp& p = call.p;
@@ -273,20 +291,35 @@ __global__ void __launch_bounds__(kWarpThreads) warp_images(const WarpCall call,
     for (int64_t image = blockIdx.z; image < p.batch; image += gridDim.z) {
         const ImagePlan& plan = call.plans[image];
         const Pixels<T> s = sampled_pixels(p, plan.map, static_cast<const T*>(call.boxed), call.boxed_stride, image);
-        bool fast = false;
-        if constexpr (sizeof(T) == 1 && C >= 3) fast = is_interleaved<C>(s);
+        bool packed = false;
+        if constexpr (can_be_packed<T, R, C>()) packed = is_packed<C>(s) && plan.map.affine;
         for (int64_t y = first_row; y < p.output_height; y += gridDim.y * int64_t{kTileSide}) {
-            Point<R> points[kPixels];
-            thread_points<R, interpolation>(plan.map, x0, y, points);
-            for (int i = 0; i < kPixels; ++i) {
-                fold(points[i].x, points[i].fx, s.width, p.padding);
-                fold(points[i].y, points[i].fy, s.height, p.padding);
-            }
+            Base<R> base{};
+            if (plan.map.affine) base = affine_base<R>(plan.map.m, x0 / kBlock * kBlock, y);
+            const auto point = [&](int i) {
+                return sampling_point<R, interpolation>(plan.map, base, x0 + i, y, s.height, s.width, p.padding);
+            };
             for (int64_t c = call.first; c < call.first + call.count; c += C) {
+                const int channel = static_cast<int>(c), number = static_cast<int>(c - call.first);
                 R values[kPixels][C];
-                sample_pixels<T, R, C, interpolation>(call, n, s, fast, points, c, values);
-                finish_pixels(p, n, call.colored ? plan.color : nullptr, values, image, y, x0, c,
-                              static_cast<int>(c - call.first));
+                bool done = false;
+                if constexpr (can_be_packed<T, R, C>() && interpolation == Interpolation::bilinear)
+                    done = packed && sample_packed_pixels(s, base, static_cast<int>(x0 % kBlock), values);
+                if (!done) {
+#pragma unroll 1
+                    for (int i = 0; i < kPixels; ++i) {
+                        R one[C];
+                        const Point<R> at = point(i);
+                        if (interpolation == Interpolation::bilinear && at.finite && is_inside(s, at.x, at.y))
+                            sample_inside(s, at, channel, one);
+                        else
+                            sample_anywhere<T, R, C, interpolation>(s, at, p.padding, n, channel, number, one);
+#pragma unroll
+                        for (int k = 0; k < kPixels * C; ++k)
+                            if (i == k / C) values[k / C][k % C] = one[k % C];
+                    }
+                }
+                finish_pixels(p, n, call.colored ? plan.color : nullptr, values, image, y, x0, c, number);
             }
         }
     }

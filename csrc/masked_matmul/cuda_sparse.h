@@ -161,17 +161,21 @@ __global__ void __launch_bounds__(kSparseThreads) sparse_matmul(const MaskedMatm
 
 constexpr int kGradPitch = kSamples + 1;  // lanes read other rows and columns of one sample
 
-// Calls body(row, column, i) for the values of a quad, spread over a warp's lanes; the column counts from the block's.
+// Column of value v of a quad, counted from the block's.
+__device__ inline int64_t column_of_value(const RowQuads& w, const Quad& quad, int64_t v) {
+    const int64_t s = v / 4, r = v % 4, one = quad.steps[0], two = quad.steps[1];
+    const int64_t at = s < one         ? s
+                       : s < one + two ? one + 2 * (s - one) + r / 2
+                                       : one + 2 * two + 4 * (s - one - two) + r;
+    return column_at(w, quad.first_column + at);
+}
+__device__ inline int64_t values_of(const Quad& quad) { return 4 * (quad.steps[0] + quad.steps[1] + quad.steps[2]); }
+
+// Calls body(row, column, i) for the values of a quad, spread over a warp's lanes.
 template <class Body>
 __device__ inline void for_own_values(const RowQuads& w, const Quad& quad, int lane, const Body& body) {
-    const int64_t one = quad.steps[0], two = quad.steps[1], values = 4 * (one + two + quad.steps[2]);
-    for (int64_t v = lane; v < values; v += 32) {
-        const int64_t s = v / 4, r = v % 4;
-        const int64_t at = s < one         ? s
-                           : s < one + two ? one + 2 * (s - one) + r / 2
-                                           : one + 2 * two + 4 * (s - one - two) + r;
-        body(quad.rows[r], column_at(w, quad.first_column + at), quad.first_step * 4 + v);
-    }
+    for (int64_t v = lane; v < values_of(quad); v += 32)
+        body(quad.rows[v % 4], column_of_value(w, quad, v), quad.first_step * 4 + v);
 }
 
 template <class Sum>
@@ -261,13 +265,9 @@ __global__ void __launch_bounds__(kSparseThreads)
         __syncthreads();
         for (int64_t q = row0 / 4 + warp; q < last; q += kSparseWarps) {
             const Quad quad(w, b, q);
-            for (int64_t v = 0; v < 4 * (quad.steps[0] + quad.steps[1] + quad.steps[2]); ++v) {
-                const int64_t s = v / 4, r = v % 4, one = quad.steps[0], two = quad.steps[1];
-                const int64_t at = s < one         ? s
-                                   : s < one + two ? one + 2 * (s - one) + r / 2
-                                                   : one + 2 * two + 4 * (s - one - two) + r;
-                const int64_t column = b * w.block + column_at(w, quad.first_column + at);
-                sums[quad.rows[r] - row0][lane] += values[quad.first_step * 4 + v] * (x[column] - p.zero_point);
+            for (int64_t v = 0; v < values_of(quad); ++v) {
+                const int64_t column = b * w.block + column_of_value(w, quad, v);
+                sums[quad.rows[v % 4] - row0][lane] += values[quad.first_step * 4 + v] * (x[column] - p.zero_point);
             }
         }
     }

@@ -198,18 +198,22 @@ def int8_conv2d(
 def pack_bytes(weight: Tensor, groups: int) -> Tensor:
     """`weight` in the order of the kernel of its device; empty where no compiled kernel will read it.
 
-    A processor's bytes stand behind a header that says whose they are; those of CUDA have two axes, (O, taps * C)
-    padded with zeros.
+    A processor's bytes stand behind a header that says whose they are; those of CUDA have two axes instead.
     """
     if weight.is_cuda and registration.has_kernel("int8_conv2d", "CUDA"):
-        rows = weight.permute(0, 2, 3, 1).flatten(1)
-        return F.pad(rows, (0, -rows.shape[1] % CUDA_ROW)).view(torch.uint8)
+        return cuda_rows(weight)
     core = _native.core()
     if core is None or _native.backend() != "native" or weight.device.type != "cpu":
         return torch.empty(0, dtype=torch.uint8, device=weight.device)
     packed = torch.empty(core.int8_conv2d_packed_bytes(tuple(weight.shape), groups), dtype=torch.uint8)
     core.int8_conv2d_pack(weight.numpy(), groups, packed.numpy())
     return packed
+
+
+def cuda_rows(weight: Tensor) -> Tensor:
+    """`weight` as the CUDA kernels read it: uint8 (O, taps * C / groups, padded with zeros)."""
+    rows = weight.permute(0, 2, 3, 1).flatten(1)
+    return F.pad(rows, (0, -rows.shape[1] % CUDA_ROW)).view(torch.uint8)
 
 
 def _layer_of(

@@ -148,15 +148,17 @@ def output_shapes(outputs: Sequence[int], inputs: Sequence[Sequence[int]]) -> li
 def repack(program: Int8Program) -> Int8Program:
     """`program` with its weights in the order of its device's kernel, for one that came from another machine."""
     plan = program.plan.clone()
-    blob = _Blob()
+    blob, rows = _Blob(), False
     for step in decode(plan).steps:
         if step.opcode != CONV:
             continue
         p = step.parameters
-        packed_at = blob.add(conv.pack_bytes(conv_weight(program.constants, p), p["groups"]))
+        block = conv.pack_bytes(conv_weight(program.constants, p), p["groups"])
+        rows = block.dim() == 2  # CUDA's: the blob then has two axes as well
+        packed_at = blob.add(block)
         plan[step.at + PARAMETERS[CONV].index("packed_at")] = packed_at
     packed = blob.tensor().to(program.constants.device)
-    return program._replace(plan=plan, packed=packed[None] if packed.is_cuda else packed)  # two axes: see pack_bytes
+    return program._replace(plan=plan, packed=packed[None] if rows else packed)
 
 
 def conv_weight(constants: Tensor, p: dict[str, int]) -> Tensor:
