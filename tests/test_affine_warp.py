@@ -334,6 +334,32 @@ def test_any_matrix_is_safe_and_isas_agree(
         assert ((results[0] >= -1e-6) & (results[0] <= 1 + 1e-6)).all()
 
 
+@pytest.mark.parametrize("padding_mode", ["reflect", "symmetric"])
+@pytest.mark.parametrize("side", [1, 2, 3, 5])
+def test_isas_mirror_alike(side: int, padding_mode: str) -> None:
+    """Around every multiple of the period, where a coordinate may be mirrored or not for the same value."""
+    images = random_images((1, 3, side, side))
+    shifts = torch.arange(-3 * side, 3 * side + 1, dtype=torch.float64) + 0.3
+    matrix = torch.eye(2, 3, dtype=torch.float64).repeat(len(shifts), 1, 1)
+    matrix[:, :, 2] = shifts[:, None]
+    found = []
+    before = _native.active_isa()
+    for name in _native.supported_isas() if BACKEND == "native" else []:
+        _native.set_isa(name)
+        found.append(
+            affine_warp(
+                images.expand(len(shifts), -1, -1, -1),
+                matrix,
+                interpolation="bicubic",
+                padding_mode=padding_mode,
+                dtype=torch.float32,
+            )
+        )
+    if before:
+        _native.set_isa(before)
+    assert all(torch.equal(result, found[0]) for result in found)
+
+
 def test_isas_agree_bit_for_bit() -> None:
     """Ordinary warps, every combination that a vector unit may serve."""
     if BACKEND != "native":

@@ -141,19 +141,21 @@ IMGOPT_INLINE void round_to_nearest(Points& at) {
 }
 
 // fold() of arithmetic.h. One mirroring serves coordinates within a period of the image; others are rare and go one by
-// one.
+// one. So do those that reflection brings to an outermost pixel: fold() reverses them in one direction only.
 IMGOPT_INLINE void fold_axis(__m256i& i, __m256& f, int32_t n, Padding padding) {
-    const auto outside_of = [&](__m256i v) {
-        return _mm256_or_si256(_mm256_srai_epi32(v, 31), _mm256_cmpgt_epi32(v, _mm256_set1_epi32(n - 1)));
+    const auto outside_of = [](__m256i v, int32_t first, int32_t last) {
+        return _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(first), v),
+                               _mm256_cmpgt_epi32(v, _mm256_set1_epi32(last)));
     };
-    const __m256i outside = outside_of(i);
+    const __m256i outside = outside_of(i, 0, n - 1);
     if (_mm256_testz_si256(outside, outside) || n == 1) return;
     const int32_t below = padding == Padding::reflect ? 0 : -1;
     const int32_t above = padding == Padding::reflect ? 2 * n - 2 : 2 * n - 1;
     const __m256i sum =
         _mm256_blendv_epi8(_mm256_set1_epi32(above), _mm256_set1_epi32(below), _mm256_srai_epi32(i, 31));
     const __m256i mirrored = _mm256_sub_epi32(sum, i);
-    if (!_mm256_testz_si256(outside, outside_of(mirrored))) {
+    const int32_t edge = padding == Padding::reflect;
+    if (!_mm256_testz_si256(outside, outside_of(mirrored, edge, n - 1 - edge))) {
         alignas(32) int32_t index[kLanes];
         alignas(32) float fraction[kLanes];
         _mm256_store_si256(reinterpret_cast<__m256i*>(index), i);

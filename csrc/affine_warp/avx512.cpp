@@ -158,7 +158,7 @@ IMGOPT_INLINE Points perspective_points(const double* m, int64_t x, int64_t y) {
 }
 
 // fold() of arithmetic.h. One mirroring serves coordinates within a period of the image; others are rare and go one by
-// one.
+// one. So do those that reflection brings to an outermost pixel: fold() reverses them in one direction only.
 IMGOPT_INLINE void fold_axis(__m512i& i, __m512& f, int32_t n, Padding padding) {
     const __mmask16 outside = _mm512_cmpge_epu32_mask(i, _mm512_set1_epi32(n));
     if (!outside || n == 1) return;
@@ -167,7 +167,9 @@ IMGOPT_INLINE void fold_axis(__m512i& i, __m512& f, int32_t n, Padding padding) 
     const __mmask16 negative = _mm512_movepi32_mask(i);
     const __m512i sum = _mm512_mask_mov_epi32(_mm512_set1_epi32(above), negative, _mm512_set1_epi32(below));
     const __m512i mirrored = _mm512_sub_epi32(sum, i);
-    const __mmask16 far = _mm512_mask_cmpge_epu32_mask(outside, mirrored, _mm512_set1_epi32(n));
+    const int32_t edge = padding == Padding::reflect;
+    const __m512i inner = _mm512_sub_epi32(mirrored, _mm512_set1_epi32(edge));
+    const __mmask16 far = _mm512_mask_cmpge_epu32_mask(outside, inner, _mm512_set1_epi32(n - 2 * edge));
     if (far) {
         alignas(64) int32_t index[kLanes];
         alignas(64) float fraction[kLanes];
