@@ -6,7 +6,8 @@
 // left, those of two neighbouring pixels.
 //
 // Work runs along memory, all channels of a strip of pixels before the next strip, and asks for the rows below ahead of
-// time: with one pass over the image per block of channels, a layer whose data came from memory took twice as long.
+// time. A pass over the image per block of channels, a row at a time, took 621 us instead of 251 for eight images of
+// 192 channels at 28 x 28 that had left the caches.
 #pragma once
 
 #include "columns_avx512.h"

@@ -122,30 +122,47 @@ int64_t igemm_units(const Int8Conv2d& p) {
     return Blocks(p, Isa::kBlockPixels).blocks * p.weight.groups * Panels<Isa>(p.weight).panels;
 }
 
+// Consecutive output pixels [m, m + run) of one row of image n, and of these the ones, [first, last), whose columns
+// x0 + i * stride .. of `width` pixels lie inside the image.
+struct Run {
+    int64_t n, oy, ox, run;
+
+    Run(const Int8Conv2d& p, int64_t m, int64_t end) {
+        const int64_t row = m / p.out_w;
+        ox = m % p.out_w;
+        n = row / p.out_h;
+        oy = row % p.out_h;
+        run = smaller(p.out_w - ox, end - m);
+    }
+    void inside(const Int8Conv2d& p, int64_t x0, int64_t width, int64_t& first, int64_t& last) const {
+        const int64_t room = p.in_w - width + 1 - x0;
+        first = x0 < 0 ? smaller(steps_over(-x0, p.stride_w), run) : 0;
+        last = room <= 0 ? 0 : smaller(steps_over(room, p.stride_w), run);
+        if (last <= first) first = last = run;
+    }
+};
+
 // Pointers to the input pixels of output pixels [begin, end), table[tap * row_stride + pixel - begin].
 inline void fill_table(const Int8Conv2d& p, int64_t begin, int64_t end, const uint8_t* padding, const uint8_t** table,
                        int64_t row_stride) {
     const int64_t step = p.stride_w * p.input_stride;
     for (int64_t m = begin; m < end;) {
-        const int64_t row = m / p.out_w, ox = m % p.out_w;
-        const int64_t n = row / p.out_h, oy = row % p.out_h;
-        const int64_t run = smaller(p.out_w - ox, end - m);
+        const Run r(p, m, end);
         const uint8_t** out = table + (m - begin);
         for (int64_t ky = 0; ky < p.weight.kernel_h; ++ky) {
-            const int64_t y = oy * p.stride_h - p.pad_top + ky * p.dilation_h;
+            const int64_t y = r.oy * p.stride_h - p.pad_top + ky * p.dilation_h;
             const bool inside = y >= 0 && y < p.in_h;
             for (int64_t kx = 0; kx < p.weight.kernel_w; ++kx, out += row_stride) {
-                const int64_t x0 = ox * p.stride_w - p.pad_left + kx * p.dilation_w;
-                int64_t first = x0 < 0 ? smaller(steps_over(-x0, p.stride_w), run) : 0;
-                int64_t last = x0 >= p.in_w ? 0 : smaller(steps_over(p.in_w - x0, p.stride_w), run);
-                if (!inside || last <= first) first = last = run;
-                const uint8_t* base = p.input + ((n * p.in_h + y) * p.in_w + x0) * p.input_stride;
+                const int64_t x0 = r.ox * p.stride_w - p.pad_left + kx * p.dilation_w;
+                int64_t first = r.run, last = r.run;
+                if (inside) r.inside(p, x0, 1, first, last);
+                const uint8_t* base = p.input + ((r.n * p.in_h + y) * p.in_w + x0) * p.input_stride;
                 for (int64_t i = 0; i < first; ++i) out[i] = padding;
                 for (int64_t i = first; i < last; ++i) out[i] = base + i * step;
-                for (int64_t i = last; i < run; ++i) out[i] = padding;
+                for (int64_t i = last; i < r.run; ++i) out[i] = padding;
             }
         }
-        m += run;
+        m += r.run;
     }
 }
 
@@ -181,23 +198,49 @@ inline void append(int16_t* out, const uint8_t* in, int64_t n, const Int8Conv2d&
 
 // Collects the left operands of a block through the table: `pitch` products per pixel, kernel row after kernel row.
 template <class Product>
-void fill_strip(const Int8Conv2d& p, const uint8_t* const* table, int64_t row_stride, const uint8_t* padding,
-                int64_t offset, int64_t pixels, int64_t pitch, Product* strip) {
+void fill_strip(const Int8Conv2d& p, const uint8_t* const* table, int64_t row_stride, int64_t offset, int64_t pixels,
+                int64_t pitch, Product* strip) {
+    const int64_t channels = p.weight.group_channels;
+    for (int64_t tap = 0; tap < taps_of(p.weight); ++tap)
+        for (int64_t m = 0; m < pixels; ++m)
+            append(strip + m * pitch + tap * channels, table[tap * row_stride + m] + offset, channels, p, nullptr);
+}
+
+// Whether the taps of a kernel row lie side by side in memory, as in the first layer of a network. Its strip needs no
+// table, which with 49 taps took a tenth of the time (7 x 7, 3 to 64 channels at 224 x 224: 471 to 426 us).
+inline bool has_dense_rows(const Int8Conv2d& p) {
+    return p.dilation_w == 1 && p.weight.groups == 1 && p.weight.group_channels == p.input_stride;
+}
+
+// Collects the same operands of output pixels [begin, end), whole kernel rows at a time.
+template <class Product>
+void fill_dense_strip(const Int8Conv2d& p, int64_t begin, int64_t end, const uint8_t* padding, int64_t pitch,
+                      Product* strip) {
     const int64_t channels = p.weight.group_channels, kernel_w = p.weight.kernel_w, row = kernel_w * channels;
-    const bool dense = p.dilation_w == 1 && channels == p.input_stride;
-    const uint8_t* end = p.input + p.batch * p.in_h * p.in_w * p.input_stride;
-    for (int64_t ky = 0; ky < p.weight.kernel_h; ++ky) {
-        const uint8_t* const* taps = table + ky * kernel_w * row_stride;
-        const uint8_t* const* last = taps + (kernel_w - 1) * row_stride;
-        Product* out = strip + ky * row;
-        for (int64_t m = 0; m < pixels; ++m, out += pitch) {
-            if (dense && taps[m] != padding && last[m] != padding) {
-                append(out, taps[m], row, p, end);
-                continue;
+    const uint8_t* input_end = p.input + p.batch * p.in_h * p.in_w * channels;
+    for (int64_t m = begin; m < end;) {
+        const Run r(p, m, end);
+        const int64_t x0 = r.ox * p.stride_w - p.pad_left, step = p.stride_w * channels;
+        for (int64_t ky = 0; ky < p.weight.kernel_h; ++ky) {
+            const int64_t y = r.oy * p.stride_h - p.pad_top + ky * p.dilation_h;
+            const bool inside = y >= 0 && y < p.in_h;
+            int64_t first = r.run, last = r.run;
+            if (inside) r.inside(p, x0, kernel_w, first, last);
+            const uint8_t* line = p.input + (r.n * p.in_h + y) * p.in_w * channels;
+            Product* out = strip + (m - begin) * pitch + ky * row;
+            for (int64_t i = 0; i < r.run; ++i, out += pitch) {
+                if (i >= first && i < last) {
+                    append(out, line + x0 * channels + i * step, row, p, input_end);
+                    continue;
+                }
+                for (int64_t kx = 0; kx < kernel_w; ++kx) {
+                    const int64_t x = x0 + i * p.stride_w + kx;
+                    const bool real = inside && x >= 0 && x < p.in_w;
+                    append(out + kx * channels, real ? line + x * channels : padding, channels, p, nullptr);
+                }
             }
-            for (int64_t kx = 0; kx < kernel_w; ++kx)
-                append(out + kx * channels, taps[kx * row_stride + m] + offset, channels, p, nullptr);
         }
+        m += r.run;
     }
 }
 
@@ -211,7 +254,7 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
     const int64_t depth = depth_of<Isa>(w), taps = taps_of(w), per_group = w.out_channels / w.groups;
     const int64_t depth_bytes = depth * static_cast<int64_t>(sizeof(Product));
     const int64_t pitch = depth + kStripSlack;
-    const bool in_place = reads_in_place<Isa>(w);
+    const bool in_place = reads_in_place<Isa>(w), dense = !in_place && has_dense_rows(p);
     const int64_t table_bytes = (taps + 1) * most * 8, row_bytes = round_up(w.groups * w.group_channels, 64);
     const int64_t strip_bytes = in_place ? 0 : most * pitch * static_cast<int64_t>(sizeof(Product));
     char* scratch = static_cast<char*>(thread_scratch(table_bytes + row_bytes + strip_bytes));
@@ -229,13 +272,16 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
         const int64_t block = unit / panels.panels / w.groups;
         const int64_t first_pixel = blocks.begin(block), pixels = blocks.begin(block + 1) - first_pixel;
         if (block != block_done) {
-            fill_table(p, first_pixel, first_pixel + pixels, padding, table, most);
+            if (dense)
+                fill_dense_strip(p, first_pixel, first_pixel + pixels, padding, pitch,
+                                 reinterpret_cast<Product*>(strip));
+            else
+                fill_table(p, first_pixel, first_pixel + pixels, padding, table, most);
             group_done = -1;
         }
         block_done = block;
-        if (!in_place && group != group_done)
-            fill_strip(p, table, most, padding, group * w.group_channels, pixels, pitch,
-                       reinterpret_cast<Product*>(strip));
+        if (!in_place && !dense && group != group_done)
+            fill_strip(p, table, most, group * w.group_channels, pixels, pitch, reinterpret_cast<Product*>(strip));
         group_done = group;
 
         const int64_t vector = panels.begin(panel), vectors = panels.begin(panel + 1) - vector;
