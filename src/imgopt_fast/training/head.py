@@ -25,12 +25,18 @@ RATE, DECAY = 0.01, 1e-4  # of AdamW on standardized features
 
 
 @torch.no_grad()
-def features_of(model: nn.Module, split: TrainingSplit, prepare: Compose) -> tuple[Tensor, Tensor]:
-    """(N, D) what the last linear layer is given for each image, and (N,) the labels."""
+def features_of(
+    model: nn.Module, split: TrainingSplit, prepare: Compose, precision: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """(N, D) what the last linear layer is given for each image, and (N,) the labels.
+
+    `precision`: of autocast, None for none.
+    """
     model.eval()
     hook, features, labels = Features(model), [], []
     for batch in split.in_order(BATCH):
-        model(prepare(batch.images))
+        with torch.autocast(batch.labels.device.type, precision, enabled=precision is not None):
+            model(prepare(batch.images))
         features.append(hook.taken().float())
         labels.append(batch.labels)
     hook.remove()
@@ -43,8 +49,9 @@ def fit_head(stage: Stage, model: nn.Module, fitting: Fitting) -> list[EpochRow]
     Raises ValueError where the network does not end in a linear layer.
     """
     config, began = fitting.config, time.perf_counter()
-    train, labels = features_of(model, fitting.dataset.train, fitting.prepare)
-    held_out, truth = features_of(model, fitting.dataset.validation, fitting.prepare)
+    precision = config.amp_type() if config.uses_amp() else None
+    train, labels = features_of(model, fitting.dataset.train, fitting.prepare, precision)
+    held_out, truth = features_of(model, fitting.dataset.validation, fitting.prepare, precision)
     fitting.times[stage.name] = {"features": time.perf_counter() - began}
     mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
     train, held_out = (train - mean) / std, (held_out - mean) / std
