@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from imgopt_fast import _native
 
@@ -43,3 +45,51 @@ def rng() -> np.random.Generator:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short training on the embedded data: dense, pruned and int8. Tests do not write into it."""
+    from imgopt_fast.training import TrainConfig, evaluate, train
+
+    output = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    config = TrainConfig(
+        epochs=2, prune_epochs=1, warmup_epochs=0.5, reference_epoch=False, output=str(output), experiment="trained"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "LEAST_SECONDS", 0.01)
+        return train(config).path
+
+
+@pytest.fixture(scope="session")
+def inverted_bottlenecks() -> nn.Module:
+    """A MobileNetV2 of four blocks with random weights: expansions, depthwise convolutions, ReLU6, linear residuals."""
+    generator = torch.Generator().manual_seed(1)
+
+    def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+        layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        norm = nn.BatchNorm2d(outputs)
+        with torch.no_grad():
+            fan = inputs // groups * kernel**2
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * fan**-0.5 * 1.4)
+            norm.weight.copy_(torch.rand(outputs, generator=generator) + 0.5)
+            norm.bias.copy_(torch.randn(outputs, generator=generator) * 0.3)
+        return [layer, norm]
+
+    class Block(nn.Module):
+        def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+            super().__init__()
+            hidden = inputs * expansion
+            self.conv = nn.Sequential(
+                *conv(inputs, hidden, 1), nn.ReLU6(), *conv(hidden, hidden, 3, stride, hidden), nn.ReLU6(),
+                *conv(hidden, outputs, 1),
+            )  # fmt: skip
+            self.residual = stride == 1 and inputs == outputs
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.conv(x) if self.residual else self.conv(x)
+
+    blocks = [Block(8, 8, 1, 3), Block(8, 12, 2, 4), Block(12, 12, 1, 4), Block(12, 16, 2, 3)]
+    head = [*conv(16, 32, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
+    return nn.Sequential(*conv(3, 8, 3, 2), nn.ReLU6(), *blocks, *head).eval()

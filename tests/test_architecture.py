@@ -11,9 +11,9 @@ PACKAGE = next(Path(folder) for folder in imgopt_fast.__path__ if (Path(folder) 
 FLOORS = [
     {"_native", "_parallel", "_arguments", "_mask_blocks"},
     {"ops"},
-    {"nn", "numpy"},
+    {"nn", "numpy", "jax"},
     {"data", "models", "augment", "compress"},
-    {"training", "targets", "jax"},
+    {"training", "targets"},
     {"benchmarks"},
     {"cli"},
     {"__main__"},

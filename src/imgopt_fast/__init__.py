@@ -21,10 +21,12 @@ _HOME_OF = {
     "pack_masked_weight": "ops.masked_matmul",
     "MaskLayout": "ops.masked_matmul",
     "PackedMaskedWeight": "ops.masked_matmul",
+    "ExportReport": "targets",
+    "export": "targets",
     "TrainConfig": "training",
     "train": "training",
 }
-_MODULES = ("augment", "compress", "data", "models", "nn", "numpy", "ops", "training")
+_MODULES = ("augment", "compress", "data", "jax", "models", "nn", "numpy", "ops", "targets", "training")
 
 __all__ = ["__version__", *sorted(_HOME_OF), *_MODULES]
 

@@ -11,7 +11,7 @@ from importlib import import_module
 
 import imgopt_fast
 
-VERBS = ("train", "prune", "distill", "quantize", "eval", "predict", "augment", "bench", "doctor")
+VERBS = ("train", "prune", "distill", "quantize", "eval", "predict", "export", "augment", "bench", "doctor")
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 

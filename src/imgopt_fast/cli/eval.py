@@ -23,9 +23,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from imgopt_fast.data import load_dataset, load_labelled
-    from imgopt_fast.training import TrainConfig, load_network
+    from imgopt_fast.data import load_labelled
+    from imgopt_fast.training import load_network
     from imgopt_fast.training.evaluate import predictions
+    from imgopt_fast.training.network import test_images
 
     network = load_network(arguments.run_folder)
     card = network.card
@@ -34,8 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name, reason in skipped:
             print(f"left out {name}: {reason}", file=sys.stderr)
     else:
-        config = TrainConfig.load(arguments.run_folder / "config.yaml")
-        images = load_dataset(config.data, image_size=config.img_size, validation=config.validation).test
+        images = test_images(arguments.run_folder)
     right = predictions(network.module, images, card.prepare()) == images.labels
     print(f"{int(right.sum()) / len(images):.2%} of {len(images):,} images")
     width = max(map(len, card.class_names))

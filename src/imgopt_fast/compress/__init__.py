@@ -1,6 +1,7 @@
 """Smaller and faster networks: pruning, distillation, quantization."""
 
 from imgopt_fast.compress.distill import distillation_loss
+from imgopt_fast.compress.from_onnx import OnnxNetwork, from_onnx
 from imgopt_fast.compress.masked_sgd import MaskedSGD
 from imgopt_fast.compress.prune import PruneConfig, Pruner, prune, pruning_sensitivity
 from imgopt_fast.compress.quantize import Int8Config, profile, qat, quantize, sensitivity
@@ -10,9 +11,11 @@ from imgopt_fast.nn import pack
 __all__ = [
     "Int8Config",
     "MaskedSGD",
+    "OnnxNetwork",
     "PruneConfig",
     "Pruner",
     "distillation_loss",
+    "from_onnx",
     "load_weights",
     "pack",
     "profile",

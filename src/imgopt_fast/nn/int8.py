@@ -78,6 +78,13 @@ class _Int8Layer(nn.Module):
         scale = None if self.output_scale is None else self.output_scale.item()
         self._output = (scale, int(self.output_zero_point))
 
+    def packed(self) -> PackedInt8Weight:
+        """The layer as `int8_conv2d` takes it: int8 weight (4-D), int32 bias, scales."""
+        if self._packed is None:
+            self.repack()
+        assert self._packed is not None
+        return self._packed
+
     def extra_repr(self) -> str:
         shape = tuple(self.weight_int8.shape)
         return f"weight {shape}, input scale {self.input_scale.item():.4g}, output {self.output_dtype}"
@@ -99,13 +106,11 @@ class _Int8Layer(nn.Module):
         self.repack()
 
     def _run(self, input: Tensor, **geometry: Any) -> Tensor:
-        if self._packed is None:
-            self.repack()
-        assert self._packed is not None
+        packed = self.packed()
         scale, zero_point = self._output
         return int8_conv2d(
             input,
-            self._packed,
+            packed,
             output_scale=scale,
             output_zero_point=zero_point,
             output_dtype=self.output_dtype,

@@ -163,17 +163,17 @@ class Int8Segment(nn.Module):
                 tensors[position] = next(given)
                 continue
             builder = Int8GraphBuilder(requantize=self.requantize)
-            values = {source: self._declare(builder, source, tensors[source]) for source in step.sources}
+            values = {source: self._declare(builder, source, tensors[source]) for source in dict.fromkeys(step.sources)}
             program = builder.build([self._add(builder, step, values)])
             arguments = [next(given)] if step.kind == "quantize" else [tensors[source] for source in values]
             held = sum(tensor.nbytes for tensor in tensors.values())
             tensors[position] = run(step, partial(_first, arguments, program), held)
 
-    def _quantization(self, position: int) -> tuple[float, int]:
-        """Scale and zero point of a value."""
+    def quantization(self, position: int) -> tuple[float, int]:
+        """Scale and zero point of the value of step `position`, which is quantized."""
         step = self.steps[position]
         if step.kind in ("max_pool2d", "flatten"):
-            return self._quantization(step.inputs[0])
+            return self.quantization(step.inputs[0])
         if step.kind in ("conv2d", "linear"):
             layer: Any = self.get_submodule(step.name)
             return layer.output_scale.item(), int(layer.output_zero_point)
@@ -189,7 +189,7 @@ class Int8Segment(nn.Module):
                 arguments["residual"] = values[step.residual]
         elif step.kind not in ("max_pool2d", "flatten", "dequantize"):
             prefix = "" if step.kind in ("quantize", "input") else "output_"
-            scale, zero_point = self._quantization(self.steps.index(step))
+            scale, zero_point = self.quantization(self.steps.index(step))
             arguments |= {f"{prefix}scale": scale, f"{prefix}zero_point": zero_point}
         if step.kind in ("concat", "rescale"):  # a clamp that stands alone: the ends of its range saturate
             return builder.concat(inputs, **arguments)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from imgopt_fast.augment import Compose, Normalize
 from imgopt_fast.compress import Int8Config, PruneConfig, load_weights, prune, quantize
-from imgopt_fast.data import Dataset
+from imgopt_fast.data import Dataset, Split, load_dataset
 from imgopt_fast.models import create_model
+from imgopt_fast.training.config import TrainConfig
 from imgopt_fast.training.teachers import Teacher
 
 FILE, WEIGHTS = "network.yaml", "model.safetensors"
+FLOAT_STAGES = ("distilled", "pruned", "dense")  # the last one first
 # An int8 network is built by quantizing an untrained one, for its structure: every scale and weight is in the file, so
 # that the numbers may come from the cheapest way of choosing them.
 SKELETON = Int8Config(calibration="minmax", equalize=False, bias_correction=False)
@@ -102,6 +104,32 @@ def load_network(run: Path, stage: str | None = None) -> Network:
     except RuntimeError as error:
         raise ValueError(f"{run / weights}: not the weights of {card.model} that {FILE} describes") from error
     return Network(card, module.eval())
+
+
+def test_images(run: Path) -> Split:
+    """The test images of the data that the run was trained on; DataError when it cannot be read."""
+    return _dataset(run).test
+
+
+def requantize(run: Path, config: Int8Config) -> Network:
+    """The last float network of the run folder `run`, quantized anew with the run's calibration images.
+
+    Raises ValueError when the folder has no float network, DataError when its training images cannot be read.
+    """
+    card = Card.load(run / FILE)
+    kept = [stage for stage in FLOAT_STAGES if stage == card.stage or (run / f"{stage}.safetensors").exists()]
+    if not kept:
+        raise ValueError(f"{run}: has no float network to quantize again")
+    floating = load_network(run, kept[0])
+    settings, train = TrainConfig.load(run / "config.yaml"), _dataset(run).train
+    sample = train.take(torch.arange(min(settings.calibration, len(train))))
+    batches = [card.prepare()(batch.images) for batch in sample.in_order(settings.batch_size)]
+    return Network(dataclasses.replace(card, stage="int8"), quantize(floating.module, batches, config))
+
+
+def _dataset(run: Path) -> Dataset:
+    config = TrainConfig.load(run / "config.yaml")
+    return load_dataset(config.data, image_size=config.img_size, validation=config.validation)
 
 
 def _to_channels_last(module: Any) -> nn.Module:

@@ -18,13 +18,21 @@ class Int8Model(nn.Module):
     """A quantized network: float input, float output, int8 between them. Inference only.
 
     `network` is an ordinary graph module of `nn.Int8Segment`s and float operations; print `report` for what runs how.
+    `input_shape` is that of the calibration's images, (C, H, W).
     """
 
-    def __init__(self, network: GraphModule, report: QuantizationReport, image_size: tuple[int, ...] | None) -> None:
+    def __init__(
+        self,
+        network: GraphModule,
+        report: QuantizationReport,
+        image_size: tuple[int, ...] | None,
+        input_shape: tuple[int, ...],
+    ) -> None:
         super().__init__()
         self.network = network
         self.report = report
         self.image_size = image_size
+        self.input_shape = input_shape
         self.eval()
 
     def forward(self, images: Tensor) -> Any:
@@ -77,4 +85,4 @@ def to_int8(plan: Plan, attributes: nn.Module | None = None) -> Int8Model:
     if note is not None:
         report.notes.append(note)
         log_once(note)
-    return Int8Model(network, report, plan.image_size)
+    return Int8Model(network, report, plan.image_size, plan.input_shape)

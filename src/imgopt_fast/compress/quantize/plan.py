@@ -16,7 +16,8 @@ class Plan:
     """Everything that conversion, training and analysis need to know. Nothing writes to it, so copies share it."""
 
     graph: GraphModule
-    image_size: tuple[int, ...] | None
+    image_size: tuple[int, ...] | None  # where the graph is bound to one
+    input_shape: tuple[int, ...]  # of one image of the calibration
     fusion: Fusion
     scales: dict[Node, Scale]  # for each of `scaled_nodes`
     config: Int8Config

@@ -37,7 +37,7 @@ def make_plan(model: nn.Module, calibration: Iterable[Any], config: Int8Config) 
     histograms = observe(graph, scaled_nodes(fusion), chain([first], batches), names)
     scales = {node: choose_scale(histogram, config) for node, histogram in histograms.items()}
     _share_concat_scales(fusion, scales)
-    plan = Plan(graph, image_size, fusion, scales, config)
+    plan = Plan(graph, image_size, tuple(first.shape[1:]), fusion, scales, config)
     if config.rounding == "second_order":
         optimize_rounding(plan, first[:SAMPLE])
     if config.bias_correction:
