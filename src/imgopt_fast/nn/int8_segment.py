@@ -141,7 +141,7 @@ class Int8Segment(nn.Module):
 
     def _declare(self, builder: Int8GraphBuilder, position: int, tensor: Tensor) -> int:
         """Make the value of a step, as it was computed, an input of another program."""
-        scale, zero_point = self._quantization(position)
+        scale, zero_point = self.quantization(position)
         return builder.input(
             channels=tensor.shape[1], rank=tensor.ndim, scale=scale, zero_point=zero_point, dtype=tensor.dtype
         )
