@@ -11,6 +11,7 @@ import sys
 import warnings
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -122,7 +123,7 @@ def _serve(path: str, kind: str, threads: str) -> None:
         with torch.no_grad():
             result = model(images)
             tensors = [result] if isinstance(result, Tensor) else list(result)
-            seconds = median_seconds(lambda images=images: model(images)) if len(images) == 1 else 0.0
+            seconds = median_seconds(partial(model, images)) if len(images) == 1 else 0.0
         _send(taken, [*(tensor.numpy() for tensor in tensors), np.float64(seconds)])
 
 

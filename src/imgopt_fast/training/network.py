@@ -121,8 +121,8 @@ def requantize(run: Path, config: Int8Config) -> Network:
     if not kept:
         raise ValueError(f"{run}: has no float network to quantize again")
     floating = load_network(run, kept[0])
-    settings, train = TrainConfig.load(run / "config.yaml"), _dataset(run).train
-    sample = train.take(torch.arange(min(settings.calibration, len(train))))
+    settings = TrainConfig.load(run / "config.yaml")
+    sample = _dataset(run).train.first(settings.calibration)
     batches = [card.prepare()(batch.images) for batch in sample.in_order(settings.batch_size)]
     return Network(dataclasses.replace(card, stage="int8"), quantize(floating.module, batches, config))
 
