@@ -4,7 +4,7 @@ Two separate loops on a shared or clock-shifting machine easily differ by 20 % f
 neighbouring samples does not. With one thread the clock is the CPU time of the process: the same as wall time on an
 idle machine, and blind to other programs on the core (under a load of 11 on two cores, four medians of one convolution
 lay between 0.42 and 2.5 ms by wall time, between 0.40 and 0.45 by CPU time). With more threads it is wall time. All
-timings are warm: the same buffers from call to call.
+timings are warm: the same buffers from call to call, brought back into the caches after the other contestants' turns.
 """
 
 import math
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from statistics import median
 
 SAMPLE_SECONDS = 1e-3  # a sample repeats short calls until it lasts so long
+# A longer call fills the caches by itself: an untimed one before it would double the run and change nothing.
+WARMED_SECONDS = 1e-2
 CLOCK_TICK = 1e-7
 FEWEST, MOST = 3, 40  # samples per contestant
 
@@ -51,9 +53,10 @@ def race(calls: Mapping[str, Callable[[], object]], seconds: float, *, threads: 
     A slow contestant takes part in fewer rounds, spread evenly over the run.
     """
     clock = time.process_time if threads == 1 else time.perf_counter
-    repeats, rounds = {}, {}
+    repeats, rounds, warmed = {}, {}, {}
     for name, call in calls.items():
         once = min(timed(call, 1, clock), timed(call, 1, clock))
+        warmed[name] = once < WARMED_SECONDS
         repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / once))
         rounds[name] = min(MOST, max(FEWEST, round(seconds / (once * repeats[name]))))
     first = next(iter(calls))
@@ -65,15 +68,15 @@ def race(calls: Mapping[str, Callable[[], object]], seconds: float, *, threads: 
             turns = min(rounds[name], total)
             if (turn + 1) * turns // total == turn * turns // total:
                 continue
+            if warmed[name]:
+                call()
             samples[name].append(timed(call, repeats[name], clock))
             ratios[name].append(samples[name][-1] / samples[first][-1])
     return {name: Timing(tuple(samples[name]), tuple(ratios[name])) for name in calls}
 
 
 def timed(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
-    """Seconds per call over `repeats` calls, after one that brings a short call's data back into the caches."""
-    if repeats > 1:
-        call()
+    """Seconds per call over `repeats` calls."""
     begin = clock()
     for _ in range(repeats):
         call()
