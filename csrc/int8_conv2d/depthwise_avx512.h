@@ -5,9 +5,9 @@
 // exactly the order that packing to bytes undoes. Lanes are 64 channels of a pixel, or, where at most 32 channels are
 // left, those of two neighbouring pixels.
 //
-// Work runs along memory, all channels of a strip of pixels before the next strip, and asks for the rows below ahead of
-// time. A pass over the image per block of channels, a row at a time, took 621 us instead of 251 for eight images of
-// 192 channels at 28 x 28 that had left the caches.
+// Work runs along memory, all channels of a strip of pixels before the next strip. A pass over the image per block of
+// channels, a row at a time, took 621 us instead of 251 for eight images of 192 channels at 28 x 28 that had left the
+// caches.
 #pragma once
 
 #include "columns_avx512.h"
@@ -16,9 +16,8 @@ namespace imgopt::avx512 {
 namespace {
 
 constexpr int64_t kDepthwiseChannels = 64;
-constexpr int64_t kFetchedBytes = 1 << 19;  // a layer of more is likely to lie beyond a cache of 1 MB
-constexpr int64_t kStripBytes = 16384;      // of the columns that are interleaved together; they stay in L1
-constexpr int64_t kStripPixels = 28;        // at most so many output pixels of a row
+constexpr int64_t kStripBytes = 16384;  // of the columns that are interleaved together; they stay in L1
+constexpr int64_t kStripPixels = 28;    // at most so many output pixels of a row
 
 bool is_depthwise(const Int8Weight& w) { return w.group_channels == 1 && w.out_channels == w.groups; }
 
@@ -222,17 +221,13 @@ void depthwise_strip(const G& g, const DepthwiseBlock* block, const ByteEpilogue
                                          even);
 }
 
-inline void prefetch_bytes(const uint8_t* from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
-}
-
 // The operation for one geometry. A unit of work is G::kRows output rows, or the last ones of an image.
 template <class G>
 struct Depthwise {
     const Int8Conv2d& p;
     const G g;
     const ByteEpilogue to_bytes;
-    const bool rare, large;
+    const bool rare;
     const int64_t block_bytes, strip_pixels;
     InputRows* inputs;  // per group
     uint8_t *blocks, *strip, *padding;
@@ -244,7 +239,6 @@ struct Depthwise {
           g(conv),
           to_bytes(conv, byte_range(conv)),
           rare(conv.residual || conv.float_output || conv.shift),
-          large(is_large()),
           block_bytes(static_cast<int64_t>(sizeof(DepthwiseBlock)) + G::kRows * g.taps * g.groups * kColumnBytes),
           strip_pixels(pixels_of_strip()) {
         const int64_t channels = p.weight.out_channels;
@@ -355,24 +349,6 @@ struct Depthwise {
         }
     }
 
-    // Whether input and output are too large to stay in a cache of 1 MB from layer to layer.
-    bool is_large() const {
-        return p.batch * (p.in_h * p.in_w * p.input_stride + p.out_h * p.out_w * p.output_stride) > kFetchedBytes;
-    }
-
-    // Asks for what the rows below the present ones will read and write, `pixels` outputs of ROWS rows from ox on.
-    template <int ROWS>
-    void fetch_below(int64_t n, int64_t oy, int64_t ox, int64_t pixels) const {
-        const int64_t in_row = p.in_w * p.input_stride, out_row = p.out_w * p.output_stride;
-        const int64_t y = oy * p.stride_h - p.pad_top + (ROWS - 1) * p.stride_h + p.weight.kernel_h;
-        const uint8_t* in = p.input + (n * p.in_h + y) * in_row + ox * p.stride_w * p.input_stride;
-        const uint8_t* out =
-            static_cast<const uint8_t*>(p.output) + (n * p.out_h + oy + ROWS) * out_row + ox * p.output_stride;
-        for (int64_t s = 0; s < ROWS * p.stride_h; ++s)
-            prefetch_bytes(in + s * in_row, pixels * p.stride_w * p.input_stride);
-        for (int v = 0; v < ROWS; ++v) prefetch_bytes(out + v * out_row, pixels * p.output_stride);
-    }
-
     // ROWS output rows from oy on, strip after strip.
     template <int ROWS>
     void rows(int64_t n, int64_t oy) const {
@@ -380,7 +356,6 @@ struct Depthwise {
         const int64_t row = n * p.out_h + oy;
         for (int64_t ox = 0; ox < p.out_w; ox += strip_pixels) {
             const int64_t pixels = smaller(strip_pixels, p.out_w - ox);
-            if (large) fetch_below<ROWS>(n, oy, ox, pixels);
             channels<ROWS>(row * p.out_w + ox, ox, pixels);
         }
     }
