@@ -23,7 +23,7 @@ REPORT = "export.md"
 FORMATS = """formats, what each needs, and the engine that checks it:
   onnx       QDQ, or integer operators with --qlinear          'imgopt-fast[onnx]': onnx; onnxruntime, openvino check
   c          C99 folder, integers and shifts only              nothing; a C compiler checks ($CC, cc or gcc)
-  qonnx      QONNX for FINN and hls4ml                          'imgopt-fast[fpga]': onnx, qonnx; qonnx checks
+  qonnx      QONNX, which hls4ml reads                          'imgopt-fast[fpga]': onnx, qonnx; qonnx checks
   stablehlo  StableHLO for tpu, cuda and cpu, by jax.export    'imgopt-fast[jax]': jax; XLA on the CPU checks
   pt2        torch.export with our operations, and AOTInductor  nothing; a fresh process checks (AOTI: a C++ compiler)
 

@@ -1,4 +1,4 @@
-"""QONNX for FINN and hls4ml: the power-of-two network in float arithmetic between Quant nodes, all of it exact.
+"""QONNX, which hls4ml and other FPGA tools read: the power-of-two network in float arithmetic between Quant nodes, exact.
 
 Every weight and every activation goes through a Quant node (domain qonnx.custom_op.general) with a power-of-two scale:
 hls4ml turns each into an ap_fixed type, and the multiplication by its scale into the position of the binary point. What
