@@ -1,4 +1,4 @@
-"""QONNX, which hls4ml and other FPGA tools read: the power-of-two network in float arithmetic between Quant nodes, exact.
+"""QONNX, which FPGA tools such as hls4ml read: the power-of-two network in floats between Quant nodes, all of it exact.
 
 Every weight and every activation goes through a Quant node (domain qonnx.custom_op.general) with a power-of-two scale:
 hls4ml turns each into an ap_fixed type, and the multiplication by its scale into the position of the binary point. What
