@@ -91,5 +91,9 @@ def inverted_bottlenecks() -> nn.Module:
             return x + self.conv(x) if self.residual else self.conv(x)
 
     blocks = [Block(8, 8, 1, 3), Block(8, 12, 2, 4), Block(12, 12, 1, 4), Block(12, 16, 2, 3)]
-    head = [*conv(16, 32, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
+    classes = nn.Linear(32, 10)
+    with torch.no_grad():
+        classes.weight.copy_(torch.randn(10, 32, generator=generator) * 32**-0.5)
+        classes.bias.zero_()
+    head = [*conv(16, 32, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), classes]
     return nn.Sequential(*conv(3, 8, 3, 2), nn.ReLU6(), *blocks, *head).eval()

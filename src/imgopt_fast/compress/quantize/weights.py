@@ -8,9 +8,10 @@ from imgopt_fast.compress.quantize.config import Int8Config
 LEVELS = 127  # −128 is left out: a symmetric range keeps rounding unbiased
 # How far below the largest magnitude a scale may clip: under a half, clipping always costs more than rounding saves.
 SHRINK = torch.linspace(1.0, 0.5, 26, dtype=torch.float64)
-# The bias is an int32 at scale input_scale · weight_scale. With the bias below 2^30 the products have the other 2^30,
-# which 33,000 taps of 255 · 127 cannot fill; the packing checks the exact bound.
-BIAS_STEPS = 2.0**30
+# Largest bias in steps of input_scale · weight_scale; a channel with a larger one gets a coarser scale, which costs
+# nothing: next to such a bias its weights hardly count. 22 bits leave room for the products in int32, and for half a
+# step of the output in float32, in which QONNX engines add.
+BIAS_STEPS = 2.0**22
 SMALLEST_SCALE = 2.0**-40  # for channels without weights: inside what the kernels accept
 
 
