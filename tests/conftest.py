@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,12 +51,22 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short training on the embedded data: dense, pruned and int8. Tests do not write into it."""
+    return _trained(tmp_path_factory, epochs=2, prune_epochs=1)
+
+
+@pytest.fixture(scope="session")
+def trained_bottlenecks_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a depthwise network, dense and int8."""
+    return _trained(tmp_path_factory, model="small_networks:bottlenecks", epochs=2, sparsity=0.0, qat_epochs=0)
+
+
+def _trained(tmp_path_factory: pytest.TempPathFactory, **options: Any) -> Path:
     from imgopt_fast.training import TrainConfig, evaluate, train
 
     output = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     config = TrainConfig(
-        epochs=2, prune_epochs=1, warmup_epochs=0.5, reference_epoch=False, output=str(output), experiment="trained"
+        warmup_epochs=0.5, reference_epoch=False, memory=False, output=str(output), experiment="trained", **options
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "LEAST_SECONDS", 0.01)

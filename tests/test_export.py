@@ -1,5 +1,6 @@
 """`imgopt-fast export` on a trained run, and the errors that every format shares."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -24,23 +25,35 @@ def run(trained_run: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_every_format_of_a_run_keeps_its_accuracy(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.filterwarnings("ignore")  # of qonnx about its own dependencies
+@pytest.mark.parametrize("trained", ["trained_run", "trained_bottlenecks_run"])
+def test_every_format_of_a_run_keeps_its_accuracy(
+    trained: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
     require(shutil.which("gcc") is not None, "a C compiler")
+    run = tmp_path / "run"
+    shutil.copytree(request.getfixturevalue(trained), run)
     before = {path.name for path in run.iterdir()}
-    assert main(["export", str(run), "--format", "onnx", "c", "stablehlo", "pt2"]) == 0
+    assert main(["export", str(run), "--format", "onnx", "c", "stablehlo", "pt2", "qonnx"]) == 0
     table = capsys.readouterr().out
     made = {path.name for path in run.iterdir()} - before
-    assert made == {"model.onnx", "model_c", "model_stablehlo", "model.pt2", "export.md"}
+    assert made == {"model.onnx", "model_c", "model_stablehlo", "model.pt2", "model_qonnx.onnx", "export.md"}
     text = (run / "export.md").read_text()
     rows = [line.split("  ") for line in text.splitlines() if "%" in line and "KiB" in line]
-    assert [row[0] for row in rows] == ["onnx", "c", "stablehlo", "pt2"]
+    assert [row[0] for row in rows] == ["onnx", "c", "stablehlo", "pt2", "qonnx"]
     network = load_network(run)
     images = images_of(run)
     right = network.module(network.card.prepare()(images.images)).argmax(1) == images.labels
+    assert right.double().mean() > 0.6
     accuracy = f"{float(right.double().mean()):.2%}"
-    for name in ("onnx", "stablehlo", "pt2"):
+    for name in ("stablehlo", "pt2"):
         assert accuracy in next(line for line in table.splitlines() if line.startswith(name + "  "))
-    assert "bit-equal" in next(line for line in table.splitlines() if line.startswith("c  "))
+    for name in ("c", "qonnx"):
+        assert "bit-equal" in next(line for line in table.splitlines() if line.startswith(name + "  "))
+    found = next(line for line in table.splitlines() if line.startswith("onnx  "))
+    agreement, theirs = (float(cell) for cell in re.findall(r"([0-9.]+)%", found)[-2:])
+    assert agreement >= 99.5
+    assert abs(theirs - 100 * float(right.double().mean())) <= 0.5
 
 
 def test_without_verification(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from imgopt_fast.targets.verification import Array, Engine
 PACKAGES, VERIFIERS, EXTRA = ("onnx",), ("qonnx",), "fpga"
 DOMAIN = "qonnx.custom_op.general"
 BITS = 8
+IMAGES = 50  # that qonnx is asked about: node by node, each in a session of its own, it takes 10 to 50 ms for one
 
 
 def write(network: Network, path: Path) -> list[str]:
@@ -230,4 +231,4 @@ def engines(path: Path, network: Network) -> list[Engine]:
             found.append([results[o.name] for o in model.graph.output])
         return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
-    return [Engine(f"qonnx {version}", run, exact=True)]
+    return [Engine(f"qonnx {version}", run, exact=True, most=IMAGES)]
