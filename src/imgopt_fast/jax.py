@@ -193,7 +193,7 @@ def masked_matmul(input: Array, weight: Array, mask: Any = None, bias: Array | N
 
     XLA has no sparse product of this kind: the masked weights are zeros in a dense one. Sums are in float32 at the
     highest precision the device has; against `imgopt_fast.masked_matmul` in float32 the difference is at most
-    K * 2^-23 * sum(|input * weight|). Gradients are those of the torch function: zero off the mask.
+    K * 2^-23 times the sum of the products' magnitudes. Gradients are those of the torch function: zero off the mask.
     """
     if weight.ndim != 2 or input.ndim == 0 or input.shape[-1] != weight.shape[1]:
         raise ValueError(f"input: expected (..., K) and weight (O, K), got {input.shape} and {weight.shape}")
