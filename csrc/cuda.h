@@ -33,6 +33,8 @@ inline unsigned blocks_for(int64_t count, int64_t per_block) {
 
 #if !defined(IMGOPT_CUDA_EMULATED)
 
+inline void check(cudaError_t status) { STD_TORCH_CHECK(status == cudaSuccess, "CUDA: ", cudaGetErrorString(status)); }
+
 // The device of `t` and torch's current stream on it, for as long as the object lives.
 class Launcher {
   public:
@@ -45,21 +47,21 @@ class Launcher {
     template <class... P, class... A>
     void operator()(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A&&... arguments) const {
         if (shared > (48 << 10))  // more than every device grants unasked
-            STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+            check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
         kernel<<<grid, block, shared, stream_>>>(static_cast<P>(arguments)...);
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
+        check(cudaGetLastError());
     }
 
     void copy(void* to, const void* from, int64_t bytes) const {
-        STD_CUDA_CHECK(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_));
+        check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_));
     }
 
     // Multiprocessors of the device.
     int64_t processors() const {
         int device = 0, count = 0;
-        STD_CUDA_CHECK(cudaGetDevice(&device));
-        STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+        check(cudaGetDevice(&device));
+        check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
         return count;
     }
 
