@@ -42,7 +42,8 @@ def build(out: Path) -> None:
 
 
 def test(out: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py",
+               "tests/test_cuda_networks.py"]  # fmt: skip
     run(command, out / "tests.log", IMGOPT_REQUIRE_CUDA="1", PYTHONPATH=str(out / "site"))
 
 

@@ -96,10 +96,7 @@ class Int8Segment(nn.Module):
                 values[position] = self._add(builder, step, values)
             except ValueError as refusal:
                 raise ValueError(f"{step.name} ({step.kind}): {refusal}; `exclude` keeps the layer float") from refusal
-        program = builder.build([values[position] for position in self.outputs])
-        device = next(self.buffers()).device
-        program = program._replace(constants=program.constants.to(device), packed=program.packed.to(device))
-        self._program = repack(program) if device.type == "cuda" else program
+        self._program = self._placed(builder.build([values[position] for position in self.outputs]))
         self._programs = {}  # of the runs between sparse layers, on first use
         self._sparse = {}
         for position, step in enumerate(self.steps):
@@ -124,7 +121,7 @@ class Int8Segment(nn.Module):
                 values = {source: self._declare(builder, source, tensors[source]) for source in read}
                 for at in run:
                     values[at] = self._add(builder, self.steps[at], values)
-                self._programs[run[0]] = builder.build([values[at] for at in wanted])
+                self._programs[run[0]] = self._placed(builder.build([values[at] for at in wanted]))
             arguments = [tensors[source] for source in read] + [given[at] for at in run if at in given]
             tensors |= zip(wanted, int8_graph(arguments, self._programs[run[0]]), strict=True)
         return tuple(tensors[position] for position in self.outputs)
@@ -164,7 +161,7 @@ class Int8Segment(nn.Module):
                 continue
             builder = Int8GraphBuilder(requantize=self.requantize)
             values = {source: self._declare(builder, source, tensors[source]) for source in dict.fromkeys(step.sources)}
-            program = builder.build([self._add(builder, step, values)])
+            program = self._placed(builder.build([self._add(builder, step, values)]))
             arguments = [next(given)] if step.kind == "quantize" else [tensors[source] for source in values]
             held = sum(tensor.nbytes for tensor in tensors.values())
             tensors[position] = run(step, partial(_first, arguments, program), held)
@@ -196,12 +193,19 @@ class Int8Segment(nn.Module):
         method: Callable[..., int] = getattr(builder, step.kind)
         return method(*inputs, **arguments)
 
+    def _placed(self, program: Int8Program) -> Int8Program:
+        """`program`, which is built on the CPU, where the buffers are."""
+        device = next(self.buffers()).device
+        if device.type == "cpu":
+            return program
+        return repack(program._replace(constants=program.constants.to(device), packed=program.packed.to(device)))
+
     def _layer_arguments(self, step: Step) -> dict[str, Any]:
         layer: Any = self.get_submodule(step.name)
         arguments = {
-            "weight": layer.weight_int8,
-            "weight_scale": layer.weight_scale,
-            "bias": layer.bias,
+            "weight": layer.weight_int8.cpu(),
+            "weight_scale": layer.weight_scale.cpu(),
+            "bias": None if layer.bias is None else layer.bias.cpu(),
             "output_scale": None if layer.output_scale is None else layer.output_scale.item(),
             "output_zero_point": int(layer.output_zero_point),
             "output_min": layer.output_min,

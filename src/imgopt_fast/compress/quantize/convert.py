@@ -21,7 +21,7 @@ from imgopt_fast.nn.int8_segment import Int8Segment, Step
 
 
 def convert(plan: Plan, attributes: nn.Module | None = None) -> GraphModule:
-    """The network as a graph module of `Int8Segment`s and float operations.
+    """The network, on the CPU, as a graph module of `Int8Segment`s and float operations.
 
     `attributes`: where the parameters of the float parts are, by their names in the plan's graph (default: there).
     Raises ValueError, naming the layer, where sums could overflow.
@@ -158,13 +158,14 @@ class _SegmentWriter:
         weight, weight_scale = quantize_weight(
             operation.weight, operation.bias, source.scale, self.plan.config, operation.weight_scale
         )
+        bias = None if operation.bias is None else operation.bias.cpu()
         result = None if self.plan.fusion.gives_float(operation) else self.plan.scales[operation.output]
         make: Any = Int8Conv2d if operation.kind == "conv2d" else Int8Linear
         try:
             layer: nn.Module = make(
-                weight,
-                weight_scale,
-                operation.bias,
+                weight.cpu(),
+                weight_scale.cpu(),
+                bias,
                 input_scale=source.scale,
                 input_zero_point=source.zero_point,
                 output_scale=None if result is None else result.scale,

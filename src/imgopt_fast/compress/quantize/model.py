@@ -78,7 +78,7 @@ def quantize(model: nn.Module, calibration: Iterable[Any], config: Int8Config | 
 
 def to_int8(plan: Plan, attributes: nn.Module | None = None) -> Int8Model:
     """The network of a plan, with its report; `attributes` as for `convert`."""
-    network = convert(plan, attributes)
+    network = convert(plan, attributes).to(plan.device)
     segments = [part for part in network.children() if isinstance(part, Int8Segment)]
     report = describe(plan.graph, plan.fusion, segments)
     note = speed_note()

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from imgopt_fast.compress.quantize.calibrate import Scale
@@ -24,6 +26,12 @@ class Plan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are; the CPU without any."""
+        weights = (operation.weight for operation in self.fusion.operations.values() if operation.weight is not None)
+        return next(chain(weights, self.graph.parameters(), self.graph.buffers()), torch.empty(0)).device
 
     def scale_of(self, node: Node) -> Scale:
         """The quantization of a value, looked up through the operations that hand their input's on."""

@@ -39,7 +39,7 @@ def _choose_scale(rows: Tensor, bias: Tensor | None, input_scale: float, config:
         candidates = torch.stack([exponent.ceil(), exponent.floor()]).exp2()
         candidates = candidates.clamp(min=SMALLEST_SCALE)
     elif config.calibration == "mse":
-        candidates = scale * SHRINK[:, None]
+        candidates = scale * SHRINK.to(scale.device)[:, None]
     else:
         candidates = scale[None]
     if bias is not None:
