@@ -1,7 +1,7 @@
 """The training against a plain PyTorch loop, and what surrounds it: decoding, the cache, photos, transfer.
 
     python benchmarks/bench_train.py throughput CIFAR     images/s of both loops: ResNet-20, batch 128, alternated
-    python benchmarks/bench_train.py accuracy CIFAR       both loops over three seeds: hours on two cores
+    python benchmarks/bench_train.py accuracy CIFAR       both loops over three seeds: hours on two cores; --device cuda
     python benchmarks/bench_train.py decode CIFAR         decoding all files, and reading them from the cache
     python benchmarks/bench_train.py head CIFAR           a new last layer on cached features
     python benchmarks/bench_train.py photos PHOTOS        decode and augment to 224x224, against Pillow
@@ -101,7 +101,8 @@ def plain_steps(config: TrainConfig, data: Dataset, model: nn.Module, workers: i
     while done < steps:
         model.train()
         for batch, labels in loader:
-            loss = F.cross_entropy(model(batch), labels, label_smoothing=config.smoothing)
+            given, wanted = batch.to(config.device), labels.to(config.device)
+            loss = F.cross_entropy(model(given), wanted, label_smoothing=config.smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -160,23 +161,23 @@ def throughput(path: str, rounds: int, images: int) -> None:
     print(f"data wait of ours {statistics.median(waits):.2%}")
 
 
-def accuracies(path: str, seeds: int, epochs: int) -> None:
+def accuracies(path: str, seeds: list[int], epochs: int, device: str) -> None:
     """Test accuracy of both loops after the same number of epochs, for each seed."""
     data = load_dataset(path)
     mean, std = data.statistics()
     found: dict[str, list[float]] = {"ours": [], "plain": []}
-    for seed in range(seeds):
-        config = dataclasses.replace(RECIPE, data=path, epochs=epochs, seed=seed, memory=False)
+    for seed in seeds:
+        config = dataclasses.replace(RECIPE, data=path, epochs=epochs, seed=seed, memory=False, device=device)
         with tempfile.TemporaryDirectory() as folder:
             report = train(dataclasses.replace(config, output=folder))
         found["ours"].append(report.stages[-1].test_top1)
         torch.manual_seed(seed)
         model = create_model(config.model, num_classes=len(data.class_names), in_channels=data.channels)
         steps = epochs * (len(data.train) // config.batch_size)
-        for _ in plain_steps(config, data, model, torch.get_num_threads(), steps):
+        for _ in plain_steps(config, data, model.to(device), torch.get_num_threads(), steps):
             pass
         prepare = Compose([Normalize(mean, std)])
-        found["plain"].append(evaluate.accuracy(model, data.test, prepare))
+        found["plain"].append(evaluate.accuracy(model, data.test.to(torch.device(device)), prepare))
         print(f"seed {seed}: ours {found['ours'][-1]:.2%}, plain {found['plain'][-1]:.2%}", flush=True)
     for name, values in found.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -262,7 +263,8 @@ def main() -> None:
     parser.add_argument("data", nargs="?", help="default: IMGOPT_CIFAR, for photos IMGOPT_PHOTOS")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=2560, help="per round of `throughput` (default: 2560)")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--device", default="cpu", help="that `accuracy` trains on (default: cpu)")
     parser.add_argument("--epochs", type=int, default=30)
     arguments = parser.parse_args()
     path = arguments.data or os.environ.get("IMGOPT_PHOTOS" if arguments.what == "photos" else "IMGOPT_CIFAR")
@@ -273,7 +275,7 @@ def main() -> None:
     if arguments.what == "throughput":
         throughput(path, arguments.rounds, arguments.images)
     elif arguments.what == "accuracy":
-        accuracies(path, arguments.seeds, arguments.epochs)
+        accuracies(path, arguments.seeds, arguments.epochs, arguments.device)
     elif arguments.what == "decode":
         decoding(path)
     elif arguments.what == "head":

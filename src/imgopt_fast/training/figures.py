@@ -77,7 +77,7 @@ def mistakes(path: Path, split: Split, found: Tensor, class_names: Sequence[str]
     for i, axes in enumerate(figure.subplots(ROWS, COLUMNS).flat):
         axes.axis("off")
         if i < len(wrong):
-            image = split.images[wrong[i]].permute(1, 2, 0).squeeze(-1).numpy()
+            image = split.images[wrong[i]].cpu().permute(1, 2, 0).squeeze(-1).numpy()
             axes.imshow(image, cmap="gray", vmin=0, vmax=255)
             is_class, found_class = (class_names[int(labels[wrong[i]])] for labels in (split.labels, found))
             axes.set_title(f"{found_class}\nis {is_class}", fontsize=7)
@@ -95,7 +95,7 @@ def samples(path: Path, dataset: Dataset, augment: Augmentation, seed: int) -> N
     for i, axes in enumerate(figure.subplots(-(-SAMPLES // 3), 3).flat):
         axes.axis("off")
         if i < len(batch):
-            pair = torch.cat([batch.images[i].float() / 255, shown[i].clamp(0, 1)], dim=2)
+            pair = torch.cat([batch.images[i].cpu().float() / 255, shown[i].cpu().clamp(0, 1)], dim=2)
             axes.imshow(pair.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             name = dataset.class_names[int(batch.labels[i])]
             drawn = textwrap.fill(view.draws.describe(i).replace("  ", " "), 52)

@@ -6,7 +6,7 @@ where a subgradient oscillates around them (Beck and Teboulle 2009); and weights
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -99,17 +99,22 @@ class Updates:
 
 
 def make_optimizer(model: nn.Module, helpers: nn.Module, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    """Biases and batch norm's parameters do not decay; frozen parameters are left out."""
-    groups = []
+    """Biases and batch norm's parameters do not decay; frozen parameters are left out.
+
+    As few groups as there are different rates and decays: each costs a step some launches of its own.
+    """
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for depth, modules in enumerate(layers := layer_groups(model)):
         rate = lr * config.layer_decay ** (len(layers) - 1 - depth)
-        groups += _groups([p for m in modules for p in m.parameters(recurse=False)], config, rate)
-    groups += _groups(list(helpers.parameters()), config, lr)
+        _collect(members, [p for m in modules for p in m.parameters(recurse=False)], config, rate)
+    _collect(members, helpers.parameters(), config, lr)
+    groups = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in members.items()]
+    fused = next(model.parameters()).is_cuda or None  # one launch for all; elsewhere torch's own choice
     if config.opt == "adamw":
-        return torch.optim.AdamW(groups, lr)
+        return torch.optim.AdamW(groups, lr, fused=fused)
     if config.opt == "adam":
-        return torch.optim.Adam(groups, lr)
-    return torch.optim.SGD(groups, lr, config.momentum, nesterov=config.momentum > 0)
+        return torch.optim.Adam(groups, lr, fused=fused)
+    return torch.optim.SGD(groups, lr, config.momentum, nesterov=config.momentum > 0, fused=fused)
 
 
 def layer_groups(model: nn.Module) -> list[list[nn.Module]]:
@@ -123,11 +128,17 @@ def layer_groups(model: nn.Module) -> list[list[nn.Module]]:
     return list(blocks.values())
 
 
-def _groups(parameters: Sequence[nn.Parameter], config: TrainConfig, lr: float) -> list[dict[str, Any]]:
-    wanted = [p for p in parameters if p.requires_grad]
-    decayed, others = [p for p in wanted if p.ndim > 1], [p for p in wanted if p.ndim <= 1]
-    decays = ((decayed, config.weight_decay), (others, 0.0))
-    return [{"params": members, "weight_decay": decay, "lr": lr} for members, decay in decays if members]
+def _collect(
+    members: dict[tuple[float, float], list[nn.Parameter]],
+    parameters: Iterable[nn.Parameter],
+    config: TrainConfig,
+    rate: float,
+) -> None:
+    """Add the parameters that learn to `members`, by rate and weight decay."""
+    for parameter in parameters:
+        if parameter.requires_grad:
+            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            members.setdefault((rate, decay), []).append(parameter)
 
 
 def learning_rate(step: int, stage: Stage, updates_per_epoch: int, config: TrainConfig) -> float:
