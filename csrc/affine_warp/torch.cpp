@@ -3,14 +3,11 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../pages.h"
-#include "../torch_stable.h"
+#include "../outputs.h"
 #include "binding.h"
 
 namespace imgopt {
 namespace {
-
-using torch::headeronly::MemoryFormat;
 
 template <class T>
 void read_doubles(const Tensor& t, int64_t n, int64_t rows, int64_t columns, double* to, int64_t step) {
@@ -58,6 +55,11 @@ DType pixel_dtype(const Tensor& t, const char* name) {
     const DType dtype = dtype_of(t, name);
     STD_TORCH_CHECK(dtype != DType::i8 && dtype != DType::i32, name, ": expected uint8 or floating");
     return dtype;
+}
+
+bool is_pixel_dtype(ScalarType dtype) {
+    return dtype == ScalarType::Byte || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+           dtype == ScalarType::Float || dtype == ScalarType::Double;
 }
 
 // What forward and backward share; the vectors must outlive the struct.
@@ -126,12 +128,12 @@ Tensor affine_warp(Tensor images, Tensor matrix, std::vector<int64_t> size, std:
     }
     p.output_height = size[0];
     p.output_width = size[1];
-    Tensor output = torch::stable::empty({batch, channels, size[0], size[1]}, dtype.value_or(images.scalar_type()),
-                                         std::nullopt, images.device(), std::nullopt, memory_format);
+    const ScalarType wanted = dtype.value_or(images.scalar_type());
+    STD_TORCH_CHECK(is_pixel_dtype(wanted), "dtype: expected uint8 or floating");
+    Tensor output = new_output({batch, channels, size[0], size[1]}, wanted, memory_format);
     p.output = output.mutable_data_ptr();
     p.output_dtype = pixel_dtype(output, "dtype");
     set_strides(output, p.output_stride);
-    prefer_large_pages(p.output, output.numel() * static_cast<int64_t>(output.element_size()));
     if (output.numel() > 0) {
         const KernelTable& table_of_isa = kernels();
         parallel_units(batch * size[0], row_grain(p),

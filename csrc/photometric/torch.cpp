@@ -1,13 +1,10 @@
 // adjust_hue and adjust_sharpness for torch on the CPU: checks, allocation, and the loop over threads.
 #include <cmath>
 
-#include "../pages.h"
-#include "../torch_stable.h"
+#include "../outputs.h"
 
 namespace imgopt {
 namespace {
-
-using torch::headeronly::MemoryFormat;
 
 constexpr int64_t kWorthThread = 1 << 14;  // pixels: some 10 us of a core
 
@@ -21,7 +18,14 @@ struct Dense {
         const DType dtype = dtype_of(images, "images");
         STD_TORCH_CHECK(dtype == DType::u8 || dtype == DType::f32, "images: expected uint8 or float32");
         interleaved = images.size(1) > 1 && images.stride(1) == 1;
-        tensor = torch::stable::contiguous(images, interleaved ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+        tensor = torch::stable::contiguous(images, layout());
+    }
+
+    MemoryFormat layout() const { return interleaved ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
+    Tensor output() const {
+        const std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
+        const bool large = large_bytes(sizes, tensor.scalar_type()) > 0;
+        return large ? new_output(sizes, tensor.scalar_type(), layout()) : torch::stable::empty_like(tensor);
     }
 };
 
@@ -42,8 +46,7 @@ Tensor adjust_hue(Tensor images, Tensor shift) {
     const Dense dense(images);
     STD_TORCH_CHECK(images.size(1) == 3, "images: expected three channels");
     const std::vector<float> turn = scaled(shift, images.size(0), "shift", sixths);
-    Tensor output = torch::stable::empty_like(dense.tensor);
-    prefer_large_pages(output.mutable_data_ptr(), output.numel() * static_cast<int64_t>(output.element_size()));
+    Tensor output = dense.output();
     const Hue p{dtype_of(images, "images"),      dense.tensor.const_data_ptr(),
                 output.mutable_data_ptr(),       turn.data(),
                 images.size(2) * images.size(3), dense.interleaved};
@@ -58,8 +61,7 @@ Tensor adjust_sharpness(Tensor images, Tensor factor) {
     const Dense dense(images);
     const int64_t channels = images.size(1), height = images.size(2);
     const std::vector<float> weight = scaled(factor, images.size(0), "factor", smoothing);
-    Tensor output = torch::stable::empty_like(dense.tensor);
-    prefer_large_pages(output.mutable_data_ptr(), output.numel() * static_cast<int64_t>(output.element_size()));
+    Tensor output = dense.output();
     const int64_t step = dense.interleaved ? channels : 1, planes = dense.interleaved ? 1 : channels;
     const Sharpness p{dtype_of(images, "images"),
                       dense.tensor.const_data_ptr(),
