@@ -106,7 +106,7 @@ inline Tensor new_output(const std::vector<int64_t>& sizes, ScalarType dtype, Me
             SpareBlocks::shared().give(data, static_cast<int64_t>(reinterpret_cast<intptr_t>(size)));
         };
         AtenTensorHandle made;
-        STABLE_TORCH_ERROR_CODE_CHECK(
+        TORCH_ERROR_CODE_CHECK(
             torch_from_blob(block, 4, sizes.data(), layout == MemoryFormat::ChannelsLast ? interleaved : planar, 0,
                             code(dtype), code(cpu.type()), -1, &made, code(torch::headeronly::Layout::Strided), nullptr,
                             0, give, reinterpret_cast<void*>(static_cast<intptr_t>(bytes))));
