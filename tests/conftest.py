@@ -51,13 +51,13 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short training on the embedded data: dense, pruned and int8. Tests do not write into it."""
-    return _trained(tmp_path_factory, epochs=2, prune_epochs=1)
+    return _trained(tmp_path_factory, epochs=1, prune_epochs=1)
 
 
 @pytest.fixture(scope="session")
 def trained_bottlenecks_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of a depthwise network, dense and int8."""
-    return _trained(tmp_path_factory, model="small_networks:bottlenecks", epochs=2, sparsity=0.0, qat_epochs=0)
+    return _trained(tmp_path_factory, model="small_networks:bottlenecks", epochs=1, sparsity=0.0, qat_epochs=0)
 
 
 def _trained(tmp_path_factory: pytest.TempPathFactory, **options: Any) -> Path:

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_onnx import images
+from test_onnx import Everything, images
 from torch import nn
 
 from imgopt_fast import export
-from imgopt_fast.compress import from_onnx, quantize
+from imgopt_fast.compress import Int8Config, PruneConfig, from_onnx, prune, quantize
+from imgopt_fast.targets import describe
+from imgopt_fast.targets.onnx import write
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -52,22 +54,102 @@ def test_node(name: str) -> None:
     assert found.numpy().dtype == outputs[0].dtype
 
 
-@pytest.mark.parametrize("form", ["qdq", "qlinear"])
-def test_our_own_exports_come_back(form: str, tmp_path: Path, inverted_bottlenecks: nn.Module) -> None:
-    x = images(8, 3, 24, 24)
-    if form == "qlinear":  # its residual sums are written as float32 operations on integers, which stay ONNX's
-        layers = [nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6(), nn.MaxPool2d(2)]
-        model = quantize(nn.Sequential(*layers, nn.Conv2d(8, 4, 1)).eval(), [x])
-        export(model, "onnx", tmp_path / "model.onnx", images=x, form=form)
-        with pytest.raises(ValueError, match=r"\(Mul\).*onnx\.utils\.extract_model"):
-            from_onnx(tmp_path / "model.onnx")
-        return
-    model = quantize(inverted_bottlenecks, [x])
-    export(model, "onnx", tmp_path / "model.onnx", images=x, form=form)
-    network = from_onnx(tmp_path / "model.onnx")
-    assert torch.equal(network(x), model(x))
-    for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+@pytest.mark.parametrize("form", ["qdq", "qlinear", "shifts"])
+@pytest.mark.parametrize("network", ["everything", "inverted"])
+def test_our_own_exports_come_back(network: str, form: str, tmp_path: Path, inverted_bottlenecks: nn.Module) -> None:
+    """Residual sums, averages and concatenations too, which the integer form writes in float32 operations."""
+    x = images(8, 3, 14, 12) if network == "everything" else images(8, 3, 24, 24)
+    float_model = Everything().eval() if network == "everything" else inverted_bottlenecks
+    model = quantize(float_model, [x], Int8Config(power_of_two=form == "shifts"))
+    described = describe(model, x)
+    write(described, tmp_path / "model.onnx", form="qdq" if form == "qdq" else "qlinear")
+    imported = from_onnx(tmp_path / "model.onnx")
+    assert torch.equal(imported(x), model(x))
+    for n in (1, 3):  # the batch is free
+        assert torch.equal(imported(x[:n]), model(x[:n]))
+    for twin in (copy.deepcopy(imported), pickle.loads(pickle.dumps(imported))):
         assert torch.equal(twin(x), model(x))
+
+
+def test_pruned_integer_networks_come_back(tmp_path: Path) -> None:
+    """Their weights are stored as gaps and values."""
+    x = images(8, 3, 24, 24)
+    layers = [nn.Conv2d(3, 32, 3, 2), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU6(), nn.MaxPool2d(2), nn.Conv2d(64, 4, 1)]
+    float_model = nn.Sequential(*layers).eval()
+    prune(float_model, PruneConfig(sparsity=0.9, end_step=1)).step()
+    model = quantize(float_model, [x])
+    write(describe(model, x), tmp_path / "model.onnx", form="qlinear")
+    operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert operators >= {"QLinearConv", "CumSum"}
+    assert torch.equal(from_onnx(tmp_path / "model.onnx")(x), model(x))
+
+
+def small(*nodes: tuple[str, list[str], str], **constants: object) -> onnx.ModelProto:
+    """A model of `images` (N, 3, 8, 8) to `output`; nodes are (operator, inputs, output)."""
+    made = [onnx.helper.make_node(operator, inputs, [output]) for operator, inputs, output in nodes]
+    held = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        made, "small", [info("images", 1, ["n", 3, 8, 8])], [info("output", 1, ["n", None, None, None])], held
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=10)
+
+
+SCALE, TWICE = {"scale": np.float32(0.5), "zero": np.uint8(3)}, {"double": np.float32(1.0)}
+
+
+def test_a_reader_has_its_own_scale() -> None:
+    """Integers written at one scale and read at another are what the model says, not a mistake to be smoothed out."""
+    model = small(
+        ("QuantizeLinear", ["images", "scale", "zero"], "stored"),
+        ("DequantizeLinear", ["stored", "double", "zero"], "output"),
+        **SCALE, **TWICE,
+    )  # fmt: skip
+    x = images(2, 3, 8, 8) * 4
+    expected = ort.InferenceSession(model.SerializeToString()).run(None, {"images": x.numpy()})[0]
+    assert np.array_equal(from_onnx(model)(x).numpy(), expected)
+
+
+def test_a_clamp_of_stored_integers_goes_into_the_layer(rng: np.random.Generator) -> None:
+    model = small(
+        ("QuantizeLinear", ["images", "scale", "zero"], "a"),
+        ("QLinearConv", ["a", "scale", "zero", "weight", "scales", "none", "double", "zero"], "b"),
+        ("Clip", ["b", "least", "most"], "c"),
+        ("DequantizeLinear", ["c", "double", "zero"], "output"),
+        **SCALE, **TWICE, weight=rng.integers(-60, 60, (4, 3, 3, 3), np.int8), none=np.zeros(4, np.int8),
+        scales=np.array([0.01, 0.02, 0.03, 0.04], np.float32), least=np.uint8(7), most=np.uint8(20),
+    )  # fmt: skip
+    x = images(4, 3, 8, 8) * 4
+    expected = ort.InferenceSession(model.SerializeToString()).run(None, {"images": x.numpy()})[0]
+    assert {4.0, 17.0} <= set(expected.ravel().tolist())
+    assert np.array_equal(from_onnx(model)(x).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [
+        ([("Floor", ["images"], "a"), ("QuantizeLinear", ["a", "scale", "zero"], "b")], "rounds down"),
+        ([("QuantizeLinear", ["images", "scale", "zero"], "a"), ("Clip", ["a", "zero"], "c"),
+          ("MaxPool", ["c"], "d"), ("Clip", ["d", "zero"], "b")], "clamps what neither"),
+        ([("QuantizeLinear", ["images", "scale", "zero"], "a"), ("DequantizeLinear", ["a", "scale", "other"], "c"),
+          ("QuantizeLinear", ["c", "scale", "zero"], "b")], "has zero point 3, and is read with 4"),
+        ([("QuantizeLinear", ["images", "scale", "zero"], "a"), ("QuantizeLinear", ["images", "double", "zero"], "c"),
+          ("Concat", ["p", "q"], "r"), ("DequantizeLinear", ["a", "scale", "zero"], "p"),
+          ("DequantizeLinear", ["c", "double", "zero"], "q"), ("QuantizeLinear", ["r", "scale", "zero"], "b")],
+         "images is quantized in two ways"),
+        ([("QuantizeLinear", ["images", "scale", "zero"], "a"), ("DequantizeLinear", ["a", "scale", "zero"], "c"),
+          ("ReduceSum", ["c"], "d"), ("Mul", ["d", "double"], "e"), ("QuantizeLinear", ["e", "scale", "zero"], "b")],
+         "sums something else"),
+    ],
+)  # fmt: skip
+def test_what_has_no_int8_form_is_refused(nodes: list, words: str) -> None:
+    order = sorted(nodes, key=lambda node: node[0] == "Concat")  # the reader does not need ONNX's order of nodes
+    model = small(*order, ("DequantizeLinear", ["b", "scale", "zero"], "output"), **SCALE, **TWICE, other=np.uint8(4))
+    for node in model.graph.node:
+        if node.op_type == "MaxPool":
+            node.attribute.append(onnx.helper.make_attribute("kernel_shape", [2, 2]))
+    with pytest.raises(ValueError, match=words):
+        from_onnx(model)
 
 
 @pytest.mark.parametrize(("activation", "weight"), [("QInt8", "QInt8"), ("QUInt8", "QInt8"), ("QUInt8", "QUInt8")])
@@ -113,5 +195,5 @@ def test_a_node_without_int8_form_is_named(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 4, 3)).eval()
     x = images(4, 3, 12, 12)
     export(quantize(model, [x]), "onnx", tmp_path / "model.onnx", images=x)
-    with pytest.raises(ValueError, match=r"\(Conv\): computes in float.*extract_model"):
+    with pytest.raises(ValueError, match=r"\(Sigmoid\): has no int8 form.*extract_model"):
         from_onnx(tmp_path / "model.onnx")

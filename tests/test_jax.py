@@ -139,8 +139,9 @@ def test_errors_name_the_argument() -> None:
         imgopt_fast.jax.masked_matmul(x, jnp.zeros((2, 4)), jnp.zeros((2, 3), bool))
 
 
-@pytest.mark.parametrize("power_of_two", [False, True])
-@pytest.mark.parametrize("network", ["everything", "inverted"])
+@pytest.mark.parametrize(
+    ("network", "power_of_two"), [("everything", False), ("everything", True), ("inverted", False)]
+)
 def test_networks_run_in_xla_bit_by_bit(
     network: str, power_of_two: bool, tmp_path: Path, inverted_bottlenecks: nn.Module
 ) -> None:

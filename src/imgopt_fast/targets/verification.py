@@ -26,7 +26,6 @@ class Engine:
     inspect: Callable[[Array], Mapping[str, Array]] | None = None  # to values inside, by their names
     exact: bool = False  # any differing bit is an error
     seconds: Callable[[Array], float] | None = None  # per image, where a call from Python would not tell
-    most: int | None = None  # images that it is asked about, evenly spaced, where it is slow
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,6 @@ def check(network: Network, engine: Engine, images: Tensor | None, labels: Tenso
         ]
     if images is None:
         images, ours = network.images, expected[:1]
-    elif engine.most is not None:
-        step = -(-len(images) // engine.most)
-        images, ours, labels = images[::step], [ours[0][::step]], None if labels is None else labels[::step]
     theirs = torch.cat([torch.from_numpy(np.array(engine.run(part.numpy())[0])) for part in images.split(BATCH)])
     classes = theirs.flatten(1).argmax(1)
     agreement = float((classes == ours[0].flatten(1).argmax(1)).double().mean())

@@ -122,7 +122,7 @@ def requantize(run: Path, config: Int8Config) -> Network:
         raise ValueError(f"{run}: has no float network to quantize again")
     floating = load_network(run, kept[0])
     settings = TrainConfig.load(run / "config.yaml")
-    sample = _dataset(run).train.first(settings.calibration)
+    sample = _dataset(run).train.sample(settings.calibration)
     batches = [card.prepare()(batch.images) for batch in sample.in_order(settings.batch_size)]
     return Network(dataclasses.replace(card, stage="int8"), quantize(floating.module, batches, config))
 

@@ -16,7 +16,7 @@ float32 parameters are bit patterns. Names that end in `_at` are byte offsets in
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -59,6 +59,16 @@ class Int8Program(NamedTuple):
     packed: Tensor  # uint8: the weights in the order of one instruction set; may be empty or another machine's
     inputs: tuple[int, ...]  # rank, channels, dtype (index into DTYPES) of every input
     outputs: tuple[int, ...]  # how to get every output's shape from the inputs', see `output_shapes`
+
+
+class ValueInfo(NamedTuple):
+    """What a builder knows of a value; `channels` is None where they are known only when the program runs."""
+
+    rank: int
+    channels: int | None
+    dtype: torch.dtype
+    scale: float
+    zero_point: int
 
 
 class Step(NamedTuple):
@@ -183,6 +193,7 @@ class _Value:
     source: int  # the input whose batch and size it follows
     windows: tuple[int, ...] = ()  # as in `output_shapes`
     flattened: int = 0  # channels of the image that it was, where its own are known only when it runs
+    place: int = -1  # its number in the plan, which it shares with what `reread` makes of it
 
 
 @dataclass
@@ -217,6 +228,7 @@ class Int8GraphBuilder:
             raise ValueError(f"requantize: expected 'float' or 'shift', got {requantize!r}")
         self._shift = requantize == "shift"
         self._values: list[_Value] = []
+        self._places = 0
         self._inputs: list[int] = []
         self._steps: list[list[int]] = []
         self._constants = _Blob()
@@ -415,16 +427,31 @@ class Int8GraphBuilder:
         value = _Value(given.rank, given.channels, torch.float32, 1.0, 0, given.source, given.windows, given.flattened)
         return self._step(DEQUANTIZE, value, [x], [_f32(given.scale)])
 
+    def reread(self, x: int, scale: float) -> int:
+        """The stored integers of `x` as its reader understands them, at another scale: an id, and no step."""
+        given = self._quantized("x", x)
+        self._check_quantization("", scale, given.zero_point, given.dtype)
+        self._values.append(replace(given, scale=scale))
+        return len(self._values) - 1
+
+    def value(self, x: int) -> ValueInfo:
+        """What is known of the value `x`."""
+        if not 0 <= x < len(self._values):
+            raise ValueError(f"x: expected the id of a value of this builder, got {x}")
+        found = self._values[x]
+        return ValueInfo(found.rank, found.channels, found.dtype, found.scale, found.zero_point)
+
     def build(self, outputs: list[int]) -> Int8Program:
         """The program that returns the given values."""
         if not outputs or any(not 0 <= v < len(self._values) for v in outputs):
             raise ValueError(f"outputs: expected ids of values, got {outputs}")
-        header = [MAGIC, VERSION, len(self._inputs), len(self._values), len(outputs), len(self._steps),
+        stored = {v.place: v for v in self._values}  # the plan knows no scales: who shares a place is one value
+        header = [MAGIC, VERSION, len(self._inputs), len(stored), len(outputs), len(self._steps),
                   int(self._shift), 0]  # fmt: skip
-        words = header + self._inputs
-        for v in self._values:
+        words = header + [self._values[i].place for i in self._inputs]
+        for v in stored.values():
             words += [v.rank, -1 if v.channels is None else v.channels, DTYPES.index(v.dtype), v.zero_point]
-        words += outputs
+        words += [self._values[v].place for v in outputs]
         for step in self._steps:
             words += step
         return Int8Program(
@@ -512,13 +539,16 @@ class Int8GraphBuilder:
         return self._step(AVG_POOL, value, [x], [*window, int(count_padding), ratio, right, _f32(low), _f32(high)])
 
     def _new(self, value: _Value) -> int:
+        value.place = self._places
+        self._places += 1
         self._values.append(value)
         return len(self._values) - 1
 
     def _step(self, opcode: int, value: _Value, inputs: list[int], parameters: list[int]) -> int:
         output = self._new(value)
         length = STEP_WORDS + len(inputs) + len(parameters)
-        self._steps.append([opcode, length, output, len(inputs), *inputs, *parameters])
+        places = [self._values[v].place for v in (output, *inputs)]
+        self._steps.append([opcode, length, places[0], len(inputs), *places[1:], *parameters])
         return output
 
     def _quantized(self, name: str, value: int) -> _Value:
