@@ -75,6 +75,11 @@ class Network:
     def float_layers(self) -> list[Layer]:
         return [layer for layer in self.layers if layer.kind == FLOAT]
 
+    @property
+    def rounds(self) -> bool:
+        """Whether values are rounded to integers inside."""
+        return any(value.quantized for value in self.values)
+
     def bounds(self, layer: Layer) -> tuple[float, float]:
         """Between what the result of `layer` is clamped, in steps of its scale, the zero point not added yet."""
         out = self.values[layer.output]

@@ -19,6 +19,7 @@ from imgopt_fast._arguments import as_sides
 from imgopt_fast.ops.int8_conv2d.reference import INTEGER_RANGE
 from imgopt_fast.ops.int8_graph.plan import multipliers
 from imgopt_fast.targets.errors import refuse
+from imgopt_fast.targets.fresh_process import openvino
 from imgopt_fast.targets.network import FLOAT, Layer, Network
 from imgopt_fast.targets.onnx_float import write_float_layer
 from imgopt_fast.targets.onnx_graph import Graph, pair
@@ -76,28 +77,14 @@ def _onnxruntime(path: Path, network: Network) -> Engine:
 
 
 def _openvino(path: Path, network: Network) -> Engine:
-    ov = import_module("openvino")
-    # bfloat16 would be its default where the processor has it.
-    settings = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    core = ov.Core()
-    plain = core.compile_model(core.read_model(path.read_bytes()), "CPU", settings)
-
-    def run(images: Array) -> list[Array]:
-        return [np.array(result) for result in plain(images).values()]
-
     shown = _quantized_names(network)
+    call = openvino(path, shown, torch.get_num_threads())
 
     def inspect(images: Array) -> dict[str, Array]:
-        model = core.read_model(path.read_bytes())
-        model.add_outputs(shown)
-        results = core.compile_model(model, "CPU", settings)(images)
-        return {name: np.array(results[name]) for name in shown}
+        return dict(zip(shown, call(images, 1), strict=True))
 
-    return Engine(f"openvino {ov.__version__.partition('-')[0]}", run, inspect if shown else None)
+    name = f"openvino {import_module('importlib.metadata').version('openvino')}"
+    return Engine(name, lambda x: call(x, 0), inspect if shown else None, seconds=lambda x: float(call(x, 2)[0]))
 
 
 def _quantized_names(network: Network) -> list[str]:

@@ -2,25 +2,24 @@
 
 The file loads in any process that has imported `imgopt_fast.nn`, which registers the operations. With `aoti=True` it
 is an AOTInductor package instead: C++ around the same operations, compiled for this machine. The check runs in a fresh
-process, `python -m imgopt_fast.targets.pt2 FILE`, which reads and writes arrays on its pipes.
+process, `python -m imgopt_fast.targets.pt2 FILE`.
 """
 
-import io
-import subprocess
 import sys
 import warnings
-import weakref
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from imgopt_fast.nn import Int8Segment
+from imgopt_fast.targets.fresh_process import Arrays, FreshProcess, median_seconds, serve
 from imgopt_fast.targets.network import Network, Value
-from imgopt_fast.targets.verification import Array, Engine, median_seconds
+from imgopt_fast.targets.verification import Engine
 
 PACKAGES, VERIFIERS, EXTRA = (), (), ""
 
@@ -30,6 +29,10 @@ class Traced(Network):
     """A network whose layers torch.export writes down by itself: of the description only the ends are needed."""
 
     model: nn.Module
+
+    @property
+    def rounds(self) -> bool:
+        return any(isinstance(module, Int8Segment) for module in self.model.modules())
 
 
 def describe(model: nn.Module, images: Tensor) -> Traced:
@@ -68,63 +71,29 @@ def write(network: Network, path: Path, *, aoti: bool = False) -> list[str]:
 
 def engines(path: Path, network: Network, *, aoti: bool = False) -> list[Engine]:
     """A fresh Python process that loads the file."""
-    command = [sys.executable, "-m", __name__, str(path), "aoti" if aoti else "export", str(torch.get_num_threads())]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def call(images: Array) -> tuple[list[Array], float]:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        _send(process.stdin, [images])
-        try:
-            *outputs, seconds = _receive(process.stdout)
-        except EOFError as error:
-            raise ValueError("pt2: the fresh process could not run the file; its words are above") from error
-        return outputs, float(seconds)
-
-    weakref.finalize(call, _stop, process)
     name = f"torch {torch.__version__}, {'AOTInductor' if aoti else 'torch.export'}, fresh process"
-    return [Engine(name, lambda x: call(x)[0], exact=not aoti, seconds=lambda x: call(x)[1])]
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
-    process.wait()
-
-
-def _send(pipe: IO[bytes], arrays: list[Any]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, *arrays)
-    pipe.write(len(buffer.getvalue()).to_bytes(8, "little") + buffer.getvalue())
-    pipe.flush()
-
-
-def _receive(pipe: IO[bytes]) -> list[Array]:
-    size = pipe.read(8)
-    if len(size) < 8:
-        raise EOFError
-    return list(np.load(io.BytesIO(pipe.read(int.from_bytes(size, "little")))).values())
+    kind = "aoti" if aoti else "export"
+    call = FreshProcess(name, [sys.executable, "-m", __name__, str(path), kind, str(torch.get_num_threads())])
+    return [Engine(name, lambda x: call(x)[:-1], exact=not aoti, seconds=lambda x: float(call(x)[-1]))]
 
 
 def _serve(path: str, kind: str, threads: str) -> None:
-    """Run the file on what comes in, until nothing does; the last array that goes out is the time of an image."""
+    """Run the file on what comes in; the last array that goes out is the time of an image."""
     import imgopt_fast.nn  # noqa: F401  registers the operations
 
     torch.set_num_threads(int(threads))
     model: Any
     model = torch._inductor.aoti_load_package(path) if kind == "aoti" else torch.export.load(path).module()
-    given, taken = sys.stdin.buffer, sys.stdout.buffer
-    while True:
-        try:
-            images = torch.from_numpy(_receive(given)[0].copy())
-        except EOFError:
-            return
+
+    def run(arrays: Arrays) -> Arrays:
+        images = torch.from_numpy(arrays[0].copy())
         with torch.no_grad():
             result = model(images)
             tensors = [result] if isinstance(result, Tensor) else list(result)
             seconds = median_seconds(partial(model, images)) if len(images) == 1 else 0.0
-        _send(taken, [*(tensor.numpy() for tensor in tensors), np.float64(seconds)])
+        return [*(tensor.numpy() for tensor in tensors), np.array(seconds)]
+
+    serve(run)
 
 
 if __name__ == "__main__":
