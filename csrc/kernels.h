@@ -369,6 +369,14 @@ struct Sharpness {
     int64_t step;
 };
 
+// Sums of the levels of each channel, and how often each level occurs, of dense uint8 images.
+struct Levels {
+    const uint8_t* images;
+    int64_t channels, pixels;  // per image
+    bool interleaved;          // channels_last
+    int64_t* result;           // [batch][channels] sums, or [batch][channels][256] counts
+};
+
 struct KernelTable {
     // Units: output rows, batch · output_height of them.
     void (*affine_warp)(const AffineWarp&, int64_t begin, int64_t end);
@@ -389,6 +397,9 @@ struct KernelTable {
     // Units: images; rows, batch · planes · height of them.
     void (*adjust_hue)(const Hue&, int64_t begin, int64_t end);
     void (*adjust_sharpness)(const Sharpness&, int64_t begin, int64_t end);
+    // Units: images; channels of images.
+    void (*channel_sums)(const Levels&, int64_t begin, int64_t end);
+    void (*level_histogram)(const Levels&, int64_t begin, int64_t end);
     Probe probe;
 };
 

@@ -200,6 +200,47 @@ def test_antialias(dtype: torch.dtype, padding_mode: str, isa: str) -> None:
         check(affine_warp(images, matrix, table=table, **options), oracle(images, matrix, table=table, **options))
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("arrangement", ["contiguous", "channels_last", "strided"])
+def test_tables_and_boxes_of_every_layout(channels: int, arrangement: str, isa: str) -> None:
+    """Bit for bit, against NumPy: the table of each channel, then means that round half up."""
+    n, h, w = 2, 19, 37
+    images = layout(random_images((n, channels, h, w), torch.uint8), arrangement)
+    table = torch.stack([torch.randperm(256) for _ in range(n * channels)]).to(torch.uint8).view(n, channels, 256)
+    looked_up = table.gather(2, images.flatten(2).long()).view_as(images)
+    eye = torch.eye(3)[None, :2]
+    assert torch.equal(affine_warp(images, eye, table=table, interpolation="nearest"), looked_up)
+    for box in (2, 3, 4, 5, 40):
+        width, height = -(-w // box), -(-h // box)
+        exact = torch.empty(n, channels, height, width, dtype=torch.uint8)
+        for y, x in itertools.product(range(height), range(width)):
+            area = looked_up[:, :, y * box : (y + 1) * box, x * box : (x + 1) * box].long().flatten(2)
+            exact[:, :, y, x] = ((2 * area.sum(2) + area.shape[2]) // (2 * area.shape[2])).to(torch.uint8)
+        # floor(box x + (box - 1) / 2 + ...) falls on the middle of box x.
+        matrix = torch.tensor([[[box, 0, (box - 1) / 2], [0, box, (box - 1) / 2]]], dtype=torch.float64)
+        options = {"size": (height, width), "interpolation": "nearest", "antialias": True, "padding_mode": "edge"}
+        assert torch.equal(affine_warp(images, matrix, table=table, **options), exact), box
+
+
+def test_box_means_round_half_up_for_every_sum(isa: str) -> None:
+    """All sums of 2 x 2 levels, and large boxes of few levels, where the quotient is taken by division."""
+    levels = torch.arange(1021)
+    parts = torch.stack([(levels + k) // 4 for k in range(4)], dim=1).to(torch.uint8)  # four levels of each sum
+    images = parts.view(1021, 1, 2, 2)
+    exact = (2 * levels + 4) // 8
+    half = torch.tensor([[[2, 0, 0.5], [0, 2, 0.5]]], dtype=torch.float64)
+    result = affine_warp(images, half, size=(1, 1), antialias=True, interpolation="nearest", padding_mode="edge")
+    assert torch.equal(result.flatten().long(), exact)
+    for side in (180, 181, 200):  # 2^15 lies between the squares of the first two
+        tall = torch.zeros(1, 1, side, side, dtype=torch.uint8)
+        for lit in (side * side // 2 - 1, side * side // 2, side * side // 2 + 1):
+            tall.view(-1)[:] = 0
+            tall.view(-1)[:lit] = 1
+            matrix = torch.tensor([[[side, 0, (side - 1) / 2], [0, side, (side - 1) / 2]]], dtype=torch.float64)
+            mean = affine_warp(tall, matrix, size=(1, 1), antialias=True, interpolation="nearest", padding_mode="edge")
+            assert mean.item() == (2 * lit + side * side) // (2 * side * side)
+
+
 def test_antialias_is_a_box_mean() -> None:
     images = random_images((1, 1, 6, 8))
     half = torch.tensor([[[2.0, 0, 0.5], [0, 3.0, 1.0]]])

@@ -125,12 +125,8 @@ def test_statistics(channels, layout):
     exact = images.double().mean((2, 3)) / 255
     torch.testing.assert_close(statistics.mean_color(images), exact, rtol=0, atol=1e-14)
     torch.testing.assert_close(statistics.mean_color(images.double() / 255), exact, rtol=0, atol=1e-14)
-    counts = statistics.histogram(images)
-    assert counts.shape == (3, channels, 256)
-    assert torch.equal(counts[1, -1], torch.bincount(images[1, -1].flatten(), minlength=256))
     table = torch.randint(0, 256, (3, channels, 256), dtype=torch.uint8)
     mapped = table.gather(2, images.flatten(2).long()).double().mean(2) / 255
     torch.testing.assert_close(statistics.mean_color(images, table), mapped, rtol=0, atol=1e-14)
     cut = images[:, :, 1:6, ::2]  # not contiguous in either layout
     torch.testing.assert_close(statistics.mean_color(cut), cut.double().mean((2, 3)) / 255, rtol=0, atol=1e-14)
-    assert torch.equal(statistics.histogram(cut).sum(2), torch.full((3, channels), 25))

@@ -1,4 +1,4 @@
-"""Hue and sharpness: kernels, Numba twin and reference against HSV and the filter written out."""
+"""Hue, sharpness, sums and histograms: kernels, Numba twin and reference against the same written out."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,14 @@ import torch
 
 from imgopt_fast import _native
 from imgopt_fast.augment import hsv_to_rgb, rgb_to_hsv
-from imgopt_fast.ops.photometric import adjust_hue, adjust_sharpness, fallback, reference
+from imgopt_fast.ops.photometric import (
+    adjust_hue,
+    adjust_sharpness,
+    channel_sums,
+    fallback,
+    level_histogram,
+    reference,
+)
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SIZES = [(1, 1), (2, 5), (3, 3), (3, 85), (7, 37), (16, 16), (17, 31)]
@@ -77,6 +84,42 @@ def test_fallback_and_reference_called_directly(dtype, layout):
         shift, factor = (torch.tensor(v, dtype=torch.float64) for v in (SHIFTS, FACTORS))
         assert_same(module.adjust_hue(images, shift), exact_hue(images, SHIFTS), images)
         assert_same(module.adjust_sharpness(images, factor), exact_sharpness(images, FACTORS), images)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("size", [(1, 1), (3, 21), (8, 8), (16, 65)])
+def test_sums_and_histograms(isa, size, channels, layout):
+    images = torch.randint(0, 256, (3, channels, *size), dtype=torch.uint8).contiguous(memory_format=layout)
+    sums, histogram = channel_sums(images), level_histogram(images)
+    assert sums.dtype == histogram.dtype == torch.int64
+    assert histogram.shape == (3, channels, 256)
+    for n in range(3):
+        for c in range(channels):
+            levels = images[n, c].numpy().ravel()
+            assert sums[n, c] == levels.sum(dtype=np.int64)
+            assert (histogram[n, c].numpy() == np.bincount(levels, minlength=256)).all()
+    for module in (fallback, reference):
+        assert torch.equal(module.channel_sums(images), sums)
+        assert torch.equal(module.level_histogram(images), histogram)
+    cut = images[:, :, : size[0] // 2 + 1, ::2]  # not dense in either layout
+    assert torch.equal(level_histogram(cut), reference.level_histogram(cut))
+    assert torch.equal(channel_sums(cut), reference.channel_sums(cut))
+
+
+def test_sums_of_white_images_do_not_overflow(isa):
+    white = torch.full((1, 3, 300, 400), 255, dtype=torch.uint8)
+    for layout in LAYOUTS:
+        images = white.contiguous(memory_format=layout)
+        assert (channel_sums(images) == 255 * 300 * 400).all()
+        assert (level_histogram(images)[..., 255] == 300 * 400).all()
+
+
+def test_statistics_need_levels():
+    with pytest.raises(TypeError, match=r"images: expected uint8, got torch\.float32"):
+        channel_sums(torch.zeros(1, 3, 2, 2))
+    assert level_histogram(torch.zeros(0, 3, 2, 2, dtype=torch.uint8)).shape == (0, 3, 256)
+    assert channel_sums(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)[..., ::2]).tolist() == [[0] * 3] * 2
 
 
 def test_instruction_sets_agree_bit_for_bit():

@@ -7,18 +7,10 @@
 #include <immintrin.h>
 #endif
 
-#include "arithmetic.h"
+#include "prepare.h"
 
 namespace imgopt {
 namespace {
-
-// One image as it is sampled; strides count elements.
-template <class T>
-struct Source {
-    const T* data;
-    int64_t row, column, channel;
-    int32_t height, width;
-};
 
 // --- coordinates ---------------------------------------------------------------------------------------------------
 

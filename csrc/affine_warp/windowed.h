@@ -247,7 +247,7 @@ void warp_strips(const AffineWarp& p, const Map& map, const Source<uint8_t>& sou
                  const Epilogue<C>& epilogue, int64_t image, int64_t y0, int64_t y1, int64_t x0, int64_t x1,
                  const uint8_t* next) {
     constexpr int64_t wide = kStripBlocks * kBlock;
-    Ahead ahead{next, source.height * int64_t{source.width} * C, (y1 - y0) * ((x1 - x0 + wide - 1) / wide), 0};
+    Ahead ahead{next, p.height * p.width * C, (y1 - y0) * ((x1 - x0 + wide - 1) / wide), 0};
     for (int64_t y = y0; y < y1; y += Isa::kLanes) {
         const int64_t y_end = y + Isa::kLanes < y1 ? y + Isa::kLanes : y1;
         for (int64_t x = x0; x < x1; x += wide) {
@@ -280,8 +280,9 @@ void warp_windowed(const AffineWarp& p, int64_t begin, int64_t end) {
         const int64_t before = (prepared_bytes<uint8_t>(p, map) + 63) / 64 * 64;
         uint8_t* scratch = static_cast<uint8_t*>(thread_scratch(before + kWindowBytes + kSlack));
         const Source<uint8_t> source = prepared<uint8_t>(p, map, image, scratch);
-        const bool more = image + 1 < p.batch && (image + 1) * p.output_height < end && before == 0;
-        const uint8_t* next = more ? source.data + p.images_stride[0] : nullptr;
+        const bool more = image + 1 < p.batch && (image + 1) * p.output_height < end;
+        const uint8_t* images = static_cast<const uint8_t*>(p.images);
+        const uint8_t* next = more ? images + (image + 1) * p.images_stride[0] : nullptr;
         const auto warp = [&](int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
             Window w = window_of<C>(map, source, p.padding, taps, y0, y1, x0, x1);
             const int64_t outputs = (y1 - y0) * (x1 - x0);

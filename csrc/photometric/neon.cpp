@@ -1,10 +1,13 @@
 #include "arithmetic.h"
+#include "statistics.h"
 
 namespace imgopt::neon {
 
 void photometric(KernelTable& table) {
     table.adjust_hue = adjust_hue;
     table.adjust_sharpness = adjust_sharpness;
+    table.channel_sums = channel_sums;
+    table.level_histogram = level_histogram;
 }
 
 }  // namespace imgopt::neon

@@ -1,4 +1,4 @@
-// adjust_hue and adjust_sharpness for torch on the CPU: checks, allocation, and the loop over threads.
+// Hue, sharpness, channel sums and histograms for torch on the CPU: checks, allocation, and the loop over threads.
 #include <cmath>
 
 #include "../outputs.h"
@@ -78,10 +78,40 @@ Tensor adjust_sharpness(Tensor images, Tensor factor) {
     return output;
 }
 
+// What the statistics share: `body` gets the images, dense, and where the results go.
+template <class Body>
+Tensor measured(const Tensor& images, std::vector<int64_t> shape, const Body& body) {
+    const Dense dense(images);
+    STD_TORCH_CHECK(images.scalar_type() == ScalarType::Byte, "images: expected uint8");
+    Tensor result = torch::stable::empty(shape, ScalarType::Long, std::nullopt, images.device());
+    if (result.numel() > 0)
+        body(Levels{dense.tensor.const_data_ptr<uint8_t>(), images.size(1), images.size(2) * images.size(3),
+                    dense.interleaved, result.mutable_data_ptr<int64_t>()});
+    return result;
+}
+
+Tensor channel_sums(Tensor images) {
+    return measured(images, {images.size(0), images.size(1)}, [&](const Levels& p) {
+        const KernelTable& table = kernels();
+        parallel_units(images.size(0), 1 + 8 * kWorthThread / (1 + p.channels * p.pixels),
+                       [&](int64_t begin, int64_t end) { table.channel_sums(p, begin, end); });
+    });
+}
+
+Tensor level_histogram(Tensor images) {
+    return measured(images, {images.size(0), images.size(1), 256}, [&](const Levels& p) {
+        const KernelTable& table = kernels();
+        parallel_units(images.size(0) * images.size(1), 1 + kWorthThread / (1 + p.pixels),
+                       [&](int64_t begin, int64_t end) { table.level_histogram(p, begin, end); });
+    });
+}
+
 }  // namespace
 }  // namespace imgopt
 
 STABLE_TORCH_LIBRARY_IMPL(imgopt_fast, CPU, m) {
     m.impl("adjust_hue", TORCH_BOX(&imgopt::adjust_hue));
     m.impl("adjust_sharpness", TORCH_BOX(&imgopt::adjust_sharpness));
+    m.impl("channel_sums", TORCH_BOX(&imgopt::channel_sums));
+    m.impl("level_histogram", TORCH_BOX(&imgopt::level_histogram));
 }

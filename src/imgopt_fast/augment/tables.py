@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from imgopt_fast.augment.statistics import histogram
+from imgopt_fast.ops.photometric import level_histogram
 
 Table = NDArray[np.uint8]
 
@@ -33,7 +33,7 @@ def invert() -> Table:
 
 def autocontrast(images: torch.Tensor) -> torch.Tensor:
     """Stretches the levels of each channel of uint8 images (N, C, H, W) over the full range: (N, C, 256)."""
-    present = histogram(images) > 0
+    present = level_histogram(images) > 0
     levels = torch.arange(256, device=images.device)
     low = torch.where(present, levels, 255).amin(2, keepdim=True)
     high = torch.where(present, levels, 0).amax(2, keepdim=True)
@@ -43,7 +43,7 @@ def autocontrast(images: torch.Tensor) -> torch.Tensor:
 
 def equalize(images: torch.Tensor) -> torch.Tensor:
     """Levels the histogram of each channel of uint8 images (N, C, H, W): (N, C, 256)."""
-    counts = histogram(images)
+    counts = level_histogram(images)
     levels = torch.arange(256, device=images.device)
     last = torch.where(counts > 0, levels, 0).amax(2, keepdim=True)
     step = (counts.sum(2, keepdim=True) - counts.gather(2, last)) // 255

@@ -1,7 +1,7 @@
-"""Hue and sharpness: the photometric changes that no lookup table and no linear map can stand for.
+"""What an augmentation does to colours outside the pass of `affine_warp`, a pass each.
 
-Everything else that an augmentation does to colours joins the pass of `affine_warp`; these two take a pass each.
-csrc/kernels.h defines the arithmetic.
+Hue and sharpness, which no lookup table and no linear map can stand for, and the sums and histograms from which tables
+and linear maps are made. csrc/kernels.h defines the arithmetic.
 """
 
 from collections.abc import Sequence
@@ -55,6 +55,32 @@ def adjust_sharpness(images: torch.Tensor, factor: Amount) -> torch.Tensor:
     return _sharpness(images, amounts) if _compiled(images) else reference.adjust_sharpness(images, amounts)
 
 
+def channel_sums(images: torch.Tensor) -> torch.Tensor:
+    """(N, C) int64: the sum of the levels of each channel of uint8 images (N, C, H, W).
+
+    Raises:
+        TypeError, ValueError: `images` has a wrong type, dtype or shape.
+    """
+    _check_levels(images)
+    return _sums(images)  # type: ignore[no-any-return]
+
+
+def level_histogram(images: torch.Tensor) -> torch.Tensor:
+    """(N, C, 256) int64: how often each level occurs in each channel of uint8 images (N, C, H, W).
+
+    Raises:
+        TypeError, ValueError: `images` has a wrong type, dtype or shape.
+    """
+    _check_levels(images)
+    return _histogram(images)  # type: ignore[no-any-return]
+
+
+def _check_levels(images: torch.Tensor) -> None:
+    _check(images)
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images: expected uint8, got {images.dtype}")
+
+
 def _check(images: torch.Tensor) -> None:
     if not isinstance(images, torch.Tensor):
         raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
@@ -96,4 +122,16 @@ _sharpness = registration.register(
     reference=reference.adjust_sharpness,
     fallback="photometric:adjust_sharpness",
     fake=_fake,
+)
+_sums = registration.register(
+    "channel_sums(Tensor images) -> Tensor",
+    reference=reference.channel_sums,
+    fallback="photometric:channel_sums",
+    fake=lambda images: images.new_empty(images.shape[:2], dtype=torch.int64),
+)
+_histogram = registration.register(
+    "level_histogram(Tensor images) -> Tensor",
+    reference=reference.level_histogram,
+    fallback="photometric:level_histogram",
+    fake=lambda images: images.new_empty((*images.shape[:2], 256), dtype=torch.int64),
 )

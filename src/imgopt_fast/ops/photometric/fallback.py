@@ -1,4 +1,4 @@
-"""Hue and sharpness in Numba, pixel by pixel in float32: what serves where no compiler was found."""
+"""Hue and sharpness in Numba, pixel by pixel in float32, and statistics in NumPy: where no compiler was found."""
 
 from typing import Any
 
@@ -83,6 +83,36 @@ def adjust_sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor
         lambda begin, end: _sharpness(pixels, weight, results, most, rounds, begin, end),
     )
     return output
+
+
+ROWS_IN_16_BITS = 257  # 257 · 255 = 2^16 - 1
+
+
+def channel_sums(images: torch.Tensor) -> torch.Tensor:
+    """The operation `imgopt_fast::channel_sums` on the CPU."""
+    n, channels, height, width = images.shape
+    if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
+        columns = _column_sums(images.permute(0, 2, 3, 1).numpy().reshape(n, height, width * channels))
+        sums = columns.reshape(n, width, channels).sum(axis=1)
+    else:
+        sums = _column_sums(images.numpy().reshape(n * channels, height, width)).sum(axis=1).reshape(n, channels)
+    return torch.from_numpy(sums.astype(np.int64))
+
+
+def _column_sums(rows: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Sums over axis 1, as many rows at a time as 16 bits hold: NumPy adds those in vectors twice as long."""
+    total = np.zeros((rows.shape[0], rows.shape[2]), np.uint64)
+    for first in range(0, rows.shape[1], ROWS_IN_16_BITS):
+        total += rows[:, first : first + ROWS_IN_16_BITS].sum(axis=1, dtype=np.uint16)
+    return total
+
+
+def level_histogram(images: torch.Tensor) -> torch.Tensor:
+    """The operation `imgopt_fast::level_histogram` on the CPU."""
+    planes = images.flatten(0, 1).flatten(1).numpy()
+    counts = [np.bincount(plane, minlength=256) for plane in planes]
+    stacked = np.stack(counts) if counts else np.empty((0, 256), np.int64)
+    return torch.from_numpy(stacked.astype(np.int64)).view(*images.shape[:2], 256)
 
 
 def _dense(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

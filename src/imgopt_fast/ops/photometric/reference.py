@@ -1,4 +1,4 @@
-"""Hue and sharpness in plain torch, in the widest type: on any device, differentiable, and the oracle of the tests."""
+"""The photometric passes in plain torch, in the widest type: on any device, differentiable, the tests' oracle."""
 
 import torch
 
@@ -31,6 +31,18 @@ def adjust_sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor
         most = 255.0 if images.dtype == torch.uint8 else 1.0
         result[..., 1:-1, 1:-1] = (middle + weight * ((total + 4 * middle) / 13 - middle)).clamp(0.0, most)
     return _narrow(result, images)
+
+
+def channel_sums(images: torch.Tensor) -> torch.Tensor:
+    """The operation `imgopt_fast::channel_sums`."""
+    return images.sum(dim=(2, 3), dtype=torch.int64)
+
+
+def level_histogram(images: torch.Tensor) -> torch.Tensor:
+    """The operation `imgopt_fast::level_histogram`."""
+    levels = images.flatten(2).long()
+    counts = torch.zeros((*images.shape[:2], 256), dtype=torch.int64, device=images.device)
+    return counts.scatter_add_(2, levels, torch.ones_like(levels))
 
 
 def _wide(images: torch.Tensor) -> torch.Tensor:
