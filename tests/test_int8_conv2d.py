@@ -1,7 +1,9 @@
 """int8_conv2d against a plain int64 loop and float32 arithmetic in NumPy: every comparison is for equal bits."""
 
+import ctypes
 import itertools
 import math
+import mmap
 import pickle
 import shutil
 import subprocess
@@ -204,6 +206,45 @@ def test_depthwise_lanes_and_strips(isa: str, rng: np.random.Generator, kernel: 
         check(*layer(rng, n=2, c=c, o=c, groups=c, h=h, w=w, input_dtype=DTYPES[c // 8 % 2], **geometry))
 
 
+# First layers: windows that hang over either side, images narrower than a window, rows of 1 to 5 dwords and a rest.
+FIRST_LAYERS: list[dict[str, Any]] = [
+    {"c": c, "o": o, "k": (k, k), "stride": (s, s), "padding": ((p, p), (p, q)), "h": h, "w": w, "n": n}
+    for c, o, k, s, p, q, h, w, n in (
+        (3, 64, 7, 2, 3, 3, 20, 118, 1),
+        (3, 32, 3, 2, 1, 0, 9, 15, 2),
+        (3, 16, 3, 1, 1, 1, 5, 4, 3),
+        (1, 33, 5, 1, 2, 2, 3, 2, 2),
+        (6, 20, 2, 2, 0, 1, 8, 7, 2),
+        (2, 70, 3, 3, 0, 0, 10, 31, 1),
+        (5, 8, 1, 1, 0, 0, 6, 5, 1),
+    )
+]
+
+
+@pytest.mark.parametrize("geometry", FIRST_LAYERS, ids=str)
+def test_first_layers(isa: str, rng: np.random.Generator, geometry: dict[str, Any]) -> None:
+    for input_dtype in DTYPES:
+        check(*layer(rng, input_dtype=input_dtype, **geometry))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "PROT_READ"), reason="needs mprotect")
+@pytest.mark.parametrize("geometry", [*FIRST_LAYERS, *GEOMETRIES[1:6], *GEOMETRIES[12:16]], ids=str)
+def test_nothing_is_read_behind_the_images(isa: str, rng: np.random.Generator, geometry: dict[str, Any]) -> None:
+    """Images that end where a page without access begins: one byte more ends the process."""
+    x, weight, bias, settings = layer(rng, **geometry)
+    page = mmap.PAGESIZE
+    size = -(-x.numel() // page) * page
+    memory = mmap.mmap(-1, size + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0) == 0
+    flat = np.frombuffer(memory, np.uint8, x.numel(), size - x.numel())
+    n, c, h, w = x.shape
+    guarded = torch.from_numpy(flat).view(n, h, w, c).permute(0, 3, 1, 2)
+    guarded.copy_(x)
+    check(guarded, weight, bias, settings)
+
+
 @pytest.mark.parametrize("requantize", ["float", "shift"])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_epilogues(isa: str, rng: np.random.Generator, requantize: str, with_residual: bool) -> None:
@@ -218,6 +259,14 @@ def test_epilogues(isa: str, rng: np.random.Generator, requantize: str, with_res
                     requantize=requantize, **bounds,
                 )
             )  # fmt: skip
+        plain = {
+            "output_zero_point": 0,
+            "with_residual": with_residual,
+            "power_of_two": shift,
+            "requantize": requantize,
+        }
+        check(*layer(rng, **geometry, **plain))
+        check(*layer(rng, **geometry, **plain, output_max=2.9))
         keywords = {"output_scale": None, "output_zero_point": 0, "output_dtype": None, "output_max": 11.5}
         found = check(*layer(rng, **geometry, with_residual=with_residual, power_of_two=shift, **keywords))
         assert found.dtype == torch.float32

@@ -12,29 +12,34 @@
 namespace imgopt::avx512 {
 namespace {
 
-// What the epilogue of bytes needs, broadcast once per tile.
+// What the epilogue of bytes needs, broadcast once. PLAIN: uint8 with zero point 0 and no narrower clamp, what follows
+// a ReLU; half of the instructions behind the rounding do nothing then.
+template <bool PLAIN>
 struct ByteEpilogue {
-    __m512 most;
-    __m512i zero_point, low, flip;
+    __m512i zero_point, low, high, flip;
 
     ByteEpilogue(const Int8Conv2d& p, ByteRange range)
-        : most(_mm512_set1_ps(p.high)),
-          zero_point(_mm512_set1_epi16(p.output_zero_point)),
+        : zero_point(_mm512_set1_epi16(p.output_zero_point)),
           low(_mm512_set1_epi8(static_cast<char>(range.low))),
+          high(_mm512_set1_epi8(static_cast<char>(range.high))),
           flip(_mm512_set1_epi8(static_cast<char>(p.output_flip))) {}
 
-    // y rounded to an integer of at most round(high); rounding is monotonic. The minimum also keeps the conversion
-    // from turning a huge y into INT_MIN; a very negative one becomes it as it should.
-    __m512i round(__m512 y) const { return _mm512_cvtps_epi32(_mm512_min_ps(y, most)); }
-
     // Two vectors of rounded values, saturated to words within 128-bit lanes, with the zero point.
-    __m512i words(__m512i q0, __m512i q1) const { return _mm512_adds_epi16(_mm512_packs_epi32(q0, q1), zero_point); }
+    __m512i words(__m512i q0, __m512i q1) const {
+        const __m512i words = _mm512_packs_epi32(q0, q1);
+        return PLAIN ? words : _mm512_adds_epi16(words, zero_point);
+    }
 
     // Dword 4L + j of the result holds channels 4L.. of vector j.
     __m512i bytes(__m512i q01, __m512i q23) const {
-        return _mm512_xor_si512(_mm512_max_epu8(_mm512_packus_epi16(q01, q23), low), flip);
+        const __m512i bytes = _mm512_packus_epi16(q01, q23);
+        return PLAIN ? bytes : _mm512_xor_si512(_mm512_min_epu8(_mm512_max_epu8(bytes, low), high), flip);
     }
 };
+
+bool is_plain(const Int8Conv2d& p, ByteRange range) {
+    return p.output_zero_point == 0 && p.output_flip == 0 && range.low == 0 && range.high == 255;
+}
 
 // float(r - zero point) * multiplier of 16 channels.
 struct ResidualTerm {
@@ -54,10 +59,10 @@ struct ResidualTerm {
     }
 };
 
-// What only the last layers and integer-only targets need: float output and shifts, a sum at a time.
-[[gnu::noinline]] void store_rare(const Tile& t, const int32_t* sums, int64_t rows, int64_t width) {
+// Float output, shifts, and multipliers that is_bounded refuses, a sum at a time.
+[[gnu::noinline]] void store_rare(const Tile& t, int64_t pixel, const int32_t* sums, int64_t rows, int64_t width) {
     for (int64_t i = 0; i < rows; ++i)
-        for (int64_t c = 0; c < t.channels; ++c) store_sum(*t.conv, t.pixel + i, t.channel + c, sums[i * width + c]);
+        for (int64_t c = 0; c < t.channels; ++c) store_sum(*t.conv, pixel + i, t.channel + c, sums[i * width + c]);
 }
 
 // `full`: all NV * 16 channels are real.
@@ -79,14 +84,14 @@ template <int NV>
     }
 }
 
-// The epilogue of a tile, in registers.
-template <int MR, int NV, bool Residual>
-[[gnu::always_inline]] inline void store_tile(const Tile& t, const __m512i (&sums)[MR][NV]) {
+// The epilogue of a tile at output pixel `pixel`, in registers.
+template <bool RESIDUAL, bool PLAIN, int MR, int NV>
+[[gnu::always_inline]] inline void store_tile(const Tile& t, int64_t pixel, const __m512i (&sums)[MR][NV]) {
     const Int8Conv2d& p = *t.conv;
-    const ByteEpilogue to_bytes(p, t.range);
+    const ByteEpilogue<PLAIN> to_bytes(p, t.range);
     const int64_t output_stride = p.output_stride, residual_stride = p.residual_stride;
-    uint8_t* out = static_cast<uint8_t*>(p.output) + t.pixel * output_stride + t.channel;
-    const uint8_t* residual = Residual ? p.residual + t.pixel * residual_stride + t.channel : nullptr;
+    uint8_t* out = static_cast<uint8_t*>(p.output) + pixel * output_stride + t.channel;
+    const uint8_t* residual = RESIDUAL ? p.residual + pixel * residual_stride + t.channel : nullptr;
     const bool full = t.channels == NV * 16;
     const __mmask64 mask = full ? ~uint64_t{0} : (uint64_t{1} << t.channels) - 1;
     __m512 multiplier[NV];
@@ -99,32 +104,32 @@ template <int MR, int NV, bool Residual>
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) {
             __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[i][j]), multiplier[j]);
-            if constexpr (Residual)
+            if constexpr (RESIDUAL)
                 y = _mm512_add_ps(
                     y, term(residual + i * residual_stride + 16 * j, static_cast<__mmask16>(mask >> (16 * j))));
-            q[j] = to_bytes.round(y);
+            q[j] = _mm512_cvtps_epi32(y);
         }
         store_bytes<NV>(out + i * output_stride, to_bytes.bytes(to_bytes.words(q[0], q[1]), to_bytes.words(q[2], q[3])),
                         full, mask);
     }
 }
 
+// The sums of the MR pixels whose rows are found at `rows`.
 template <int MR, int NV>
-void tile(const Tile& t) {
-    const Int8Conv2d& p = *t.conv;
-    __m512i sums[MR][NV];
+[[gnu::always_inline]] inline void sum_tile(const Tile& t, const uint8_t* const* rows, __m512i (&sums)[MR][NV]) {
+    const int32_t* offsets = t.conv->offset + t.channel;
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
-        const __m512i offset = _mm512_loadu_si512(p.offset + t.channel + 16 * j);
+        const __m512i offset = _mm512_loadu_si512(offsets + 16 * j);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; ++i) sums[i][j] = offset;
     }
-    const __m512i flip = _mm512_set1_epi8(static_cast<char>(p.input_flip));
+    const __m512i flip = _mm512_set1_epi8(static_cast<char>(t.conv->input_flip));
     const uint8_t* weight = t.weight;
-    for (int64_t tap = 0; tap < t.taps; ++tap) {
+    for (int64_t tap = 0; tap < t.taps; ++tap, rows += t.row_stride) {
         const uint8_t* row[MR];
 #pragma GCC unroll 16
-        for (int i = 0; i < MR; ++i) row[i] = t.rows[tap * t.row_stride + i] + t.row_offset;
+        for (int i = 0; i < MR; ++i) row[i] = rows[i] + t.row_offset;
         for (int64_t c = 0; c < t.inner; c += 4, weight += 64 * NV) {
             __m512i w[NV];
 #pragma GCC unroll 4
@@ -139,18 +144,28 @@ void tile(const Tile& t) {
             }
         }
     }
+}
 
-    if (p.shift || p.float_output) {
-        alignas(64) int32_t values[MR * NV * 16];
+template <int MR, int NV>
+void tiles(const Tile& t) {
+    const bool residual = t.conv->residual, plain = is_plain(*t.conv, t.range);
+    for (int64_t m = 0; m < t.pixels; m += MR) {
+        __m512i sums[MR][NV];
+        sum_tile<MR, NV>(t, t.rows + m, sums);
+        if (t.rare) {
+            alignas(64) int32_t values[MR * NV * 16];
 #pragma GCC unroll 16
-        for (int i = 0; i < MR; ++i)
+            for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) _mm512_store_si512(values + (i * NV + j) * 16, sums[i][j]);
-        store_rare(t, values, MR, NV * 16);
-    } else if (p.residual) {
-        store_tile<MR, NV, true>(t, sums);
-    } else {
-        store_tile<MR, NV, false>(t, sums);
+                for (int j = 0; j < NV; ++j) _mm512_store_si512(values + (i * NV + j) * 16, sums[i][j]);
+            store_rare(t, t.pixel + m, values, MR, NV * 16);
+        } else if (residual) {
+            store_tile<true, false>(t, t.pixel + m, sums);
+        } else if (plain) {
+            store_tile<false, true>(t, t.pixel + m, sums);
+        } else {
+            store_tile<false, false>(t, t.pixel + m, sums);
+        }
     }
 }
 
@@ -167,20 +182,20 @@ struct Vnni {
     static constexpr int64_t kLanes = 16, kMaxVectors = 4;
     static constexpr int64_t kBlockPixels = 96;  // 9 taps of 96 pointers are 7 KB
     static int64_t rows(int64_t vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
-    static TileFunction tile(int64_t rows, int64_t vectors) {
-        static constexpr TileFunction one[] = {avx512::tile<1, 1>,  avx512::tile<2, 1>,  avx512::tile<3, 1>,
-                                               avx512::tile<4, 1>,  avx512::tile<5, 1>,  avx512::tile<6, 1>,
-                                               avx512::tile<7, 1>,  avx512::tile<8, 1>,  avx512::tile<9, 1>,
-                                               avx512::tile<10, 1>, avx512::tile<11, 1>, avx512::tile<12, 1>};
-        static constexpr TileFunction two[] = {avx512::tile<1, 2>,  avx512::tile<2, 2>,  avx512::tile<3, 2>,
-                                               avx512::tile<4, 2>,  avx512::tile<5, 2>,  avx512::tile<6, 2>,
-                                               avx512::tile<7, 2>,  avx512::tile<8, 2>,  avx512::tile<9, 2>,
-                                               avx512::tile<10, 2>, avx512::tile<11, 2>, avx512::tile<12, 2>};
-        static constexpr TileFunction three[] = {avx512::tile<1, 3>, avx512::tile<2, 3>, avx512::tile<3, 3>,
-                                                 avx512::tile<4, 3>, avx512::tile<5, 3>, avx512::tile<6, 3>,
-                                                 avx512::tile<7, 3>, avx512::tile<8, 3>};
-        static constexpr TileFunction four[] = {avx512::tile<1, 4>, avx512::tile<2, 4>, avx512::tile<3, 4>,
-                                                avx512::tile<4, 4>, avx512::tile<5, 4>, avx512::tile<6, 4>};
+    static TileFunction tiles(int64_t rows, int64_t vectors) {
+        static constexpr TileFunction one[] = {avx512::tiles<1, 1>,  avx512::tiles<2, 1>,  avx512::tiles<3, 1>,
+                                               avx512::tiles<4, 1>,  avx512::tiles<5, 1>,  avx512::tiles<6, 1>,
+                                               avx512::tiles<7, 1>,  avx512::tiles<8, 1>,  avx512::tiles<9, 1>,
+                                               avx512::tiles<10, 1>, avx512::tiles<11, 1>, avx512::tiles<12, 1>};
+        static constexpr TileFunction two[] = {avx512::tiles<1, 2>,  avx512::tiles<2, 2>,  avx512::tiles<3, 2>,
+                                               avx512::tiles<4, 2>,  avx512::tiles<5, 2>,  avx512::tiles<6, 2>,
+                                               avx512::tiles<7, 2>,  avx512::tiles<8, 2>,  avx512::tiles<9, 2>,
+                                               avx512::tiles<10, 2>, avx512::tiles<11, 2>, avx512::tiles<12, 2>};
+        static constexpr TileFunction three[] = {avx512::tiles<1, 3>, avx512::tiles<2, 3>, avx512::tiles<3, 3>,
+                                                 avx512::tiles<4, 3>, avx512::tiles<5, 3>, avx512::tiles<6, 3>,
+                                                 avx512::tiles<7, 3>, avx512::tiles<8, 3>};
+        static constexpr TileFunction four[] = {avx512::tiles<1, 4>, avx512::tiles<2, 4>, avx512::tiles<3, 4>,
+                                                avx512::tiles<4, 4>, avx512::tiles<5, 4>, avx512::tiles<6, 4>};
         const TileFunction* table = vectors == 1 ? one : vectors == 2 ? two : vectors == 3 ? three : four;
         return table[rows - 1];
     }

@@ -56,8 +56,7 @@ struct Geometry {
         const Int8Weight& w = p.weight;
         return w.kernel_w == TAPS && row_groups(w.kernel_h) == GROUPS && p.stride_w == STRIDE && p.stride_h == STRIDE &&
                p.dilation_w == 1 && p.dilation_h == 1 &&
-               (!SHARED || row_groups(w.kernel_h + (ROWS - 1) * STRIDE) == GROUPS) && !p.residual && !p.float_output &&
-               !p.shift;
+               (!SHARED || row_groups(w.kernel_h + (ROWS - 1) * STRIDE) == GROUPS) && !p.residual && !is_rare(p);
     }
 };
 
@@ -172,7 +171,7 @@ template <class G, int ROWS, int PIXELS, int COUNT>
 // COUNT vectors of each of ROWS output rows. `second`: the last vector has two real pixels.
 template <class G, int ROWS, class L, int COUNT>
 [[gnu::always_inline]] inline void depthwise_vectors(const G& g, const DepthwiseBlock* block,
-                                                     const ByteEpilogue& to_bytes, const uint8_t* strip,
+                                                     const ByteEpilogue<false>& to_bytes, const uint8_t* strip,
                                                      const DepthwiseOutput& to, int64_t pixel, bool second) {
     __m512i words[2][ROWS][COUNT];
 #pragma GCC unroll 2
@@ -185,8 +184,8 @@ template <class G, int ROWS, class L, int COUNT>
             for (int v = 0; v < ROWS; ++v)
 #pragma GCC unroll 4
                 for (int i = 0; i < COUNT; ++i)
-                    q[j][v][i] =
-                        to_bytes.round(_mm512_mul_ps(_mm512_cvtepi32_ps(q[j][v][i]), block->multiplier[2 * pair + j]));
+                    q[j][v][i] = _mm512_cvtps_epi32(
+                        _mm512_mul_ps(_mm512_cvtepi32_ps(q[j][v][i]), block->multiplier[2 * pair + j]));
         }
 #pragma GCC unroll 2
         for (int v = 0; v < ROWS; ++v)
@@ -203,7 +202,7 @@ template <class G, int ROWS, class L, int COUNT>
 
 // One strip of one block: `pixels` output pixels of ROWS rows.
 template <class G, int ROWS, class L>
-void depthwise_strip(const G& g, const DepthwiseBlock* block, const ByteEpilogue& to_bytes, const uint8_t* strip,
+void depthwise_strip(const G& g, const DepthwiseBlock* block, const ByteEpilogue<false>& to_bytes, const uint8_t* strip,
                      const DepthwiseOutput& to, int64_t pixels) {
     const int64_t vectors = ceil_div(pixels, L::kPixels), pixel_bytes = g.stride * column_groups(g) * kColumnBytes;
     const bool even = pixels % L::kPixels == 0;
@@ -226,7 +225,7 @@ template <class G>
 struct Depthwise {
     const Int8Conv2d& p;
     const G g;
-    const ByteEpilogue to_bytes;
+    const ByteEpilogue<false> to_bytes;
     const bool rare;
     const int64_t block_bytes, strip_pixels;
     InputRows* inputs;  // per group
@@ -238,7 +237,7 @@ struct Depthwise {
         : p(conv),
           g(conv),
           to_bytes(conv, byte_range(conv)),
-          rare(conv.residual || conv.float_output || conv.shift),
+          rare(conv.residual || is_rare(conv)),
           block_bytes(static_cast<int64_t>(sizeof(DepthwiseBlock)) + G::kRows * g.taps * g.groups * kColumnBytes),
           strip_pixels(pixels_of_strip()) {
         const int64_t channels = p.weight.out_channels;

@@ -72,6 +72,7 @@ inline void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
     uint8_t* padding = reinterpret_cast<uint8_t*>(scratch + table_bytes);
     memset(padding, p.input_zero_point ^ p.input_flip, static_cast<size_t>(row_bytes));
     const ByteRange range = byte_range(p);
+    const bool rare = is_rare(p);
     for (int64_t block = begin; block < end; ++block) {
         const int64_t first = blocks.begin(block), pixels = blocks.begin(block + 1) - first;
         fill_table(p, first, first + pixels, padding, table, kDepthwisePixels);
@@ -79,6 +80,7 @@ inline void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
             Tile tile{};
             tile.conv = &p;
             tile.range = range;
+            tile.rare = rare;
             tile.row_stride = kDepthwisePixels;
             tile.taps = taps;
             tile.weight = p.packed + c / kDepthwiseChannels * depthwise_pairs(w) * 64;

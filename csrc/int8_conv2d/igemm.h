@@ -1,6 +1,7 @@
 // Convolution as a matrix product without im2col, for any vector unit: what is the same for all of them. The rows of
 // the left operand are found through a table of pointers, one per output pixel and tap, and padded taps point to a row
-// of zero points, so that borders cost nothing in the inner loop and cancel exactly in the sum (kernels.h).
+// of zero points, so that borders cost nothing in the inner loop and cancel exactly in the sum (kernels.h). With few
+// channels, as in a first layer, the taps of a kernel row lie side by side in memory, and a pointer serves all of them.
 //
 // Work is cut into units of a block of output pixels times a panel of output channels. A block's table is built once
 // and stays in L1; a panel's weights are read once per block.
@@ -11,7 +12,7 @@
 //   kMaxVectors         vectors of the widest tile
 //   kBlockPixels        output pixels of a block
 //   rows(vectors)       output pixels of the tallest tile of that width
-//   tile(rows, vectors) the function that computes one tile
+//   tiles(rows, vectors) the function that computes tiles of that size
 #pragma once
 
 #include <string.h>
@@ -32,7 +33,24 @@ inline ByteRange byte_range(const Int8Conv2d& p) {
     return {static_cast<uint8_t>(low + p.output_zero_point), static_cast<uint8_t>(high + p.output_zero_point)};
 }
 
-// One tile: `pixels` consecutive output pixels (known to the function) times up to `channels` output channels.
+// Whether every |y| of the epilogue stays below 2^31, beyond which its conversion to int32 would turn a huge y into the
+// smallest: sums are below 2^31, and 2^31 / 2 + 255 * 2^22 < 2^31. Multipliers are positive, so their bits are ordered
+// as they are. Layers with larger ones, half a step of the output for one of the sum, exist in tests only.
+inline bool is_bounded(const Int8Conv2d& p) {
+    int32_t most = 0;
+    for (int64_t c = 0; c < p.weight.out_channels; ++c) {
+        int32_t bits;
+        memcpy(&bits, p.multiplier + c, 4);
+        most = bits > most ? bits : most;
+    }
+    return most < 0x3f000000 && !(p.residual && p.residual_multiplier >= 4194304.0f);  // 0.5, 2^22
+}
+
+inline bool is_rare(const Int8Conv2d& p) { return p.float_output || p.shift || !is_bounded(p); }
+
+// Consecutive tiles of one size: `pixels` output pixels, a multiple of a tile's (known to the function), times up to
+// `channels` output channels. Several to a call, because its constants and its way in and out took a tenth of the time
+// of a tile whose pixels have 64 channels.
 struct Tile {
     const Int8Conv2d* conv;
     const uint8_t* const* rows;  // rows[tap * row_stride + pixel]
@@ -40,8 +58,9 @@ struct Tile {
     int64_t row_offset;  // where the group's channels begin in a pixel
     int64_t inner;       // bytes of one row, a multiple of 4
     const uint8_t* weight;
-    int64_t pixel, channel, channels;
+    int64_t pixel, pixels, channel, channels;
     ByteRange range;
+    bool rare;  // to be stored a sum at a time
 };
 using TileFunction = void (*)(const Tile&);
 
@@ -69,16 +88,25 @@ inline int64_t taps_of(const Int8Weight& w) { return w.kernel_h * w.kernel_w; }
 template <class Isa>
 constexpr int64_t kGroup = 4 / static_cast<int64_t>(sizeof(typename Isa::Product));
 
-// Products of one output value, in whole dwords.
+// Products of one kernel row of an output value, in whole dwords, and of all of them.
+template <class Isa>
+int64_t row_depth_of(const Int8Weight& w) {
+    return round_up(w.kernel_w * w.group_channels, kGroup<Isa>);
+}
 template <class Isa>
 int64_t depth_of(const Int8Weight& w) {
-    return round_up(taps_of(w) * w.group_channels, kGroup<Isa>);
+    return w.kernel_h * row_depth_of<Isa>(w);
 }
 
-// Bytes whose rows are whole dwords are read where they lie; others, and words, are first collected in a strip.
+// How the left operand is read: bytes whose pixels are whole dwords where they lie, tap by tap; the bytes of a first
+// layer, where the pixels of a kernel row follow each other, row by row; others, and words, from a strip.
+enum class Reading { taps, rows, strip };
+
 template <class Isa>
-bool reads_in_place(const Int8Weight& w) {
-    return kGroup<Isa> == 4 && w.group_channels % 4 == 0;
+Reading reading_of(const Int8Conv2d& p) {
+    const Int8Weight& w = p.weight;
+    if (kGroup<Isa> == 4 && w.group_channels % 4 == 0) return Reading::taps;
+    return p.dilation_w == 1 && w.groups == 1 && w.group_channels == p.input_stride ? Reading::rows : Reading::strip;
 }
 
 template <class Isa>
@@ -91,7 +119,7 @@ template <class Isa>
 void igemm_weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* packed) {
     using Product = typename Isa::Product;
     const Panels<Isa> panels(w);
-    const int64_t per_group = w.out_channels / w.groups, taps = taps_of(w), depth = depth_of<Isa>(w);
+    const int64_t per_group = w.out_channels / w.groups, depth = depth_of<Isa>(w), row_depth = row_depth_of<Isa>(w);
     memset(packed, 0, static_cast<size_t>(igemm_weight_bytes<Isa>(w)));
     for (int64_t o = 0; o < w.out_channels; ++o) {
         const int64_t group = o / per_group, channel = o % per_group, vector = channel / Isa::kLanes;
@@ -99,11 +127,11 @@ void igemm_weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* packe
         while (panels.begin(panel + 1) <= vector) ++panel;
         const int64_t first = panels.begin(panel), width = (panels.begin(panel + 1) - first) * Isa::kLanes;
         Product* out = reinterpret_cast<Product*>(packed) + (group * panels.vectors + first) * Isa::kLanes * depth;
-        for (int64_t t = 0; t < taps; ++t) {
+        for (int64_t t = 0; t < taps_of(w); ++t) {
             for (int64_t c = 0; c < w.group_channels; ++c) {
-                const int64_t k = t * w.group_channels + c;
+                const int64_t k = t / w.kernel_w * row_depth + t % w.kernel_w * w.group_channels + c;
                 out[(k / kGroup<Isa> * width + channel - first * Isa::kLanes) * kGroup<Isa> + k % kGroup<Isa>] =
-                    weight[(o * w.group_channels + c) * taps + t];
+                    weight[(o * w.group_channels + c) * taps_of(w) + t];
             }
         }
     }
@@ -179,19 +207,11 @@ inline void copy_bytes(uint8_t* out, const uint8_t* in, int64_t n) {
     }
 }
 
-// Bytes behind every row of a strip that a copy may overwrite: up to 32 are copied whatever their number where so many
-// can be read, and the next kernel row overwrites what was too much.
-constexpr int64_t kStripSlack = 32;
-
-inline void append(int8_t* out, const uint8_t* in, int64_t n, const Int8Conv2d&, const uint8_t* end) {
-    if (end && n <= kStripSlack && end - in >= kStripSlack)
-        memcpy(out, in, kStripSlack);
-    else
-        copy_bytes(reinterpret_cast<uint8_t*>(out), in, n);
-}
-
 // Words hold the flipped byte; bytes stay as they are, for the tile to flip.
-inline void append(int16_t* out, const uint8_t* in, int64_t n, const Int8Conv2d& p, const uint8_t*) {
+inline void append(int8_t* out, const uint8_t* in, int64_t n, const Int8Conv2d&) {
+    copy_bytes(reinterpret_cast<uint8_t*>(out), in, n);
+}
+inline void append(int16_t* out, const uint8_t* in, int64_t n, const Int8Conv2d& p) {
     const uint8_t flip = p.input_flip;
     for (int64_t i = 0; i < n; ++i) out[i] = in[i] ^ flip;
 }
@@ -199,44 +219,42 @@ inline void append(int16_t* out, const uint8_t* in, int64_t n, const Int8Conv2d&
 // Collects the left operands of a block through the table: `pitch` products per pixel, kernel row after kernel row.
 template <class Product>
 void fill_strip(const Int8Conv2d& p, const uint8_t* const* table, int64_t row_stride, int64_t offset, int64_t pixels,
-                int64_t pitch, Product* strip) {
-    const int64_t channels = p.weight.group_channels;
+                int64_t row_depth, int64_t pitch, Product* strip) {
+    const int64_t channels = p.weight.group_channels, kernel_w = p.weight.kernel_w;
     for (int64_t tap = 0; tap < taps_of(p.weight); ++tap)
         for (int64_t m = 0; m < pixels; ++m)
-            append(strip + m * pitch + tap * channels, table[tap * row_stride + m] + offset, channels, p, nullptr);
+            append(strip + m * pitch + tap / kernel_w * row_depth + tap % kernel_w * channels,
+                   table[tap * row_stride + m] + offset, channels, p);
 }
 
-// Whether the taps of a kernel row lie side by side in memory, as in the first layer of a network. Its strip needs no
-// table, which with 49 taps took a tenth of the time (7 x 7, 3 to 64 channels at 224 x 224: 471 to 426 us).
-inline bool has_dense_rows(const Int8Conv2d& p) {
-    return p.dilation_w == 1 && p.weight.groups == 1 && p.weight.group_channels == p.input_stride;
-}
-
-// Collects the same operands of output pixels [begin, end), whole kernel rows at a time.
+// Pointers to the kernel rows of output pixels [begin, end), table[ky * row_stride + pixel - begin]: to the image where
+// a row lies inside of it with all its dwords (what follows the row meets weights of zero), otherwise to a copy in the
+// strip. Nothing is collected for most pixels, which was half of the time of a first layer before.
 template <class Product>
-void fill_dense_strip(const Int8Conv2d& p, int64_t begin, int64_t end, const uint8_t* padding, int64_t pitch,
-                      Product* strip) {
-    const int64_t channels = p.weight.group_channels, kernel_w = p.weight.kernel_w, row = kernel_w * channels;
-    const uint8_t* input_end = p.input + p.batch * p.in_h * p.in_w * channels;
+void fill_rows(const Int8Conv2d& p, int64_t begin, int64_t end, const uint8_t* padding, int64_t row_depth,
+               Product* strip, const uint8_t** table, int64_t row_stride) {
+    const int64_t channels = p.weight.group_channels, kernel_w = p.weight.kernel_w, kernel_h = p.weight.kernel_h;
+    const int64_t step = p.stride_w * channels, input_bytes = p.batch * p.in_h * p.in_w * channels;
     for (int64_t m = begin; m < end;) {
         const Run r(p, m, end);
-        const int64_t x0 = r.ox * p.stride_w - p.pad_left, step = p.stride_w * channels;
-        for (int64_t ky = 0; ky < p.weight.kernel_h; ++ky) {
+        const int64_t x0 = r.ox * p.stride_w - p.pad_left;
+        for (int64_t ky = 0; ky < kernel_h; ++ky) {
             const int64_t y = r.oy * p.stride_h - p.pad_top + ky * p.dilation_h;
             const bool inside = y >= 0 && y < p.in_h;
+            const int64_t line = (r.n * p.in_h + y) * p.in_w * channels, room = input_bytes - row_depth - line;
             int64_t first = r.run, last = r.run;
             if (inside) r.inside(p, x0, kernel_w, first, last);
-            const uint8_t* line = p.input + (r.n * p.in_h + y) * p.in_w * channels;
-            Product* out = strip + (m - begin) * pitch + ky * row;
-            for (int64_t i = 0; i < r.run; ++i, out += pitch) {
-                if (i >= first && i < last) {
-                    append(out, line + x0 * channels + i * step, row, p, input_end);
-                    continue;
-                }
+            while (last > first && (sizeof(Product) > 1 || x0 * channels + (last - 1) * step > room)) --last;
+            const uint8_t** out = table + ky * row_stride + m - begin;
+            const uint8_t* base = p.input + line + x0 * channels;
+            for (int64_t i = first; i < last; ++i) out[i] = base + i * step;
+            for (int64_t i = first > 0 ? 0 : last; i < r.run; i = i + 1 == first ? last : i + 1) {
+                Product* copy = strip + ((m - begin + i) * kernel_h + ky) * row_depth;
+                out[i] = reinterpret_cast<const uint8_t*>(copy);
                 for (int64_t kx = 0; kx < kernel_w; ++kx) {
                     const int64_t x = x0 + i * p.stride_w + kx;
                     const bool real = inside && x >= 0 && x < p.in_w;
-                    append(out + kx * channels, real ? line + x * channels : padding, channels, p, nullptr);
+                    append(copy + kx * channels, real ? p.input + line + x * channels : padding, channels, p);
                 }
             }
         }
@@ -246,62 +264,64 @@ void fill_dense_strip(const Int8Conv2d& p, int64_t begin, int64_t end, const uin
 
 template <class Isa>
 void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
+    using Product = typename Isa::Product;
     const Int8Weight& w = p.weight;
     const Panels<Isa> panels(w);
-    using Product = typename Isa::Product;
     constexpr int64_t most = Isa::kBlockPixels;
+    constexpr int64_t product_bytes = static_cast<int64_t>(sizeof(Product));
     const Blocks blocks(p, most);
-    const int64_t depth = depth_of<Isa>(w), taps = taps_of(w), per_group = w.out_channels / w.groups;
-    const int64_t depth_bytes = depth * static_cast<int64_t>(sizeof(Product));
-    const int64_t pitch = depth + kStripSlack;
-    const bool in_place = reads_in_place<Isa>(w), dense = !in_place && has_dense_rows(p);
-    const int64_t table_bytes = (taps + 1) * most * 8, row_bytes = round_up(w.groups * w.group_channels, 64);
-    const int64_t strip_bytes = in_place ? 0 : most * pitch * static_cast<int64_t>(sizeof(Product));
+    const int64_t depth = depth_of<Isa>(w), row_depth = row_depth_of<Isa>(w), per_group = w.out_channels / w.groups;
+    const Reading reading = reading_of<Isa>(p);
+    const int64_t table_bytes = (taps_of(w) + 1) * most * 8, row_bytes = round_up(w.groups * w.group_channels, 64);
+    const int64_t strip_bytes = reading == Reading::taps ? 0 : most * depth * product_bytes;
     char* scratch = static_cast<char*>(thread_scratch(table_bytes + row_bytes + strip_bytes));
     const uint8_t** table = reinterpret_cast<const uint8_t**>(scratch);
     uint8_t* padding = reinterpret_cast<uint8_t*>(scratch + table_bytes);
-    uint8_t* strip = padding + row_bytes;
-    const uint8_t** strip_rows = table + taps * most;
-    for (int64_t m = 0; m < most; ++m) strip_rows[m] = strip + m * pitch * static_cast<int64_t>(sizeof(Product));
+    Product* strip = reinterpret_cast<Product*>(padding + row_bytes);
+    const uint8_t** strip_rows = table + taps_of(w) * most;
+    for (int64_t m = 0; m < most; ++m) strip_rows[m] = reinterpret_cast<const uint8_t*>(strip + m * depth);
     memset(padding, p.input_zero_point ^ p.input_flip, static_cast<size_t>(row_bytes));
 
-    const ByteRange range = byte_range(p);
+    Tile tile{};
+    tile.conv = &p;
+    tile.range = byte_range(p);
+    tile.rare = is_rare(p);
+    tile.row_stride = most;
+    tile.taps = reading == Reading::taps ? taps_of(w) : reading == Reading::rows ? w.kernel_h : 1;
+    tile.inner = depth / tile.taps * product_bytes;
     int64_t block_done = -1, group_done = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t panel = unit % panels.panels, group = unit / panels.panels % w.groups;
         const int64_t block = unit / panels.panels / w.groups;
         const int64_t first_pixel = blocks.begin(block), pixels = blocks.begin(block + 1) - first_pixel;
         if (block != block_done) {
-            if (dense)
-                fill_dense_strip(p, first_pixel, first_pixel + pixels, padding, pitch,
-                                 reinterpret_cast<Product*>(strip));
+            if (reading == Reading::rows)
+                fill_rows(p, first_pixel, first_pixel + pixels, padding, row_depth, strip, table, most);
             else
                 fill_table(p, first_pixel, first_pixel + pixels, padding, table, most);
             group_done = -1;
         }
         block_done = block;
-        if (!in_place && !dense && group != group_done)
-            fill_strip(p, table, most, group * w.group_channels, pixels, pitch, reinterpret_cast<Product*>(strip));
+        if (reading == Reading::strip && group != group_done)
+            fill_strip(p, table, most, group * w.group_channels, pixels, row_depth, depth, strip);
         group_done = group;
 
         const int64_t vector = panels.begin(panel), vectors = panels.begin(panel + 1) - vector;
         const int64_t channel = vector * Isa::kLanes;
-        Tile tile{};
-        tile.conv = &p;
-        tile.range = range;
-        tile.row_stride = most;
-        tile.taps = in_place ? taps : 1;
-        tile.row_offset = in_place ? group * w.group_channels : 0;
-        tile.inner = in_place ? w.group_channels : depth_bytes;
-        tile.weight = p.packed + (group * panels.vectors + vector) * Isa::kLanes * depth_bytes;
+        tile.row_offset = reading == Reading::taps ? group * w.group_channels : 0;
+        tile.weight = p.packed + (group * panels.vectors + vector) * Isa::kLanes * depth * product_bytes;
         tile.channel = group * per_group + channel;
         tile.channels = smaller(per_group - channel, vectors * Isa::kLanes);
-        const int64_t tiles = ceil_div(pixels, Isa::rows(vectors));
-        for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t m = pixels * t / tiles, rows = pixels * (t + 1) / tiles - m;
-            tile.rows = (in_place ? table : strip_rows) + m;
-            tile.pixel = first_pixel + m;
-            Isa::tile(rows, vectors)(tile);
+        tile.rows = reading == Reading::strip ? strip_rows : table;
+        tile.pixel = first_pixel;
+        // Of the tiles that are needed, the first ones have a row more where the pixels do not divide evenly.
+        const int64_t tiles = ceil_div(pixels, Isa::rows(vectors)), low = pixels / tiles, taller = pixels % tiles;
+        for (int64_t rows = low + 1; rows >= low; --rows) {
+            tile.pixels = rows * (rows > low ? taller : tiles - taller);
+            if (tile.pixels == 0) continue;
+            Isa::tiles(rows, vectors)(tile);
+            tile.rows += tile.pixels;
+            tile.pixel += tile.pixels;
         }
     }
 }

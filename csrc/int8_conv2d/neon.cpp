@@ -19,7 +19,7 @@ void store_row(const Tile& t, int64_t pixel, const uint32x4_t* sums) {
 }
 
 template <int MR, int NV>
-void tile(const Tile& t) {
+inline void tile(const Tile& t, int64_t m) {
     const Int8Conv2d& p = *t.conv;
     uint32x4_t sums[MR][NV], inputs[MR];
     for (int i = 0; i < MR; ++i) {
@@ -29,7 +29,7 @@ void tile(const Tile& t) {
     const uint8x16_t flip = vdupq_n_u8(p.input_flip), ones = vdupq_n_u8(1), top = vdupq_n_u8(0x80);
     const uint8_t* weight = t.weight;
     for (int64_t tap = 0; tap < t.taps; ++tap) {
-        const uint8_t* const* rows = t.rows + tap * t.row_stride;
+        const uint8_t* const* rows = t.rows + tap * t.row_stride + m;
         for (int64_t c = 0; c < t.inner; c += 4, weight += 16 * NV) {
             uint8x16_t w[NV];
             for (int j = 0; j < NV; ++j) w[j] = veorq_u8(vld1q_u8(weight + 16 * j), top);
@@ -45,8 +45,13 @@ void tile(const Tile& t) {
     for (int i = 0; i < MR; ++i) {
         const uint32x4_t excess = vshlq_n_u32(inputs[i], 7);
         for (int j = 0; j < NV; ++j) sums[i][j] = vsubq_u32(sums[i][j], excess);
-        store_row<NV>(t, t.pixel + i, sums[i]);
+        store_row<NV>(t, t.pixel + m + i, sums[i]);
     }
+}
+
+template <int MR, int NV>
+void tiles(const Tile& t) {
+    for (int64_t m = 0; m < t.pixels; m += MR) tile<MR, NV>(t, m);
 }
 
 // Tiles of 4 pixels by 16 channels: 16 accumulators, 4 of the inputs' sums, 4 of weights.
@@ -54,12 +59,12 @@ struct Dot {
     using Product = int8_t;
     static constexpr int64_t kLanes = 4, kMaxVectors = 4, kBlockPixels = 96;
     static int64_t rows(int64_t) { return 4; }
-    static TileFunction tile(int64_t rows, int64_t vectors) {
+    static TileFunction tiles(int64_t rows, int64_t vectors) {
         static constexpr TileFunction table[4][4] = {
-            {neon::tile<1, 1>, neon::tile<2, 1>, neon::tile<3, 1>, neon::tile<4, 1>},
-            {neon::tile<1, 2>, neon::tile<2, 2>, neon::tile<3, 2>, neon::tile<4, 2>},
-            {neon::tile<1, 3>, neon::tile<2, 3>, neon::tile<3, 3>, neon::tile<4, 3>},
-            {neon::tile<1, 4>, neon::tile<2, 4>, neon::tile<3, 4>, neon::tile<4, 4>}};
+            {neon::tiles<1, 1>, neon::tiles<2, 1>, neon::tiles<3, 1>, neon::tiles<4, 1>},
+            {neon::tiles<1, 2>, neon::tiles<2, 2>, neon::tiles<3, 2>, neon::tiles<4, 2>},
+            {neon::tiles<1, 3>, neon::tiles<2, 3>, neon::tiles<3, 3>, neon::tiles<4, 3>},
+            {neon::tiles<1, 4>, neon::tiles<2, 4>, neon::tiles<3, 4>, neon::tiles<4, 4>}};
         return table[vectors - 1][rows - 1];
     }
 };

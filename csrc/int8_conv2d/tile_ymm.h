@@ -27,21 +27,18 @@ inline __m256 requantize(const Tile& t, int64_t pixel, int64_t channel, __m256i 
     return _mm256_add_ps(y, _mm256_mul_ps(_mm256_cvtepi32_ps(r), _mm256_set1_ps(p.residual_multiplier)));
 }
 
-// The minimum keeps the conversion from turning a huge y into INT_MIN; a very negative one becomes it as it should.
-inline __m256i round_to_int(__m256 y) { return _mm256_cvtps_epi32(_mm256_min_ps(y, _mm256_set1_ps(1073741824.0f))); }
-
 // One row of sums of 16 (or, with NV = 1, 8) channels.
 template <int NV>
 void store_row(const Tile& t, int64_t pixel, const __m256i* sums) {
     const Int8Conv2d& p = *t.conv;
-    if (p.float_output || p.shift) {
+    if (t.rare) {
         alignas(32) int32_t values[16];
         for (int j = 0; j < NV; ++j) _mm256_store_si256(reinterpret_cast<__m256i*>(values + 8 * j), sums[j]);
         for (int64_t c = 0; c < t.channels; ++c) store_sum(p, pixel, t.channel + c, values[c]);
         return;
     }
-    const __m256i q0 = round_to_int(requantize(t, pixel, 0, sums[0]));
-    const __m256i q1 = NV == 2 ? round_to_int(requantize(t, pixel, 8, sums[NV - 1])) : q0;
+    const __m256i q0 = _mm256_cvtps_epi32(requantize(t, pixel, 0, sums[0]));
+    const __m256i q1 = NV == 2 ? _mm256_cvtps_epi32(requantize(t, pixel, 8, sums[NV - 1])) : q0;
     // Packing works within 128-bit lanes; the permutation brings the channels back into order.
     __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q0, q1), 0xd8);
     words = _mm256_adds_epi16(words, _mm256_set1_epi16(p.output_zero_point));
@@ -60,7 +57,7 @@ void store_row(const Tile& t, int64_t pixel, const __m256i* sums) {
 }
 
 template <class Dot, int MR, int NV>
-void tile_ymm(const Tile& t) {
+[[gnu::always_inline]] inline void tile_ymm(const Tile& t, int64_t m) {
     const Int8Conv2d& p = *t.conv;
     __m256i sums[MR][NV];
 #pragma GCC unroll 6
@@ -70,10 +67,11 @@ void tile_ymm(const Tile& t) {
             sums[i][j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.offset + t.channel + 8 * j));
     const Dot dot(p);
     const uint8_t* weight = t.weight;
-    for (int64_t tap = 0; tap < t.taps; ++tap) {
+    const uint8_t* const* rows = t.rows + m;
+    for (int64_t tap = 0; tap < t.taps; ++tap, rows += t.row_stride) {
         const uint8_t* row[MR];
 #pragma GCC unroll 6
-        for (int i = 0; i < MR; ++i) row[i] = t.rows[tap * t.row_stride + i] + t.row_offset;
+        for (int i = 0; i < MR; ++i) row[i] = rows[i] + t.row_offset;
         for (int64_t c = 0; c < t.inner; c += 4, weight += 32 * NV) {
             __m256i w[NV];
 #pragma GCC unroll 2
@@ -89,7 +87,12 @@ void tile_ymm(const Tile& t) {
         }
     }
 #pragma GCC unroll 6
-    for (int i = 0; i < MR; ++i) store_row<NV>(t, t.pixel + i, sums[i]);
+    for (int i = 0; i < MR; ++i) store_row<NV>(t, t.pixel + m + i, sums[i]);
+}
+
+template <class Dot, int MR, int NV>
+void tiles_ymm(const Tile& t) {
+    for (int64_t m = 0; m < t.pixels; m += MR) tile_ymm<Dot, MR, NV>(t, m);
 }
 
 template <class Dot>
@@ -98,11 +101,11 @@ struct Ymm {
     static constexpr int64_t kLanes = 8, kMaxVectors = 2;
     static constexpr int64_t kBlockPixels = 48;  // a strip of 48 pixels of 2304 words fills a fifth of an L2 cache
     static int64_t rows(int64_t) { return 6; }
-    static TileFunction tile(int64_t rows, int64_t vectors) {
-        static constexpr TileFunction one[] = {tile_ymm<Dot, 1, 1>, tile_ymm<Dot, 2, 1>, tile_ymm<Dot, 3, 1>,
-                                               tile_ymm<Dot, 4, 1>, tile_ymm<Dot, 5, 1>, tile_ymm<Dot, 6, 1>};
-        static constexpr TileFunction two[] = {tile_ymm<Dot, 1, 2>, tile_ymm<Dot, 2, 2>, tile_ymm<Dot, 3, 2>,
-                                               tile_ymm<Dot, 4, 2>, tile_ymm<Dot, 5, 2>, tile_ymm<Dot, 6, 2>};
+    static TileFunction tiles(int64_t rows, int64_t vectors) {
+        static constexpr TileFunction one[] = {tiles_ymm<Dot, 1, 1>, tiles_ymm<Dot, 2, 1>, tiles_ymm<Dot, 3, 1>,
+                                               tiles_ymm<Dot, 4, 1>, tiles_ymm<Dot, 5, 1>, tiles_ymm<Dot, 6, 1>};
+        static constexpr TileFunction two[] = {tiles_ymm<Dot, 1, 2>, tiles_ymm<Dot, 2, 2>, tiles_ymm<Dot, 3, 2>,
+                                               tiles_ymm<Dot, 4, 2>, tiles_ymm<Dot, 5, 2>, tiles_ymm<Dot, 6, 2>};
         return (vectors == 1 ? one : two)[rows - 1];
     }
 };
