@@ -65,53 +65,77 @@ struct ResidualTerm {
         for (int64_t c = 0; c < t.channels; ++c) store_sum(*t.conv, pixel + i, t.channel + c, sums[i * width + c]);
 }
 
-// `full`: all NV * 16 channels are real.
-template <int NV>
-[[gnu::always_inline]] inline void store_bytes(uint8_t* out, __m512i bytes, bool full, __mmask64 mask) {
-    // Dword 4L + j to 4j + L.
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    bytes = _mm512_permutexvar_epi32(order, bytes);
-    if (!full) {
-        _mm512_mask_storeu_epi8(out, mask, bytes);
-    } else if constexpr (NV == 4) {
-        _mm512_storeu_si512(out, bytes);
-    } else if constexpr (NV == 1) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(bytes));
+// Masked stores of bytes are slow, and the common remainders of a vector are halves of it.
+inline void store_16(uint8_t* out, __m128i bytes, int64_t channels) {
+    if (channels >= 16)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+    else if (channels == 8)
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out), bytes);
+    else
+        _mm_mask_storeu_epi8(out, static_cast<__mmask16>((1u << channels) - 1), bytes);
+}
+
+inline void store_32(uint8_t* out, __m256i bytes, int64_t channels) {
+    if (channels >= 32) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), bytes);
     } else {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(bytes));
-        if constexpr (NV == 3)
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 32), _mm512_extracti32x4_epi32(bytes, 2));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(bytes));
+        store_16(out + 16, _mm256_extracti128_si256(bytes, 1), channels - 16);
     }
 }
 
-// The epilogue of a tile at output pixel `pixel`, in registers.
-template <bool RESIDUAL, bool PLAIN, int MR, int NV>
+// A vector of bytes holds one row of the tile, two rows of at most 32 channels, or four of at most 16.
+template <int NV, int ROWS>
+[[gnu::always_inline]] inline void store_rows(uint8_t* out, int64_t stride, __m512i bytes, int64_t channels) {
+    if constexpr (NV >= 3) {
+        if (NV == 4 && channels == 64) {
+            _mm512_storeu_si512(out, bytes);
+        } else {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(bytes));
+            if (NV == 4 && channels > 48)
+                store_32(out + 32, _mm512_extracti64x4_epi64(bytes, 1), channels - 32);
+            else
+                store_16(out + 32, _mm512_extracti32x4_epi32(bytes, 2), channels - 32);
+        }
+    } else if constexpr (NV == 2) {
+        store_32(out, _mm512_castsi512_si256(bytes), channels);
+        if constexpr (ROWS > 1) store_32(out + stride, _mm512_extracti64x4_epi64(bytes, 1), channels);
+    } else {
+        store_16(out, _mm512_castsi512_si128(bytes), channels);
+        if constexpr (ROWS > 1) store_16(out + stride, _mm512_extracti32x4_epi32(bytes, 1), channels);
+        if constexpr (ROWS > 2) store_16(out + 2 * stride, _mm512_extracti32x4_epi32(bytes, 2), channels);
+        if constexpr (ROWS > 3) store_16(out + 3 * stride, _mm512_extracti32x4_epi32(bytes, 3), channels);
+    }
+}
+
+// The epilogue of rows FIRST.. of a tile at output pixel `pixel`, in registers.
+template <int FIRST, bool RESIDUAL, bool PLAIN, int MR, int NV>
 [[gnu::always_inline]] inline void store_tile(const Tile& t, int64_t pixel, const __m512i (&sums)[MR][NV]) {
+    constexpr int kRows = NV >= 3 ? 1 : 4 / NV, rows = FIRST + kRows <= MR ? kRows : MR - FIRST;
     const Int8Conv2d& p = *t.conv;
     const ByteEpilogue<PLAIN> to_bytes(p, t.range);
-    const int64_t output_stride = p.output_stride, residual_stride = p.residual_stride;
-    uint8_t* out = static_cast<uint8_t*>(p.output) + pixel * output_stride + t.channel;
-    const uint8_t* residual = RESIDUAL ? p.residual + pixel * residual_stride + t.channel : nullptr;
-    const bool full = t.channels == NV * 16;
-    const __mmask64 mask = full ? ~uint64_t{0} : (uint64_t{1} << t.channels) - 1;
-    __m512 multiplier[NV];
+    __m512i q[4] = {};
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) multiplier[j] = _mm512_loadu_ps(p.multiplier + t.channel + 16 * j);
-    const ResidualTerm term(p);
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-        __m512i q[4] = {};
+    for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) {
-            __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[i][j]), multiplier[j]);
-            if constexpr (RESIDUAL)
-                y = _mm512_add_ps(
-                    y, term(residual + i * residual_stride + 16 * j, static_cast<__mmask16>(mask >> (16 * j))));
-            q[j] = _mm512_cvtps_epi32(y);
+            const __m512 multiplier = _mm512_loadu_ps(p.multiplier + t.channel + 16 * j);
+            __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[FIRST + r][j]), multiplier);
+            if constexpr (RESIDUAL) {
+                const int64_t left = t.channels - 16 * j;
+                const uint8_t* residual = p.residual + (pixel + FIRST + r) * p.residual_stride + t.channel + 16 * j;
+                y = _mm512_add_ps(y,
+                                  ResidualTerm(p)(residual, static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : -1)));
+            }
+            q[NV >= 3 ? j : r * NV + j] = _mm512_cvtps_epi32(y);
         }
-        store_bytes<NV>(out + i * output_stride, to_bytes.bytes(to_bytes.words(q[0], q[1]), to_bytes.words(q[2], q[3])),
-                        full, mask);
     }
+    // Dword 4L + j to 4j + L.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes = to_bytes.bytes(to_bytes.words(q[0], q[1]), to_bytes.words(q[2], q[3]));
+    uint8_t* out = static_cast<uint8_t*>(p.output) + (pixel + FIRST) * p.output_stride + t.channel;
+    store_rows<NV, rows>(out, p.output_stride, _mm512_permutexvar_epi32(order, bytes), t.channels);
+    if constexpr (FIRST + rows < MR) store_tile<FIRST + rows, RESIDUAL, PLAIN>(t, pixel, sums);
 }
 
 // The sums of the MR pixels whose rows are found at `rows`.
@@ -151,6 +175,7 @@ void tiles(const Tile& t) {
     const bool residual = t.conv->residual, plain = is_plain(*t.conv, t.range);
     for (int64_t m = 0; m < t.pixels; m += MR) {
         __m512i sums[MR][NV];
+        prefetch(t.ahead + m * t.ahead_bytes, MR * t.ahead_bytes);
         sum_tile<MR, NV>(t, t.rows + m, sums);
         if (t.rare) {
             alignas(64) int32_t values[MR * NV * 16];
@@ -160,11 +185,11 @@ void tiles(const Tile& t) {
                 for (int j = 0; j < NV; ++j) _mm512_store_si512(values + (i * NV + j) * 16, sums[i][j]);
             store_rare(t, t.pixel + m, values, MR, NV * 16);
         } else if (residual) {
-            store_tile<true, false>(t, t.pixel + m, sums);
+            store_tile<0, true, false>(t, t.pixel + m, sums);
         } else if (plain) {
-            store_tile<false, true>(t, t.pixel + m, sums);
+            store_tile<0, false, true>(t, t.pixel + m, sums);
         } else {
-            store_tile<false, false>(t, t.pixel + m, sums);
+            store_tile<0, false, false>(t, t.pixel + m, sums);
         }
     }
 }
