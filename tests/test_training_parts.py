@@ -11,21 +11,29 @@ import torch.nn.functional as F
 from test_training import make_images, press_ctrl_c_at, results, tiny, tiny_network
 from torch import nn
 
-from imgopt_fast.compress import PruneConfig, prune
+from imgopt_fast.augment import Normalize, RandomResizedCrop
+from imgopt_fast.compress import Int8Config, PruneConfig, prune, qat
+from imgopt_fast.data import load_dataset
 from imgopt_fast.models import create_model
 from imgopt_fast.training import (
     InterruptedTrainingError,
     TrainConfig,
     evaluate,
+    load_network,
     load_weights,
     recipe,
     resume,
     save_weights,
     train,
 )
+from imgopt_fast.training.augmentation import Augmentation
 from imgopt_fast.training.distributed import Process
+from imgopt_fast.training.images import load_images
+from imgopt_fast.training.network import requantize
+from imgopt_fast.training.network import test_images as run_images
 from imgopt_fast.training.optimizers import Averaged, Zeros, layer_groups, make_optimizer, proximal_l1
 from imgopt_fast.training.sampled_gradients import SampledGradients
+from imgopt_fast.training.teachers import Objective
 from imgopt_fast.training.transfer import freeze_body, read_checkpoint, training_mode, transfer_weights
 
 
@@ -286,6 +294,31 @@ def test_hints_and_tables_of_a_teacher_are_heard(images: Path, first: Path) -> N
     assert results(again) == found["table"]
 
 
+def test_hints_reach_a_student_in_quantization_aware_training(images: Path, first: Path) -> None:
+    """The features are those that the simulated last layer is given: rounded, as int8 will round them."""
+    config = tiny(images, "unused", **QUICK, kd_hint_weight=1.0)
+    dataset = load_images(config)
+    normalize = Normalize(*dataset.statistics())
+    batch = dataset.train.first(16)
+    augment = Augmentation(config, normalize, 3)
+    view = augment(batch.images, batch.labels, (0, 0, torch.arange(16)))
+    student = qat(tiny_network(3, 1).eval(), [view.images]).train()
+    teacher = load_network(first).as_teacher(dataset)
+    losses = []
+    for weight in (0.0, 1.0):
+        objective = Objective(dataclasses.replace(config, kd_hint_weight=weight), augment, dataset, student, teacher)
+        losses.append(objective(student, view))
+        objective.close()
+    hint = losses[1] - losses[0]
+    assert 0 < hint < 4  # the squared distance of two unit vectors
+    (gradient,) = torch.autograd.grad(hint, student.simulation.layers["0"].weight)
+    assert gradient.abs().max() > 0
+    ways = {"qat": {}, "qat hinted": {"kd_hint_weight": 1.0}}
+    taught = QUICK | {"pretrained": str(first), "epochs": 0, "quantize": "int8", "qat_epochs": 1, "distill": str(first)}
+    found = [results(train(tiny(images, name, **taught, **way)).path) for name, way in ways.items()]
+    assert found[0] != found[1]
+
+
 def test_a_table_says_what_the_teacher_would(images: Path, first: Path) -> None:
     """Without augmentation both are the same training."""
     still = {"hflip": 0.0, "degrees": 0.0, "translate": 0.0, "scale": (1.0, 1.0), "distill": str(first)}
@@ -300,3 +333,48 @@ def test_half_precision_and_compilation_train(images: Path) -> None:
     for name, way in {"half": {"amp": True, "amp_dtype": "float16"}, "compiled": {"torchcompile": "eager"}}.items():
         report = train(dataclasses.replace(tiny(images, name, **QUICK), **way))
         assert report.epochs[0].train_loss < 2
+
+
+# ------------------------------------------------------------------------------------------------------- crops
+
+
+def test_crops_come_from_the_larger_images(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training images are kept at their size, held-out ones at the network's; a view is one warp of the former."""
+    settings = QUICK | {"img_size": 8, "source_size": 12, "crop_scale": (0.3, 0.6), "crop_ratio": (0.8, 1.25)}
+    config = tiny(images, "cropped", **settings | {"quantize": "int8", "qat_epochs": 0, "epochs": 2})
+    dataset = load_images(config)
+    assert dataset.train.shape == (1, 12, 12)
+    assert dataset.validation.shape == dataset.test.shape == (1, 8, 8)
+    whole = load_dataset(images, image_size=12).test.images
+    small = F.interpolate(whole.float(), (8, 8), mode="bilinear", antialias=True)
+    assert (dataset.test.images.float() - small).abs().mean() < 6  # of noise with a deviation of 10
+    still = dataclasses.replace(config, hflip=0.0, degrees=0.0, translate=0.0, scale=(1.0, 1.0))
+    augment = Augmentation(still, Normalize((0.0,), (1.0,)), 3, (8, 8))
+    batch = dataset.train.first(4)
+    for epoch in range(2):
+        view = augment(batch.images, batch.labels, (0, epoch, torch.arange(4)))
+        crop = RandomResizedCrop((8, 8), (0.3, 0.6), (0.8, 1.25))
+        expected = crop(batch.images, key=(0, epoch, torch.arange(4))) / 255
+        inside = (..., slice(1, -1), slice(1, -1))  # at its edge the image blends with the affine map's fill
+        torch.testing.assert_close(view.images[inside], expected[inside], atol=3e-3, rtol=0)
+    report = train(config)
+    network = load_network(report.path)
+    assert (network.card.height, network.card.width) == (8, 8)
+    assert (
+        evaluate.accuracy(network.module, run_images(report.path), network.card.prepare())
+        == report.stages[-1].test_top1
+    )
+    requantize(report.path, Int8Config(power_of_two=True))
+    press_ctrl_c_at(monkeypatch, 5)
+    with pytest.raises(InterruptedTrainingError):
+        train(dataclasses.replace(config, experiment="stopped"))
+    resume(report.path.parent / "stopped")
+    assert results(report.path.parent / "stopped") == results(report.path)
+    for wrong, words in (
+        ({"img_size": None}, "--img-size"),
+        ({"crop_scale": None}, "--crop-scale"),
+        ({"source_size": 7}, "at least"),
+        ({"crop_scale": (0.5, 1.5)}, "at most 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            dataclasses.replace(config, **wrong)

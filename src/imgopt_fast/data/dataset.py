@@ -57,6 +57,10 @@ class Split:
             return self
         return Split(self.images.to(device), self.labels.to(device))
 
+    def unreadable(self) -> tuple[Skipped, ...]:
+        """None: what could not be decoded is in no split."""
+        return ()
+
     def take(self, index: Tensor) -> "Split":
         """The images at `index`, in its order, in memory."""
         images = self.images[index.to(self.images.device)]
@@ -105,6 +109,7 @@ class TrainingSplit(Protocol):
     def shape(self) -> tuple[int, int, int]: ...
     def __len__(self) -> int: ...
     def to(self, device: torch.device) -> "TrainingSplit": ...
+    def unreadable(self) -> tuple[Skipped, ...]: ...
     def first(self, count: int) -> Split: ...
     def sample(self, count: int) -> Split: ...
     def in_order(self, batch_size: int) -> Iterator[Split]: ...
@@ -120,7 +125,10 @@ def batches_per_epoch(images: int, batch_size: int, *, last: bool = False) -> in
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training images, validation images for every choice, and test images that are looked at once, at the end."""
+    """Training images, validation images for every choice, and test images that are looked at once, at the end.
+
+    `skipped` are the images that could not be read when it was loaded; a stream finds more while it is read.
+    """
 
     name: str
     class_names: tuple[str, ...]
@@ -138,6 +146,10 @@ class Dataset:
     @property
     def channels(self) -> int:
         return self.train.shape[0]
+
+    def left_out(self) -> tuple[Skipped, ...]:
+        """Every image that could not be read so far."""
+        return (*self.skipped, *self.train.unreadable())
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel of STATISTICS_IMAGES training images or all, in [0, 1] units."""

@@ -77,6 +77,7 @@ def load_shards(path: str, *, image_size: int | None, validation: float) -> Data
     everything = ShardStream(
         tuple(urls),
         tuple(listing.counts),
+        tuple(listing.keys),
         torch.tensor([number[label] for label in listing.labels]),
         torch.arange(len(listing.labels)),
         (1 if header.grey else 3, side, side),
@@ -92,10 +93,8 @@ def load_shards(path: str, *, image_size: int | None, validation: float) -> Data
     for part, stream in streams.items():
         if not len(stream):
             raise DataError(f"{path}: too few images, none for the {part} split")
-    held = [streams[part].first(len(streams[part])) for part in ("validation", "test")]
-    missing = len(streams["validation"]) + len(streams["test"]) - sum(map(len, held))
-    skipped = (Skipped(path, f"{missing} of the held-out images cannot be read"),) if missing else ()
-    return Dataset(Path(path).name, tuple(_class_names(path, labels)), streams["train"], held[0], held[1], skipped)
+    validation_split, test = (streams[part].first(len(streams[part])) for part in ("validation", "test"))
+    return Dataset(Path(path).name, tuple(_class_names(path, labels)), streams["train"], validation_split, test)
 
 
 def _first_header(path: str, urls: Sequence[str]) -> Header:
@@ -108,14 +107,19 @@ def _first_header(path: str, urls: Sequence[str]) -> Header:
 
 @dataclass(frozen=True)
 class ShardStream:
-    """The images at `positions` among all those of the shards; `all_labels` has one for each image of the shards."""
+    """The images at `positions` among all those of the shards; `all_labels` has one for each image of the shards.
+
+    `failed` has what could not be decoded so far, by position; the streams of one set of shards share it.
+    """
 
     urls: tuple[str, ...]
     counts: tuple[int, ...]
+    keys: tuple[str, ...]
     all_labels: Tensor
     positions: Tensor
     shape: tuple[int, int, int]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    failed: dict[int, str] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -126,6 +130,9 @@ class ShardStream:
 
     def to(self, device: torch.device) -> "ShardStream":
         return replace(self, device=device)
+
+    def unreadable(self) -> tuple[Skipped, ...]:
+        return tuple(Skipped(self.keys[position], self.failed[position]) for position in sorted(self.failed))
 
     def first(self, count: int) -> Split:
         """The first `count` images, or all of them, in memory."""
@@ -168,11 +175,12 @@ class ShardStream:
         """Batches of what can be read, with the positions of their images."""
         channels, height, width = self.shape
 
-        def decode_one(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
+        def decode_one(sample: tuple[int, bytes]) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
             pixels = np.empty((height, width, channels), np.uint8)
             try:
-                decode_into(data, pixels)
-            except UnreadableError:
+                decode_into(sample[1], pixels)
+            except UnreadableError as error:
+                self.failed[sample[0]] = str(error)
                 return None
             return pixels
 
@@ -180,7 +188,7 @@ class ShardStream:
             for batch in batches:
                 index, content = torch.tensor([position for position, _ in batch]), dict(batch)
                 taken = (index if share is None else share(index)).tolist()
-                images = list(pool.map(decode_one, [content[position] for position in taken]))
+                images = list(pool.map(decode_one, [(position, content[position]) for position in taken]))
                 read = [(position, image) for position, image in zip(taken, images, strict=True) if image is not None]
                 if not read:
                     raise DataError(f"{self.urls[0]}: a whole batch of images that cannot be read")

@@ -19,6 +19,7 @@ from imgopt_fast.augment import (
     RandomAffine,
     RandomErasing,
     RandomHorizontalFlip,
+    RandomResizedCrop,
     Transform,
     TrivialAugmentWide,
 )
@@ -50,8 +51,9 @@ class Augmentation:
     Without a policy, erasing or mixing this is one call of affine_warp.
     """
 
-    def __init__(self, config: TrainConfig, normalize: Normalize, classes: int) -> None:
-        self.config, self.normalize = config, normalize
+    def __init__(self, config: TrainConfig, normalize: Normalize, classes: int, size: Sequence[int] = ()) -> None:
+        """`size`: (H, W) of the views, for crops."""
+        self.config, self.normalize, self.size = config, normalize, tuple(size)
         self.transform = self._pipeline(normalize)
         self.mixing = [
             mix(alpha=alpha, num_classes=classes)
@@ -94,7 +96,10 @@ class Augmentation:
     def _pipeline(self, normalize: Normalize) -> Compose:
         config = self.config
         shift = (config.translate, config.translate)
-        transforms: list[Transform] = [
+        transforms: list[Transform] = []
+        if config.crop_scale is not None:
+            transforms.append(RandomResizedCrop(self.size, config.crop_scale, config.crop_ratio))
+        transforms += [
             RandomHorizontalFlip(config.hflip),
             RandomAffine(config.degrees, translate=shift, scale=config.scale, interpolation="bilinear"),
         ]

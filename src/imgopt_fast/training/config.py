@@ -35,6 +35,9 @@ class TrainConfig:
         "--data-dir",
     )
     img_size: int | None = option(None, "side of the square images that a folder gives; default: their own, or 64")
+    source_size: int | None = option(
+        None, "side at which training images are kept for --crop-scale to draw from; default: --img-size"
+    )
     validation: float = option(0.1, "share of the training images that is held out where there is no validation split")
 
     model: str = option(
@@ -71,6 +74,10 @@ class TrainConfig:
     grad_sampling: int = option(1, "take the weights' gradients from one of N parts of each batch (unbiased); 1: all")
     model_ema_decay: float = option(0.0, "decay of a moving average of the weights, which then is the result; 0: none")
 
+    crop_scale: tuple[float, float] | None = option(
+        None, "cut a random part of this share of the area out of each image, lowest and highest; default: none"
+    )
+    crop_ratio: tuple[float, float] = option((0.75, 1.3333333333333333), "width over height of these parts")
     hflip: float = option(0.5, "probability of a horizontal flip")
     degrees: float = option(10.0, "random rotation, in degrees either way")
     translate: float = option(0.1, "random shift, as a share of the image's size")
@@ -148,7 +155,14 @@ class TrainConfig:
         _expect(0 <= self.distill_loss_weight <= 1, "distill_loss_weight", "a share", self.distill_loss_weight)
         _expect(0 < self.validation < 0.5, "validation", "a share between 0 and 0.5", self.validation)
         _expect(self.img_size is None or self.img_size >= 8, "img_size", "at least 8", self.img_size)
-        _expect(0 < self.scale[0] <= self.scale[1], "scale", "two positive numbers, the lower one first", self.scale)
+        for name in ("scale", "crop_scale", "crop_ratio"):
+            interval = getattr(self, name) or (1.0, 1.0)
+            _expect(0 < interval[0] <= interval[1], name, "two positive numbers, the lower one first", interval)
+        _expect(self.crop_scale is None or self.crop_scale[1] <= 1, "crop_scale", "at most 1", self.crop_scale)
+        if self.source_size is not None:
+            given = self.img_size is not None and self.crop_scale is not None
+            _expect(given, "source_size", "--img-size and --crop-scale with it", self.source_size)
+            _expect(self.source_size >= (self.img_size or 0), "source_size", "at least --img-size", self.source_size)
         for field in dataclasses.fields(self):
             if choices := field.metadata["choices"]:
                 _expect(
@@ -182,7 +196,8 @@ class TrainConfig:
         return DISTILL_EPOCHS if self.distill is not None and self.sparsity > 0 and self.prune_epochs > 0 else 0
 
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self) | {"scale": list(self.scale)}, sort_keys=False))
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
 
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from imgopt_fast.data import Dataset, Split
@@ -95,7 +96,9 @@ def samples(path: Path, dataset: Dataset, augment: Augmentation, seed: int) -> N
     for i, axes in enumerate(figure.subplots(-(-SAMPLES // 3), 3).flat):
         axes.axis("off")
         if i < len(batch):
-            pair = torch.cat([batch.images[i].cpu().float() / 255, shown[i].cpu().clamp(0, 1)], dim=2)
+            source = batch.images[i : i + 1].cpu().float() / 255
+            source = F.interpolate(source, shown.shape[2:], mode="bilinear", antialias=True)[0]  # of larger sources
+            pair = torch.cat([source, shown[i].cpu()], dim=2).clamp(0, 1)
             axes.imshow(pair.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             name = dataset.class_names[int(batch.labels[i])]
             drawn = textwrap.fill(view.draws.describe(i).replace("  ", " "), 52)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from imgopt_fast.augment import Compose, Normalize
 from imgopt_fast.compress import Int8Config, PruneConfig, load_weights, prune, quantize
-from imgopt_fast.data import Dataset, Split, load_dataset
+from imgopt_fast.data import Dataset, Split
 from imgopt_fast.models import create_model
 from imgopt_fast.training.config import TrainConfig
+from imgopt_fast.training.images import load_images, preparation
 from imgopt_fast.training.teachers import Teacher
 
 FILE, WEIGHTS = "network.yaml", "model.safetensors"
@@ -108,7 +109,7 @@ def load_network(run: Path, stage: str | None = None) -> Network:
 
 def test_images(run: Path) -> Split:
     """The test images of the data that the run was trained on; DataError when it cannot be read."""
-    return _dataset(run).test
+    return load_images(TrainConfig.load(run / "config.yaml")).test
 
 
 def requantize(run: Path, config: Int8Config) -> Network:
@@ -122,14 +123,10 @@ def requantize(run: Path, config: Int8Config) -> Network:
         raise ValueError(f"{run}: has no float network to quantize again")
     floating = load_network(run, kept[0])
     settings = TrainConfig.load(run / "config.yaml")
-    sample = _dataset(run).train.sample(settings.calibration)
-    batches = [card.prepare()(batch.images) for batch in sample.in_order(settings.batch_size)]
+    sample = load_images(settings).train.sample(settings.calibration)
+    prepare = preparation(settings, card.mean, card.std)
+    batches = [prepare(batch.images) for batch in sample.in_order(settings.batch_size)]
     return Network(dataclasses.replace(card, stage="int8"), quantize(floating.module, batches, config))
-
-
-def _dataset(run: Path) -> Dataset:
-    config = TrainConfig.load(run / "config.yaml")
-    return load_dataset(config.data, image_size=config.img_size, validation=config.validation)
 
 
 def _to_channels_last(module: Any) -> nn.Module:

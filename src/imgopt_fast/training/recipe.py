@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from imgopt_fast.augment import Compose, Normalize
+from imgopt_fast.augment import Normalize
 from imgopt_fast.compress import Int8Config, PruneConfig, load_weights, prune, qat, quantize, save_weights
-from imgopt_fast.data import Dataset, Split, batches_per_epoch, load_dataset
+from imgopt_fast.data import Dataset, Split, batches_per_epoch
 from imgopt_fast.models import create_model
 from imgopt_fast.training.augmentation import Augmentation
 from imgopt_fast.training.checkpoint import FILE as CHECKPOINT
@@ -28,6 +28,7 @@ from imgopt_fast.training.distributed import Process, joined, local_device
 from imgopt_fast.training.evaluate import accuracy, density, measure_speed, predictions
 from imgopt_fast.training.events import Events
 from imgopt_fast.training.head import fit_head
+from imgopt_fast.training.images import load_images, preparation
 from imgopt_fast.training.loop import Fitting, fit
 from imgopt_fast.training.memory import peak_memory
 from imgopt_fast.training.network import FILE as CARD
@@ -75,7 +76,7 @@ def resume(path: Path) -> Report:
 def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: dict[str, Any] | None) -> Report:
     began, device = time.perf_counter(), _device(config)
     with process.main_first():
-        dataset = load_dataset(config.data, image_size=config.img_size, validation=config.validation)
+        dataset = load_images(config)
     source = _source(config)
     mean, std = dataset.statistics() if source is None else (source.mean, source.std)
     decoding = time.perf_counter() - began
@@ -83,8 +84,9 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
     if process.main and dataset.skipped:
         logger.warning(f"{dataset.name}: left out {len(dataset.skipped)} images that cannot be read; see report.md")
     _check_world(config, dataset, process)
-    prepare = Compose([Normalize(mean, std)])
-    augment = Augmentation(config, Normalize(mean, std), len(dataset.class_names))
+    prepare = preparation(config, mean, std)
+    shape = dataset.validation.shape  # of the network's input
+    augment = Augmentation(config, Normalize(mean, std), len(dataset.class_names), shape[1:])
     events = Events(run.path if process.main else None)
     fitting = Fitting(config, dataset, augment, prepare, run, process, events)
     torch.manual_seed(config.seed)
@@ -110,7 +112,7 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
         else:
             taught_by = teacher
             if teacher is None and stage.name != "dense" and networks:  # the first network is the largest
-                taught_by = Teacher(next(iter(networks.values())), augment.normalize, dataset.train.shape[1:])
+                taught_by = Teacher(next(iter(networks.values())), augment.normalize, shape[1:])
             if stage.name == "dense" and config.transfer == "features":
                 epochs = fit_head(stage, model, fitting)
                 run.write("summary.csv", partial(write_summary, epochs=epochs))
@@ -129,8 +131,10 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
         int8 = float_model.convert() if aware else quantize(model, _calibration(config, fitting), Int8Config())
         networks["int8"] = int8
         run.write(files["int8"], partial(save_weights, int8.state_dict()))
-    card = Card(config.model, list(files)[-1], dataset.class_names, *dataset.train.shape, mean, std)
+    card = Card(config.model, list(files)[-1], dataset.class_names, *shape, mean, std)
     run.write(CARD, card.save)
+    left_out = [skipped for part in process.gather(dataset.left_out()) for skipped in part]
+    dataset = dataclasses.replace(dataset, skipped=tuple(dict.fromkeys(left_out)))
     if not process.main:  # the tests are measurements, and the first process makes them alone
         empty = torch.empty(0, dtype=torch.int64)
         return Report(config, dataset, run.path, epochs, [], empty, None, time.perf_counter() - began, fitting.times)
@@ -150,7 +154,7 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
         for name, network in networks.items()
     ]
     reference = None
-    if config.reference_epoch and isinstance(dataset.train, Split):
+    if config.reference_epoch and isinstance(dataset.train, Split) and config.crop_scale is None:
         plain = _create(dataclasses.replace(config, channels_last=False), dataset)
         reference = reference_epoch(config, plain, dataset.train, mean, std)
     found = predictions(networks[rows[-1].stage], dataset.test, prepare).cpu()

@@ -133,7 +133,7 @@ def _markdown(report: Report) -> str:
     return f"""# {config.model} on {data.name}
 
 {len(data.class_names)} classes; {len(data.train):,} training, {len(data.validation):,} validation and \
-{len(data.test):,} test images of {data.train.shape[2]} by {data.train.shape[1]} pixels.{_skipped(report)}
+{len(data.test):,} test images of {data.test.shape[2]} by {data.test.shape[1]} pixels.{_skipped(report)}
 
 ```
 {report.table()}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from imgopt_fast.augment import Compose, Normalize
 from imgopt_fast.compress import distillation_loss
+from imgopt_fast.compress.quantize.simulate import SimulatedLinear
 from imgopt_fast.data import Dataset, Split
 from imgopt_fast.nn import MaskedLinear
 from imgopt_fast.training.augmentation import Augmentation, View
@@ -101,9 +102,9 @@ class Features:
         self._latest = inputs[0]
 
 
-def _head(module: nn.Module) -> nn.Linear | MaskedLinear | None:
-    """The last linear layer."""
-    linears = [m for m in module.modules() if isinstance(m, (nn.Linear, MaskedLinear))]
+def _head(module: nn.Module) -> nn.Linear | MaskedLinear | SimulatedLinear | None:
+    """The last linear layer, of a network in quantization-aware training as well."""
+    linears = [m for m in module.modules() if isinstance(m, (nn.Linear, MaskedLinear, SimulatedLinear))]
     return linears[-1] if linears else None
 
 

@@ -23,6 +23,25 @@ from imgopt_fast.compress.quantize.weights import quantize_weight
 Values = dict[Node, Any]
 
 
+class SimulatedLayer(nn.Module):
+    """The folded weight and bias of an int8 layer."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+
+
+class SimulatedLinear(SimulatedLayer):
+    """Of a linear layer, whose call with the rounded parameters can be hooked, as those of nn.Linear are."""
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    def forward(self, images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(images, weight, bias)
+
+
 class Simulation(nn.Module):
     """Runs a plan. Its parameters are the folded weights and biases of the int8 layers and those of the float parts.
 
@@ -40,10 +59,9 @@ class Simulation(nn.Module):
             if node.op == "get_attr":
                 copy_attribute(plan.graph, self.floats, str(node.target), trainable=True)
             elif operation is not None and operation.weight is not None:
-                layer = self.layers[key(operation.name)] = nn.Module()
                 bias = operation.weight.new_zeros(len(operation.weight)) if operation.bias is None else operation.bias
-                layer.weight = nn.Parameter(operation.weight.detach().clone())
-                layer.bias = nn.Parameter(bias.detach().clone())
+                made = SimulatedLinear if operation.kind == "linear" else SimulatedLayer
+                self.layers[key(operation.name)] = made(operation.weight, bias)
 
     def forward(self, images: Tensor) -> Any:
         values: Values = {}
@@ -78,7 +96,8 @@ class Simulation(nn.Module):
         if operation.weight is not None:
             parameters = self._weights(operation)
             if operation.kind == "linear":
-                return F.linear(inputs[0], *parameters)
+                product: Tensor = self.layers[key(operation.name)](inputs[0], *parameters)
+                return product
             (top, bottom), (left, right) = attributes["padding"]
             padded = F.pad(inputs[0], (left, right, top, bottom))
             stride, dilation, groups = (attributes[name] for name in ("stride", "dilation", "groups"))
