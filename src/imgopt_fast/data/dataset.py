@@ -53,7 +53,7 @@ class Split:
         return channels, height, width
 
     def to(self, device: torch.device) -> "Split":
-        if device.type == "cpu":
+        if device == self.images.device:
             return self
         return Split(self.images.to(device), self.labels.to(device))
 
