@@ -86,13 +86,14 @@ using torch::headeronly::MemoryFormat;
 
 // Bytes of a tensor, rounded up to large pages; 0 where that is no more than one page, or more than any machine has.
 inline int64_t large_bytes(const std::vector<int64_t>& sizes, ScalarType dtype) {
-    double bytes = dtype == ScalarType::Byte ? 1 : dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+    const bool byte = dtype == ScalarType::Byte || dtype == ScalarType::Char;
+    double bytes = byte ? 1 : dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
     for (int64_t size : sizes) bytes *= static_cast<double>(size);
     if (bytes <= kLargePage || bytes > 0x1p46) return 0;
     return (static_cast<int64_t>(bytes) + kLargePage - 1) / kLargePage * kLargePage;
 }
 
-// A dense uint8 or floating tensor (N, C, H, W) on the CPU, its values not set.
+// A dense uint8, int8 or floating tensor (N, C, H, W) on the CPU, its values not set.
 inline Tensor new_output(const std::vector<int64_t>& sizes, ScalarType dtype, MemoryFormat layout) {
     const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
 #if defined(__linux__)

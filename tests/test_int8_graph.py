@@ -81,6 +81,21 @@ def test_runner_matches_reference(isa: str, mode: str) -> None:
         assert_same(int8_graph(strided, program), expected)
 
 
+def test_large_images_run_in_groups() -> None:
+    """Activations of several megabytes per image: images take turns, and each still gets its own result."""
+    program = network("float")
+    inputs = operands(3, 560, 420)
+    one_by_one = [int8_graph([x[i : i + 1] for x in inputs], program) for i in range(3)]
+    expected = [torch.cat(parts) for parts in zip(*one_by_one, strict=True)]
+    found = int8_graph(inputs, program)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    # The images of a larger tensor, whose strides are not those of the sizes.
+    wide = torch.randn(3, 3, 560, 840)[..., ::2].copy_(inputs[0])
+    for a, b in zip(int8_graph([wide, inputs[1]], program), expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_numba_matches_reference(mode: str) -> None:
     program = network(mode)

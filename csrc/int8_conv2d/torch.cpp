@@ -2,13 +2,12 @@
 // the kernel over torch's threads. Argument errors are reported in Python; what is checked here is shapes and dtypes.
 #include <limits>
 
+#include "../outputs.h"
 #include "../torch_stable.h"
 #include "layer.h"
 
 namespace imgopt {
 namespace {
-
-using torch::headeronly::MemoryFormat;
 
 // Units worth a thread: about 2^18 multiply-adds take longer than waking one up.
 constexpr int64_t kGrainProducts = int64_t{1} << 18;
@@ -104,8 +103,8 @@ Tensor int8_conv2d(Tensor input, Tensor weight, Tensor bias, Tensor weight_scale
         conv.residual_stride = channels;
         conv.residual_flip = flip_of(dtype_of(added, "residual"));
     }
-    Tensor output = torch::stable::empty({conv.batch, channels, conv.out_h, conv.out_w}, output_dtype, std::nullopt,
-                                         std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
+    Tensor output =
+        new_output({conv.batch, channels, conv.out_h, conv.out_w}, output_dtype, MemoryFormat::ChannelsLast);
     conv.output = output.mutable_data_ptr();
     conv.output_stride = channels;
     conv.output_flip = output_dtype == ScalarType::Char ? 0x80 : 0;

@@ -6,6 +6,7 @@
 //   void conv(Int8Conv2d, weight, packed, rest)   the canonical weight, and the program's packed bytes from its place
 //   on void quantize(p), add(p, pixels), pool(p), dequantize(p, pixels), flatten(from, to, batch, area, channels) void
 //   copy(to, from, bytes)
+//   int64_t group_bytes()                         optional: images run in groups whose arena is no larger
 #pragma once
 
 #include <cstring>
@@ -142,7 +143,7 @@ class Runner {
         STD_TORCH_CHECK(source < plan_.inputs.size(), "plan: only inputs can be quantized");
         const Tensor& input = inputs_[source];
         Int8Quantize q{};
-        q.input = static_cast<const float*>(input.const_data_ptr());
+        q.input = static_cast<const float*>(in.data);
         q.batch = in.n;
         q.channels = in.channels;
         q.height = in.h;
@@ -279,9 +280,9 @@ Tensor take_input(const Device& device, const Tensor& given, Value& v) {
     v.n = given.size(0);
     v.h = v.rank == 4 ? given.size(2) : 1;
     v.w = v.rank == 4 ? given.size(3) : 1;
-    if (v.is_float()) return given;
-    Tensor t =
-        v.rank == 4 ? torch::stable::contiguous(given, MemoryFormat::ChannelsLast) : torch::stable::contiguous(given);
+    Tensor t = v.is_float()  ? given
+               : v.rank == 4 ? torch::stable::contiguous(given, MemoryFormat::ChannelsLast)
+                             : torch::stable::contiguous(given);
     v.data = const_cast<void*>(t.const_data_ptr());
     return t;
 }
@@ -290,6 +291,38 @@ inline bool is_input(const Plan& plan, int64_t value) {
     for (int64_t input : plan.inputs)
         if (input == value) return true;
     return false;
+}
+
+// How many images run together so that the arena stays within the device's bytes, and a step finds in the caches what
+// the one before it wrote; 0: all of them. ResNet-50 on 16 images, arena 32 MB: 207 ms at once, 167 two by two.
+template <class Device>
+int64_t group_size(const Device& device, Plan& plan) {
+    if constexpr (requires { device.group_bytes(); }) {
+        int64_t batch = -1;
+        for (int64_t input : plan.inputs) {
+            const int64_t n = plan.values[input].n;
+            if (batch >= 0 && n != batch) return 0;  // inputs that never meet
+            batch = n;
+        }
+        const int64_t bytes = lay_out_arena(plan);
+        if (batch > 1 && bytes > device.group_bytes()) {
+            const int64_t groups = (bytes + device.group_bytes() - 1) / device.group_bytes();
+            return groups < batch ? (batch + groups - 1) / groups : 1;
+        }
+    }
+    return 0;
+}
+
+// Where the images of an input or output lie: the bytes of all of them, and from one to the next.
+struct Images {
+    int64_t value;
+    uint8_t* data;
+    int64_t bytes, step;
+};
+
+inline Images images_of(const Plan& plan, int64_t value) {
+    const Value& v = plan.values[value];
+    return {value, static_cast<uint8_t*>(v.data), v.bytes(), v.n > 0 ? v.bytes() / v.n : 0};
 }
 
 template <class Device>
@@ -306,9 +339,11 @@ std::vector<Tensor> run_graph(Device& device, std::vector<Tensor> inputs, const 
     error = resolve_sizes(plan);
     STD_TORCH_CHECK(error.empty(), error);
 
-    uint8_t* memory = device.arena(lay_out_arena(plan));
-    for (Value& v : plan.values)
-        if (v.arena_at >= 0) v.data = memory + v.arena_at;
+    std::vector<Images> outside;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+        outside.push_back(images_of(plan, plan.inputs[i]));
+        if (plan.values[plan.inputs[i]].is_float()) outside.back().step = inputs[i].stride(0) * 4;
+    }
     // An output has a tensor of its own from the start; one that is an input, or asked for twice, is copied at the end.
     std::vector<Tensor> results(plan.outputs.size());
     for (size_t i = 0; i < results.size(); ++i) {
@@ -318,14 +353,35 @@ std::vector<Tensor> run_graph(Device& device, std::vector<Tensor> inputs, const 
                          ? torch::stable::empty({v.n, v.channels, v.h, v.w}, scalar_type(v), std::nullopt,
                                                 constants.device(), std::nullopt, MemoryFormat::ChannelsLast)
                          : torch::stable::empty({v.n, v.channels}, scalar_type(v), std::nullopt, constants.device());
-        if (!v.data) v.data = results[i].mutable_data_ptr();
+        if (v.data) continue;
+        v.data = results[i].mutable_data_ptr();
+        outside.push_back(images_of(plan, plan.outputs[i]));
     }
-    Runner<Device>(device, plan, inputs, blob_of(device, constants, "constants"), blob_of(device, packed, "packed"))
-        .run();
+
+    Runner<Device> runner(device, plan, inputs, blob_of(device, constants, "constants"),
+                          blob_of(device, packed, "packed"));
+    const auto run = [&] {
+        uint8_t* memory = device.arena(lay_out_arena(plan));
+        for (Value& v : plan.values)
+            if (v.arena_at >= 0) v.data = memory + v.arena_at;
+        runner.run();
+    };
+    if (const int64_t group = group_size(device, plan); group == 0) {
+        run();
+    } else {
+        const int64_t batch = plan.values[plan.inputs[0]].n;
+        for (int64_t first = 0; first < batch; first += group) {
+            for (int64_t input : plan.inputs) plan.values[input].n = first + group < batch ? group : batch - first;
+            for (const Images& images : outside) plan.values[images.value].data = images.data + first * images.step;
+            resolve_sizes(plan);
+            run();
+        }
+    }
     for (size_t i = 0; i < results.size(); ++i) {
-        const Value& v = plan.values[plan.outputs[i]];
         void* own = results[i].mutable_data_ptr();
-        if (own != v.data && v.bytes() > 0) device.copy(own, v.data, v.bytes());
+        for (const Images& images : outside)
+            if (images.value == plan.outputs[i] && images.data != own && images.bytes > 0)
+                device.copy(own, images.data, images.bytes);
     }
     return results;
 }

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kGrainProducts = int64_t{1} << 18;  // multiply-adds worth a thread
 constexpr int64_t kGrainBytes = int64_t{1} << 16;     // bytes of a memory-bound step worth a thread
+constexpr int64_t kGroupBytes = int64_t{1} << 22;     // of the arena of images that run together, per thread
 
 // 64-byte aligned memory of this thread, apart from thread_scratch(), which the kernels use.
 uint8_t* arena(int64_t bytes) {
@@ -30,6 +31,7 @@ uint8_t* arena(int64_t bytes) {
 struct Cpu {
     bool holds(const Tensor& t) const { return t.is_cpu(); }
     uint8_t* arena(int64_t bytes) const { return imgopt::arena(bytes); }
+    int64_t group_bytes() const { return kGroupBytes * torch::stable::get_num_threads(); }
     void copy(void* to, const void* from, int64_t bytes) const { std::memcpy(to, from, static_cast<size_t>(bytes)); }
 
     // The bytes for the active kernel are the program's, or, where those are another machine's, packed anew.
