@@ -274,6 +274,10 @@ struct MaskedMatmul {
     const void* values;  // float, 4 per step; double for f64
     const void* bias;    // of x's dtype, or null
     void* output;        // (samples, rows), of x's dtype
+    // The sums are clamped to [low, high] before they are rounded to the dtype.
+    double low = -__builtin_inf(), high = __builtin_inf();
+    // (rows, columns) of x's dtype, zero off the mask, or null: what a kernel may read instead for a few samples.
+    const void* dense = nullptr;
 };
 
 // gradient[source[i]] = sum over n of grad[n, row(i)] * x[n, column(i)], for the values i that are no padding; 0
@@ -291,27 +295,29 @@ struct MaskedWeightGrad {
 
 // values[i] = weight[source[i]], 0 where source is -1, widened to float (f64: double).
 struct MaskedValues {
-    DType dtype;  // of the weight: floating, or i8
+    DType dtype;  // of the weight: floating
     const void* weight;
     const int32_t* source;  // null: the weight holds the values themselves, in order
     void* values;
 };
 
 // output[n, o] = requantize(bias[o] + sum of (x[n, k] - zero_point) * weight[o, k]), with the overflow bound and the
-// requantization of int8_conv2d. A block of columns sums to at most 256 * 255 * 128 < 2^24, which float32 holds exactly
-// in any order; blocks are added as integers.
+// requantization of int8_conv2d. On the CPU the structure is that of groups of four adjacent columns, of which an
+// instruction adds the four products to an int32: a group exists where one of its weights does. The zero point meets
+// the sums: weight_sum[o] = sum of weight[o, k].
 struct Int8MaskedMatmul {
-    static constexpr int64_t kLargestBlock = 256;
-    RowQuads weight;      // wide: false
-    DType x, output;      // u8, i8; output also f32
-    const void* input;    // (samples, channels)
-    const float* values;  // 4 per step: integers
-    const int32_t* bias;  // per row
+    static constexpr int64_t kLargestBlock = 256, kGroup = 4;
+    RowQuads weight;       // wide: false
+    DType x, output;       // u8, i8; output also f32
+    const void* input;     // (samples, channels); on the CPU channels % kGroup == 0
+    const int8_t* values;  // 4 per step, on the CPU times kGroup
+    const int32_t* bias;   // per row
     const float* multiplier;
     void* result;  // (samples, rows)
     int64_t samples, channels;
     int32_t zero_point, output_zero_point;
     float low, high;  // of y before the zero point
+    const int32_t* weight_sum = nullptr;
 };
 
 struct Masked {

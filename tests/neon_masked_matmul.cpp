@@ -54,6 +54,19 @@ struct Structure {
         view = {quads.data(), is_wide ? static_cast<const void*>(wide.data()) : narrow.data(), rows, blocks, block,
                 is_wide};
     }
+
+    // Per row, over groups of four values: what an instruction that moves its inputs by 128 has to take back.
+    std::vector<int32_t> sums_of(const std::vector<int8_t>& groups) const {
+        std::vector<int32_t> sums(static_cast<size_t>((view.rows + 3) / 4 * 4));
+        for (size_t q = 0; q < quads.size(); q += RowQuads::kFields) {
+            const int32_t steps = quads[q + 6] + quads[q + 7] + quads[q + 8];
+            for (int32_t i = 4 * quads[q + 4]; i < 4 * (quads[q + 4] + steps); ++i)
+                for (int k = 0; k < 4; ++k)
+                    sums[static_cast<size_t>(quads[q + static_cast<size_t>(i % 4)])] +=
+                        groups[static_cast<size_t>(4 * i + k)];
+        }
+        return sums;
+    }
 };
 
 bool near(const std::vector<float>& a, const std::vector<float>& b) {
@@ -88,7 +101,8 @@ int main() {
                 kernels.values({DType::f32, weight.data(), s.source.data(), values[i].data()}, 0,
                                static_cast<int64_t>(size));
                 output[i].assign(grad.size(), NAN);
-                kernels.matmul({s.view, input, values[i].data(), bias.data(), output[i].data()}, 0, units);
+                const double high = block == 64 ? 0.5 : 1e9;
+                kernels.matmul({s.view, input, values[i].data(), bias.data(), output[i].data(), -1e9, high}, 0, units);
                 std::vector<float> sums(size, NAN);
                 gradient[i].assign(size, 0);
                 kernels.weight_grad(
@@ -99,19 +113,23 @@ int main() {
             count(near(output[0], output[1]));
             count(near(gradient[0], gradient[1]));
             if (block > Int8MaskedMatmul::kLargestBlock) continue;
-            std::vector<uint8_t> bytes(x.size()), result[2];
+            // The same structure over groups of four columns.
+            std::vector<uint8_t> bytes(x.size() * 4), result[2];
             for (uint8_t& b : bytes) b = static_cast<uint8_t>(generator());
-            for (float& v : weight) v = std::round(v * 127);
-            const std::vector<int32_t> offsets(rows, 5);
-            const std::vector<float> multiplier(rows, 0.01f);
-            for (int i = 0; i < 2; ++i) {
-                result[i].resize(grad.size());
-                tables[i].masked.int8_matmul(
-                    {s.view, DType::u8, DType::u8, bytes.data(), weight.data(), offsets.data(), multiplier.data(),
-                     result[i].data(), samples, columns, 7, 100, -100.0f, 155.0f},
-                    0, units);
+            std::vector<int8_t> groups(size * 4);
+            for (int8_t& v : groups) v = static_cast<int8_t>(generator());
+            const std::vector<int32_t> offsets(rows, 5), weight_sum = s.sums_of(groups);
+            const std::vector<float> multiplier(rows, 0.001f);
+            for (const DType dtype : {DType::u8, DType::i8}) {
+                for (int i = 0; i < 2; ++i) {
+                    result[i].resize(grad.size());
+                    tables[i].masked.int8_matmul(
+                        {s.view, dtype, DType::u8, bytes.data(), groups.data(), offsets.data(), multiplier.data(),
+                         result[i].data(), samples, columns * 4, 7, 100, -100.0f, 155.0f, weight_sum.data()},
+                        0, units);
+                }
+                count(result[0] == result[1]);
             }
-            count(result[0] == result[1]);
         }
     std::printf("%d cases, %d differ\n", cases, differ);
     return differ;

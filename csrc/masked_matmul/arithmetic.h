@@ -152,6 +152,14 @@ void for_each_value(const RowQuads& w, const Quad& quad, const Body& body) {
 inline int64_t windows_of(const RowQuads& w) { return (w.rows + RowQuads::kWindow - 1) / RowQuads::kWindow; }
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
+inline bool is_clamped(const MaskedMatmul& p) { return p.low > -__builtin_inf() || p.high < __builtin_inf(); }
+
+template <class Sum>
+Sum clamped(const MaskedMatmul& p, Sum y) {
+    y = y < static_cast<Sum>(p.low) ? static_cast<Sum>(p.low) : y;
+    return y > static_cast<Sum>(p.high) ? static_cast<Sum>(p.high) : y;
+}
+
 template <class Storage, class Sum>
 void plain_matmul(const MaskedMatmul& p, int64_t begin, int64_t end) {
     constexpr int64_t kQuads = RowQuads::kWindow / 4;
@@ -172,7 +180,7 @@ void plain_matmul(const MaskedMatmul& p, int64_t begin, int64_t end) {
                         sums[o - first] += value * row[b * p.weight.block + column];
                     });
             Storage* output = static_cast<Storage*>(p.output) + n * p.weight.rows;
-            for (int64_t o = first; o < last; ++o) narrow(sums[o - first], output[o]);
+            for (int64_t o = first; o < last; ++o) narrow(clamped(p, sums[o - first]), output[o]);
         }
     }
 }
@@ -243,30 +251,41 @@ IMGOPT_HD inline void requantized(float y, int32_t, float& out) { out = y; }
 template <class Output>
 void requantize(const Int8MaskedMatmul& p, const int32_t* sums, int64_t row, int count, Output* output) {
     for (int o = 0; o < count; ++o) {
-        float y = static_cast<float>(sums[o] + p.bias[row + o]) * p.multiplier[row + o];
+        float y = static_cast<float>(sums[o]) * p.multiplier[row + o];
         y = y < p.low ? p.low : y;
         y = y > p.high ? p.high : y;
         requantized(y, p.output_zero_point, output[o]);
     }
 }
 
+// What the sums over raw inputs start from. Modulo 2^32: partial sums may leave int32, the total does not.
+inline int32_t first_sum(const Int8MaskedMatmul& p, int64_t row, int32_t zero_point) {
+    const uint32_t shift = static_cast<uint32_t>(zero_point) * static_cast<uint32_t>(p.weight_sum[row]);
+    return static_cast<int32_t>(static_cast<uint32_t>(p.bias[row]) - shift);
+}
+
 template <class Input, class Output>
 void plain_int8_matmul(const Int8MaskedMatmul& p, int64_t begin, int64_t end) {
-    constexpr int64_t kQuads = RowQuads::kWindow / 4, kPanel = MaskedMatmul::kPanel;
+    constexpr int64_t kQuads = RowQuads::kWindow / 4, kPanel = MaskedMatmul::kPanel, kGroup = Int8MaskedMatmul::kGroup;
     const int64_t windows = windows_of(p.weight), quads = (p.weight.rows + 3) / 4;
     for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t panel = unit / windows, window = unit % windows, first = window * RowQuads::kWindow;
         const int64_t rows = min_of(p.weight.rows - first, RowQuads::kWindow);
         for (int64_t n = panel * kPanel; n < min_of(p.samples, (panel + 1) * kPanel); ++n) {
             const Input* x = static_cast<const Input*>(p.input) + n * p.channels;
-            int32_t sums[RowQuads::kWindow] = {};
+            uint32_t sums[RowQuads::kWindow] = {};
+            int32_t totals[RowQuads::kWindow];
             for (int64_t b = 0; b < p.weight.blocks; ++b)
                 for (int64_t q = window * kQuads; q < min_of(quads, (window + 1) * kQuads); ++q)
-                    for_each_value(p.weight, Quad(p.weight, b, q), [&](int64_t i, int64_t o, int64_t column) {
-                        const int32_t value = static_cast<int32_t>(p.values[i]);
-                        sums[o - first] += value * (x[b * p.weight.block + column] - p.zero_point);
+                    for_each_value(p.weight, Quad(p.weight, b, q), [&](int64_t i, int64_t o, int64_t group) {
+                        const int64_t at = (b * p.weight.block + group) * kGroup;
+                        for (int64_t k = 0; k < kGroup; ++k)
+                            sums[o - first] += static_cast<uint32_t>(p.values[i * kGroup + k] * x[at + k]);
                     });
-            requantize(p, sums, first, static_cast<int>(rows),
+            for (int64_t o = 0; o < rows; ++o)
+                totals[o] =
+                    static_cast<int32_t>(sums[o] + static_cast<uint32_t>(first_sum(p, first + o, p.zero_point)));
+            requantize(p, totals, first, static_cast<int>(rows),
                        static_cast<Output*>(p.result) + n * p.weight.rows + first);
         }
     }
@@ -304,7 +323,6 @@ void by_int8(const Int8MaskedMatmul& p, const Body& body) {
 }
 
 inline void any_values(const MaskedValues& p, int64_t begin, int64_t end) {
-    if (p.dtype == DType::i8) return plain_values<int8_t, float>(p, begin, end);
     by_dtype(p.dtype,
              [&]<class Storage, class Sum>(Types<Storage, Sum>) { plain_values<Storage, Sum>(p, begin, end); });
 }

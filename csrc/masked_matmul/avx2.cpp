@@ -18,6 +18,8 @@ struct Lanes {
     static void store(float* to, Reg x) { _mm256_storeu_ps(to, x); }
     static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
     static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+    static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+    static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
     static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
 
     static __m256i first(int count) {
@@ -45,22 +47,6 @@ struct Lanes {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_words(from, count)), 16));
     }
     static Reg load_part(const Half* from, int count) { return _mm256_cvtph_ps(load_words(from, count)); }
-
-    static __m128i load_bytes(const void* from, int count) {
-        uint64_t bytes = 0;
-        memcpy(&bytes, from, static_cast<size_t>(count));
-        return _mm_cvtsi64_si128(static_cast<int64_t>(bytes));
-    }
-    static Reg load_part(const uint8_t* from, int count) {
-        return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_bytes(from, count)));
-    }
-    static Reg load_part(const int8_t* from, int count) {
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_bytes(from, count)));
-    }
-    static void add_integers(int32_t* to, Reg x) {
-        __m256i* at = reinterpret_cast<__m256i*>(to);
-        _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), _mm256_cvtps_epi32(x)));
-    }
 
     static void store_part(float* to, Reg x, int count) {
         if (count == 8) return store(to, x);
@@ -119,6 +105,32 @@ struct Lanes {
     static IMGOPT_INLINE void sum_steps(Reg x, float* sums) {
         _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
     }
+
+    // Bytes of x are split into even and odd ones, which 16-bit products with the likewise split weights add in pairs:
+    // the instruction that takes bytes as they are saturates.
+    struct Dot {
+        using Reg = __m256i;
+        static constexpr int kWidth = 8;
+        static constexpr bool kSigned = false;
+
+        static Reg zero() { return _mm256_setzero_si256(); }
+        static Reg splat(int32_t x) { return _mm256_set1_epi32(x); }
+        static Reg load_four(const int32_t* from) {
+            return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        }
+        static Reg spread(Reg four, int i) {
+            return _mm256_castps_si256(_mm256_permutevar_ps(_mm256_castsi256_ps(four), _mm256_set1_epi32(i)));
+        }
+        static Reg load(const float* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+        static void store(float* to, Reg x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x); }
+        static Reg add(Reg a, Reg b) { return _mm256_add_epi32(a, b); }
+        static Reg fma(Reg value, Reg x, Reg sum) {
+            const Reg even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(255)),
+                                               _mm256_srai_epi16(_mm256_slli_epi16(value, 8), 8));
+            const Reg odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(value, 8));
+            return add(sum, add(even, odd));
+        }
+    };
 
     static Reg gather(const float* from, const int32_t* index) {
         const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));

@@ -22,6 +22,8 @@ struct Lanes {
     static void store(float* to, Reg x) { _mm512_storeu_ps(to, x); }
     static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
     static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+    static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+    static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
     static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
 
     static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
@@ -33,16 +35,6 @@ struct Lanes {
     }
     static Reg load_part(const Half* from, int count) {
         return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), from));
-    }
-
-    static Reg load_part(const uint8_t* from, int count) {
-        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(count), from)));
-    }
-    static Reg load_part(const int8_t* from, int count) {
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(count), from)));
-    }
-    static void add_integers(int32_t* to, Reg x) {
-        _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), _mm512_cvtps_epi32(x)));
     }
 
     static void store_part(float* to, Reg x, int count) { _mm512_mask_storeu_ps(to, first(count), x); }
@@ -131,6 +123,25 @@ struct Lanes {
         }
         return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
     }
+
+    struct Dot {
+        using Reg = __m512i;
+        static constexpr int kWidth = 16;
+        static constexpr bool kSigned = false;
+
+        static Reg zero() { return _mm512_setzero_si512(); }
+        static Reg splat(int32_t x) { return _mm512_set1_epi32(x); }
+        static Reg load_four(const int32_t* from) {
+            return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        }
+        static Reg spread(Reg four, int i) {
+            return _mm512_castps_si512(_mm512_permutevar_ps(_mm512_castsi512_ps(four), _mm512_set1_epi32(i)));
+        }
+        static Reg load(const float* from) { return _mm512_loadu_si512(from); }
+        static void store(float* to, Reg x) { _mm512_storeu_si512(to, x); }
+        static Reg add(Reg a, Reg b) { return _mm512_add_epi32(a, b); }
+        static Reg fma(Reg value, Reg x, Reg sum) { return _mm512_dpbusd_epi32(sum, x, value); }
+    };
 
     static Reg gather(const float* from, const int32_t* index) {
         const __m512i at = _mm512_loadu_si512(index);

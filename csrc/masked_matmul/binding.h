@@ -98,8 +98,10 @@ inline RowQuads int8_row_quads(const Tensor& input, const Tensor& values, const 
                                const Tensor& weight_scale, const Tensor& quads, const Tensor& columns,
                                const std::vector<int64_t>& shape) {
     const RowQuads weight = row_quads(quads, columns, shape);
+    STD_TORCH_CHECK(shape.size() == 4 && shape[3] > 0, "shape: expected (outputs, inputs, block, group)");
+    const int64_t groups = (shape[1] + shape[3] - 1) / shape[3];
     STD_TORCH_CHECK(!weight.wide && weight.block <= Int8MaskedMatmul::kLargestBlock &&
-                        weight.blocks == (shape[1] + shape[2] - 1) / shape[2],
+                        weight.blocks == (groups + shape[2] - 1) / shape[2],
                     "columns: expected uint8 in blocks of at most 256");
     const DType dtype = dtype_of(input, "input");
     STD_TORCH_CHECK(dtype == DType::u8 || dtype == DType::i8, "input: expected uint8 or int8");

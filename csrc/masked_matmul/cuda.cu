@@ -62,18 +62,27 @@ Tensor run(const Launcher& launch, const Tensor& input, const Tensor& values, co
     return as_image(output, window);
 }
 
+// ops/masked_matmul clamps on this device in a pass of its own.
+void check_unclamped(const std::optional<double>& output_min, const std::optional<double>& output_max) {
+    STD_TORCH_CHECK(!output_min && !output_max, "output_min, output_max: expected None on CUDA");
+}
+
 Tensor masked_matmul_packed(const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias,
-                            const Tensor& quads, const Tensor& columns, std::vector<int64_t> shape,
-                            std::vector<int64_t> window) {
+                            const Tensor& quads, const Tensor& columns, const std::optional<Tensor>&,
+                            std::vector<int64_t> shape, std::vector<int64_t> window, std::optional<double> output_min,
+                            std::optional<double> output_max) {
     check_all({&input, &values, &quads, &columns});
+    check_unclamped(output_min, output_max);
     STD_TORCH_CHECK(values.scalar_type() == input.scalar_type(), "values: expected the input's dtype");
     return run(Launcher(input), input, values, bias, quads, columns, shape, window);
 }
 
 Tensor masked_matmul(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& quads,
                      const Tensor& columns, const Tensor& source, const Tensor&, const Tensor&, const Tensor&,
-                     std::vector<int64_t> shape, std::vector<int64_t> window) {
+                     std::vector<int64_t> shape, std::vector<int64_t> window, std::optional<double> output_min,
+                     std::optional<double> output_max) {
     check_all({&input, &weight, &quads, &columns, &source});
+    check_unclamped(output_min, output_max);
     STD_TORCH_CHECK(weight.scalar_type() == input.scalar_type(), "weight: expected the input's dtype");
     check_source(source);
     const Launcher launch(input);
@@ -120,12 +129,14 @@ Tensor masked_matmul_weight_grad(const Tensor& input, const Tensor& grad, const 
 }
 
 Tensor int8_masked_matmul(const Tensor& input, const Tensor& values, const Tensor& bias, const Tensor& weight_scale,
-                          const Tensor& quads, const Tensor& columns, std::vector<int64_t> shape, double input_scale,
-                          int64_t input_zero_point, std::optional<double> output_scale, int64_t output_zero_point,
-                          ScalarType output_dtype, std::optional<double> output_min, std::optional<double> output_max) {
+                          const Tensor&, const Tensor& quads, const Tensor& columns, std::vector<int64_t> shape,
+                          double input_scale, int64_t input_zero_point, std::optional<double> output_scale,
+                          int64_t output_zero_point, ScalarType output_dtype, std::optional<double> output_min,
+                          std::optional<double> output_max) {
     check_all({&input, &values, &bias, &weight_scale, &quads, &columns});
     const Launcher launch(input);
     const RowQuads weight = int8_row_quads(input, values, bias, weight_scale, quads, columns, shape);
+    STD_TORCH_CHECK(shape[3] == 1, "shape: expected groups of 1 on this device");
     const Tensor rows = torch::stable::contiguous(input);
     Tensor output = torch::stable::new_empty(input, output_size(input, shape[0], {}), output_dtype);
     if (output.numel() == 0) return output;

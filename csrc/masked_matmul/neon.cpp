@@ -18,6 +18,8 @@ struct Lanes {
     static void store(float* to, Reg x) { vst1q_f32(to, x); }
     static Reg add(Reg a, Reg b) { return vaddq_f32(a, b); }
     static Reg mul(Reg a, Reg b) { return vmulq_f32(a, b); }
+    static Reg min(Reg a, Reg b) { return vminq_f32(a, b); }
+    static Reg max(Reg a, Reg b) { return vmaxq_f32(a, b); }
     static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
 
     // Four numbers of which `count` may be touched.
@@ -43,17 +45,6 @@ struct Lanes {
     static Reg load_part(const Half* from, int count) {
         return vcvt_f32_f16(vreinterpret_f16_u16(load_words(from, count)));
     }
-    static Reg load_part(const uint8_t* from, int count) {
-        uint8_t bytes[8] = {};
-        copy(bytes, from, count);
-        return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vld1_u8(bytes)))));
-    }
-    static Reg load_part(const int8_t* from, int count) {
-        int8_t bytes[8] = {};
-        copy(bytes, from, count);
-        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(bytes)))));
-    }
-    static void add_integers(int32_t* to, Reg x) { vst1q_s32(to, vaddq_s32(vld1q_s32(to), vcvtnq_s32_f32(x))); }
 
     static void store_part(float* to, Reg x, int count) {
         if (count == 4) return store(to, x);
@@ -93,6 +84,23 @@ struct Lanes {
     }
 
     static void sum_steps(Reg x, float* sums) { store(sums, x); }
+
+    struct Dot {
+        using Reg = int32x4_t;
+        static constexpr int kWidth = 4;
+        static constexpr bool kSigned = true;
+
+        static Reg zero() { return vdupq_n_s32(0); }
+        static Reg splat(int32_t x) { return vdupq_n_s32(x); }
+        static const int32_t* load_four(const int32_t* from) { return from; }
+        static Reg spread(const int32_t* four, int i) { return vdupq_n_s32(four[i]); }
+        static Reg load(const float* from) { return vreinterpretq_s32_f32(vld1q_f32(from)); }
+        static void store(float* to, Reg x) { vst1q_f32(to, vreinterpretq_f32_s32(x)); }
+        static Reg add(Reg a, Reg b) { return vaddq_s32(a, b); }
+        static Reg fma(Reg value, Reg x, Reg sum) {
+            return vdotq_s32(sum, vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(value));
+        }
+    };
 
     // There is no gather; four scalar loads are what it would be.
     static Reg gather(const float* from, const int32_t* index) {

@@ -1,5 +1,7 @@
 // masked_matmul for torch on the CPU: checks, allocation, and the loop over threads. Activations of a convolution are
 // used in channels_last memory, where a tap's channels are adjacent; what comes otherwise is copied once.
+#include <cstring>
+
 #include "binding.h"
 
 namespace imgopt {
@@ -23,7 +25,8 @@ Tensor widened(const Tensor& weight, const int32_t* source, int64_t count) {
 
 // `values` in visiting order, of x's dtype or already wide.
 Tensor run(const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& quads,
-           const Tensor& columns, const std::vector<int64_t>& shape, const std::vector<int64_t>& window) {
+           const Tensor& columns, const std::vector<int64_t>& shape, const std::vector<int64_t>& window,
+           std::optional<double> output_min, std::optional<double> output_max, const void* dense = nullptr) {
     const RowQuads weight = row_quads(quads, columns, shape);
     Tensor keep;
     const MaskedInput x = masked_input(input, shape, window, keep);
@@ -38,8 +41,15 @@ Tensor run(const Tensor& input, const Tensor& values, const std::optional<Tensor
     }
 
     Tensor output = torch::stable::new_empty(input, output_size(input, shape[0], window));
-    const MaskedMatmul p{weight, x, all.const_data_ptr(), offsets ? offsets->const_data_ptr() : nullptr,
-                         output.mutable_data_ptr()};
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    const MaskedMatmul p{weight,
+                         x,
+                         all.const_data_ptr(),
+                         offsets ? offsets->const_data_ptr() : nullptr,
+                         output.mutable_data_ptr(),
+                         output_min.value_or(-kInfinity),
+                         output_max.value_or(kInfinity),
+                         dense};
     const int64_t panels = (x.samples + MaskedMatmul::kPanel - 1) / MaskedMatmul::kPanel;
     const int64_t units = panels * windows_of(weight);
     parallel_units(units, grain(values.numel() * x.samples, units),
@@ -48,20 +58,27 @@ Tensor run(const Tensor& input, const Tensor& values, const std::optional<Tensor
 }
 
 Tensor masked_matmul_packed(const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias,
-                            const Tensor& quads, const Tensor& columns, std::vector<int64_t> shape,
-                            std::vector<int64_t> window) {
+                            const Tensor& quads, const Tensor& columns, const std::optional<Tensor>& dense,
+                            std::vector<int64_t> shape, std::vector<int64_t> window, std::optional<double> output_min,
+                            std::optional<double> output_max) {
     STD_TORCH_CHECK(values.scalar_type() == input.scalar_type(), "values: expected the input's dtype");
-    return run(input, values, bias, quads, columns, shape, window);
+    STD_TORCH_CHECK(!dense || (window.empty() && shape.size() >= 3 && dense->is_contiguous() && dense->dim() == 2 &&
+                               dense->size(0) == shape[0] && dense->size(1) == shape[1] &&
+                               dense->scalar_type() == input.scalar_type()),
+                    "dense: expected contiguous (outputs, inputs) of the input's dtype, and no window");
+    return run(input, values, bias, quads, columns, shape, window, output_min, output_max,
+               dense ? dense->const_data_ptr() : nullptr);
 }
 
 Tensor masked_matmul(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& quads,
                      const Tensor& columns, const Tensor& source, const Tensor&, const Tensor&, const Tensor&,
-                     std::vector<int64_t> shape, std::vector<int64_t> window) {
+                     std::vector<int64_t> shape, std::vector<int64_t> window, std::optional<double> output_min,
+                     std::optional<double> output_max) {
     STD_TORCH_CHECK(weight.scalar_type() == input.scalar_type(), "weight: expected the input's dtype");
     check_source(source);
     const Tensor dense = torch::stable::contiguous(weight);
     const Tensor values = widened(dense, static_cast<const int32_t*>(source.const_data_ptr()), source.numel());
-    return run(input, values, bias, quads, columns, shape, window);
+    return run(input, values, bias, quads, columns, shape, window, output_min, output_max);
 }
 
 Tensor masked_matmul_weight_grad(const Tensor& input, const Tensor& grad, const Tensor& quads, const Tensor& columns,
@@ -95,13 +112,34 @@ Tensor masked_matmul_weight_grad(const Tensor& input, const Tensor& grad, const 
     return gradient;
 }
 
+// (samples, columns) with rows padded to whole groups, so that the last one may be read whole.
+Tensor in_groups(const Tensor& rows, int64_t columns) {
+    constexpr int64_t kGroup = Int8MaskedMatmul::kGroup;
+    if (columns % kGroup == 0) return rows;
+    const int64_t samples = columns == 0 ? 0 : rows.numel() / columns, padded = (columns / kGroup + 1) * kGroup;
+    Tensor result = torch::stable::new_empty(rows, {samples, padded});
+    const uint8_t* from = static_cast<const uint8_t*>(rows.const_data_ptr());
+    uint8_t* to = static_cast<uint8_t*>(result.mutable_data_ptr());
+    for (int64_t n = 0; n < samples; ++n) {
+        memcpy(to + n * padded, from + n * columns, static_cast<size_t>(columns));
+        memset(to + n * padded + columns, 0, static_cast<size_t>(padded - columns));
+    }
+    return result;
+}
+
 Tensor int8_masked_matmul(const Tensor& input, const Tensor& values, const Tensor& bias, const Tensor& weight_scale,
-                          const Tensor& quads, const Tensor& columns, std::vector<int64_t> shape, double input_scale,
-                          int64_t input_zero_point, std::optional<double> output_scale, int64_t output_zero_point,
-                          ScalarType output_dtype, std::optional<double> output_min, std::optional<double> output_max) {
+                          const Tensor& weight_sum, const Tensor& quads, const Tensor& columns,
+                          std::vector<int64_t> shape, double input_scale, int64_t input_zero_point,
+                          std::optional<double> output_scale, int64_t output_zero_point, ScalarType output_dtype,
+                          std::optional<double> output_min, std::optional<double> output_max) {
     const RowQuads weight = int8_row_quads(input, values, bias, weight_scale, quads, columns, shape);
+    constexpr int64_t kGroup = Int8MaskedMatmul::kGroup;
+    STD_TORCH_CHECK(shape[3] == kGroup, "shape: expected groups of ", kGroup, " on this device");
+    STD_TORCH_CHECK(
+        weight_sum.scalar_type() == ScalarType::Int && weight_sum.numel() == shape[0] && weight_sum.is_contiguous(),
+        "weight_sum: expected contiguous int32 (outputs,)");
     const DType dtype = dtype_of(input, "input");
-    const Tensor rows = torch::stable::contiguous(input), wide = widened(values, nullptr, values.numel());
+    const Tensor rows = in_groups(torch::stable::contiguous(input), shape[1]);
     std::vector<int64_t> size;
     int64_t samples = 1;
     for (int64_t d = 0; d + 1 < input.dim(); ++d) {
@@ -122,18 +160,19 @@ Tensor int8_masked_matmul(const Tensor& input, const Tensor& values, const Tenso
                              dtype,
                              result,
                              rows.const_data_ptr(),
-                             wide.const_data_ptr<float>(),
+                             static_cast<const int8_t*>(values.const_data_ptr()),
                              bias.const_data_ptr<int32_t>(),
                              multiplier.data(),
                              output.mutable_data_ptr(),
                              samples,
-                             shape[1],
+                             (shape[1] + kGroup - 1) / kGroup * kGroup,
                              static_cast<int32_t>(input_zero_point),
                              static_cast<int32_t>(output_zero_point),
                              range.low,
-                             range.high};
+                             range.high,
+                             weight_sum.const_data_ptr<int32_t>()};
     const int64_t units = (samples + MaskedMatmul::kPanel - 1) / MaskedMatmul::kPanel * windows_of(weight);
-    parallel_units(units, grain(values.numel() * samples, units),
+    parallel_units(units, grain(values.numel() / kGroup * samples, units),
                    [&](int64_t begin, int64_t end) { kernels().masked.int8_matmul(p, begin, end); });
     return output;
 }

@@ -1,11 +1,13 @@
-"""Which block of columns a structure is cut into: a committed table, so that results never depend on timing.
+"""How a mask is served: what structure it has, and the committed tables, so that results never depend on timing.
 
-The table is measured by `benchmarks/tune_masked_matmul.py`, which prints it: 1024 × 1024, batch 256, one Zen 5 core.
-What it weighs is cache against overhead: a block of activations that stays in the first-level cache while all rows
-pass over it (128 columns of 64 samples), or fewer, longer runs. Blocks of four rows read an activation for four
-multiply-adds, which the second-level cache can feed, so they prefer the runs. A block of 1024 columns is the largest:
-its activations are a quarter of a common second-level cache. The plain-C kernel does not depend on the table.
+The tables are measured by `benchmarks/tune_masked_matmul.py`, which prints them: 1024 × 1024, batch 256, one Zen 5
+core. What the block of columns weighs is cache against overhead: a block of activations that stays in the first-level
+cache while all rows pass over it (128 columns of 64 samples), or fewer, longer runs. Blocks of rows read an activation
+for four multiply-adds, which the second-level cache can feed, so they prefer the runs. A block of 1024 columns is the
+largest: its activations are a quarter of a common second-level cache. The plain-C kernel does not depend on the table.
 """
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,17 +28,69 @@ BLOCKS: dict[str | None, Table] = {
 BLOCKS_OF_FOUR: dict[str | None, Table] = BLOCKS | {"avx512": ((0.3, 1024), (0.6, 256), (1.0, 128))}
 
 
+# Density from which a linear keeps a dense copy beside the packed values, for up to three samples: with so few, finding
+# the activation of a weight costs more than multiplying by the zeros between. inf: nowhere.
+DENSE_COPY: dict[str | None, float] = {
+    None: math.inf,
+    "scalar": math.inf,
+    "avx2": 0.3,
+    "avxvnni": 0.3,
+    "avx512": 0.55,
+    "neon": 0.3,
+    "cuda": math.inf,
+}
+# Density from which a layer of 16-bit floats is the dense product of torch instead, which has instructions for bfloat16
+# that a sparse product has no use for: they add two neighbouring columns at a time.
+DENSE_FORM: dict[tuple[str | None, str], float] = {}
+
+# Blocks (rows, columns) that a mask is recognised to consist of, the largest first; and how many of four neighbours.
+SQUARES_AND_COLUMNS = ((16, 16), (4, 4), (16, 1), (8, 1), (4, 1))
+OF_FOUR = (1, 2)
+
+
+def structure_of(mask: NDArray[np.bool_]) -> str:
+    """What a mask (rows, columns) consists of: "dense", "16x16", "4x4", "16x1", "8x1", "4x1", "1:4", "2:4" or "free".
+
+    Every kernel of row quads serves all of them: a step with one column is four rows of a block, and where N of M
+    neighbours are kept all rows of a quad are equally long, so that none is padded. The structure decides about the
+    block of columns and about what a report says.
+    """
+    if not mask.any():
+        return "free"
+    if mask.all():
+        return "dense"
+    for rows, columns in SQUARES_AND_COLUMNS:
+        if consists_of(mask, rows, columns):
+            return f"{rows}x{columns}"
+    if mask.shape[1] % 4 == 0:
+        counts = mask.reshape(len(mask), -1, 4).sum(2)
+        for kept in OF_FOUR:
+            if (counts == kept).all():
+                return f"{kept}:4"
+    return "free"
+
+
+def consists_of(mask: NDArray[np.bool_], rows: int, columns: int) -> bool:
+    """Whether a mask is made of aligned blocks that are set as a whole or not at all."""
+    if mask.shape[0] % rows or mask.shape[1] % columns:
+        return False
+    blocks = mask.reshape(mask.shape[0] // rows, rows, mask.shape[1] // columns, columns)
+    return bool((blocks == blocks[:, :1, :, :1]).all())
+
+
 def block_columns(mask: NDArray[np.bool_], isa: str | None) -> int:
     """Columns per block of the structure of `mask` (rows, columns); `isa` None without kernels."""
-    table = (BLOCKS_OF_FOUR if rows_in_fours(mask) else BLOCKS)[isa]
+    table = (BLOCKS_OF_FOUR if consists_of(mask, 4, 1) else BLOCKS)[isa]
     density = np.count_nonzero(mask) / max(1, mask.size)
     columns = int(mask.shape[1])
     return max(1, min(columns, next(size for limit, size in table if density <= limit)))
 
 
-def rows_in_fours(mask: NDArray[np.bool_]) -> bool:
-    """Whether rows 4i to 4i + 3 are set alike, for every i."""
-    if len(mask) % 4:
-        return False
-    first = mask[::4]
-    return all(np.array_equal(first, mask[i::4]) for i in range(1, 4))
+def keeps_dense_copy(density: float, isa: str | None) -> bool:
+    """Whether a packed linear of this density holds its dense weight too."""
+    return density >= DENSE_COPY[isa]
+
+
+def is_dense_form(density: float, dtype: str, isa: str | None) -> bool:
+    """Whether a layer of `dtype` ("bfloat16") is served by torch's dense product."""
+    return density >= DENSE_FORM.get((isa, dtype), math.inf)

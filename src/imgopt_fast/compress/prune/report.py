@@ -163,7 +163,11 @@ def _dense(layer: MaskedLayer, input: Tensor) -> Callable[[], Tensor]:
 
 
 def _kernel(packed: PackedMaskedWeight) -> str:
-    return f"row quads, blocks of {packed.block}"
+    """What serves the layer, and what its mask was seen to consist of."""
+    if packed.values.dim() != 1:
+        return "dense product"
+    text = f"row quads, {packed.structure}, blocks of {packed.block}"
+    return text if packed.dense is None else f"{text}, few samples dense"
 
 
 def _figures(layer: LayerReport) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from imgopt_fast._arguments import check_clamp
 from imgopt_fast.ops import registration
 from imgopt_fast.ops.masked_matmul import cuda, reference
 from imgopt_fast.ops.masked_matmul.int8 import (
@@ -42,6 +43,9 @@ def masked_matmul(
     weight: Tensor | PackedMaskedWeight,
     mask: Tensor | MaskLayout | None = None,
     bias: Tensor | None = None,
+    *,
+    output_min: float | None = None,
+    output_max: float | None = None,
 ) -> Tensor:
     """`input @ where(mask, weight, 0).T + bias`, computed for the kept weights only.
 
@@ -49,16 +53,21 @@ def masked_matmul(
     float64; `bias` (O,). `mask` is a `MaskLayout` of `mask_layout` (training), or bool (O, K), which costs a dense
     matmul; it is left out with a `PackedMaskedWeight` (inference: no gradient). Returns (..., O) in the input's dtype.
 
+    `output_min` and `output_max` clamp the result on its way out, as in `int8_conv2d`: 0 and None are ReLU, 0 and 6
+    ReLU6; where it was clamped, no gradient passes.
+
     Masked means absent: off the mask, weights have no effect whatever they hold, and their gradient is zero. The
     result for non-finite `input` is unspecified. Raises TypeError and ValueError for anything else.
     """
     weight_shape = _check(input, weight, mask, bias, groups=1, dims=2)
+    check_clamp(output_min, output_max)
     if input.dim() == 0 or input.shape[-1] != weight_shape[1]:
         raise ValueError(
             f"input: expected (..., {weight_shape[1]}) for weight {weight_shape}, got {tuple(input.shape)}"
         )
     if isinstance(weight, PackedMaskedWeight) and weight.values.dim() == 2:
-        return cuda.linear_of_packed(input, weight.values, bias, weight.quads, weight.columns)
+        output = cuda.linear_of_packed(input, weight.values, bias, weight.quads, weight.columns)
+        return _clamped(output, output_min, output_max)
     if isinstance(mask, MaskLayout) and input.is_cuda:
         assert isinstance(weight, Tensor)
         has_blocks = mask.blocks is not None
@@ -66,12 +75,14 @@ def masked_matmul(
         if form == "blocks":
             assert mask.blocks is not None
             assert mask.transposed_blocks is not None
-            return cuda.block_matmul(input, weight, bias, mask.blocks, mask.transposed_blocks)
+            output = cuda.block_matmul(input, weight, bias, mask.blocks, mask.transposed_blocks)
+            return _clamped(output, output_min, output_max)
         mask = mask if form == "quads" else mask.mask
     if isinstance(mask, Tensor):
         assert isinstance(weight, Tensor)
-        return torch.nn.functional.linear(input, torch.where(mask, weight, 0), bias)
-    return _apply(input, weight, mask, bias, weight_shape[1], [])
+        output = torch.nn.functional.linear(input, torch.where(mask, weight, 0), bias)
+        return _clamped(output, output_min, output_max)
+    return _apply(input, weight, mask, bias, weight_shape[1], [], output_min, output_max)
 
 
 def masked_conv2d(
@@ -83,14 +94,18 @@ def masked_conv2d(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    *,
+    output_min: float | None = None,
+    output_max: float | None = None,
 ) -> Tensor:
     """`torch.nn.functional.conv2d` with `where(mask, weight, 0)`, computed for the kept weights only.
 
     `input` (N, C, H, W), channels_last preferred; `weight` (O, C / groups, kH, kW); `mask` as in `masked_matmul`, and
     a MaskLayout or PackedMaskedWeight made with the same `groups`. Zero padding. Returns (N, O, outH, outW) in
-    channels_last memory. dtypes, gradients and errors as in `masked_matmul`.
+    channels_last memory. Clamping, dtypes, gradients and errors as in `masked_matmul`.
     """
     weight_shape = _check(input, weight, mask, bias, groups=groups, dims=4)
+    check_clamp(output_min, output_max)
     step, offset, per_tap = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
     channels = weight_shape[1] * groups
     if input.dim() != 4 or input.shape[1] != channels:
@@ -102,16 +117,18 @@ def masked_conv2d(
     if size[0] < 1 or size[1] < 1:
         raise ValueError(f"input: the kernel does not fit into the padded image, got {tuple(input.shape)}")
     if isinstance(weight, PackedMaskedWeight) and weight.values.dim() == 4:
-        return torch.nn.functional.conv2d(input, weight.values, bias, step, offset, per_tap, groups)
+        output = torch.nn.functional.conv2d(input, weight.values, bias, step, offset, per_tap, groups)
+        return _clamped(output, output_min, output_max)
     if isinstance(mask, MaskLayout) and input.is_cuda:
         form = cuda.form_in_training(input, mask.mask.numel(), mask.kept, blocks=False)
         mask = mask if form == "quads" else mask.mask
     if isinstance(mask, Tensor):
         assert isinstance(weight, Tensor)
         kept = torch.where(mask, weight, 0)
-        return torch.nn.functional.conv2d(input, kept, bias, step, offset, per_tap, groups)
+        output = torch.nn.functional.conv2d(input, kept, bias, step, offset, per_tap, groups)
+        return _clamped(output, output_min, output_max)
     window = [*size, *weight_shape[2:], *step, -offset[0], -offset[1], *per_tap, 1, 1]
-    return _apply(input, weight, mask, bias, channels, window)
+    return _apply(input, weight, mask, bias, channels, window, output_min, output_max)
 
 
 def _apply(
@@ -121,15 +138,24 @@ def _apply(
     bias: Tensor | None,
     in_features: int,
     window: list[int],
+    output_min: float | None,
+    output_max: float | None,
 ) -> Tensor:
+    limits = (None, None) if input.is_cuda else (output_min, output_max)  # the GPU's kernels do not clamp
     if isinstance(weight, PackedMaskedWeight):
         shape = [weight.shape[0], in_features, weight.block]
-        result = MATMUL_PACKED(input, weight.values, bias, weight.quads, weight.columns, shape, window)
-        return cast(Tensor, result)
-    assert layout is not None
-    shape = [weight.shape[0], in_features, layout.block, layout.transposed_block, 0]
-    result = MATMUL(input, weight, bias, *layout[1:7], shape, window)
-    return cast(Tensor, result)
+        output = MATMUL_PACKED(
+            input, weight.values, bias, weight.quads, weight.columns, weight.dense, shape, window, *limits
+        )
+    else:
+        assert layout is not None
+        shape = [weight.shape[0], in_features, layout.block, layout.transposed_block, 0]
+        output = MATMUL(input, weight, bias, *layout[1:7], shape, window, *limits)
+    return cast(Tensor, _clamped(output, output_min, output_max) if input.is_cuda else output)
+
+
+def _clamped(output: Tensor, output_min: float | None, output_max: float | None) -> Tensor:
+    return output if output_min is None and output_max is None else output.clamp(output_min, output_max)
 
 
 def _check(
@@ -202,7 +228,7 @@ def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int
 
 
 def _matmul_fake(input: Tensor, weight: Tensor, bias: Tensor | None, *structure: Any) -> Tensor:
-    shape, window = structure[-2:]
+    shape, window = structure[-4:-2]
     if not window:
         return input.new_empty((*input.shape[:-1], shape[0]))
     size = (input.shape[0], shape[0], window[0], window[1])
@@ -217,15 +243,16 @@ _STRUCTURE = (
     "Tensor quads, Tensor columns, Tensor source, "
     "Tensor transposed_quads, Tensor transposed_columns, Tensor transposed_source, int[] shape, SymInt[] window"
 )
+_LIMITS = "float? output_min, float? output_max"
 MATMUL = registration.register(
-    f"masked_matmul(Tensor input, Tensor weight, Tensor? bias, {_STRUCTURE}) -> Tensor",
+    f"masked_matmul(Tensor input, Tensor weight, Tensor? bias, {_STRUCTURE}, {_LIMITS}) -> Tensor",
     reference=reference.masked_matmul,
     fallback="masked_matmul:masked_matmul",
     fake=_matmul_fake,
 )
 MATMUL_PACKED = registration.register(
-    "masked_matmul_packed(Tensor input, Tensor values, Tensor? bias, Tensor quads, Tensor columns, int[] shape, "
-    "SymInt[] window) -> Tensor",
+    "masked_matmul_packed(Tensor input, Tensor values, Tensor? bias, Tensor quads, Tensor columns, Tensor? dense, "
+    f"int[] shape, SymInt[] window, {_LIMITS}) -> Tensor",
     reference=reference.masked_matmul_packed,
     fallback="masked_matmul:masked_matmul_packed",
     fake=_matmul_fake,
@@ -256,23 +283,34 @@ def _sum_rows(grad: Tensor, window: list[Any]) -> Tensor:
 
 
 def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, bias, *structure, shape, window = inputs
-    ctx.save_for_backward(input, weight, *structure)
+    input, weight, bias, *structure, shape, window, output_min, output_max = inputs
+    ctx.limits = (output_min, output_max)
+    ctx.save_for_backward(input, weight, *structure, *([] if ctx.limits == (None, None) else [output]))
     ctx.shape, ctx.window, ctx.has_bias = shape, window, bias is not None
+
+
+def _inside(output: Tensor, output_min: float | None, output_max: float | None) -> Tensor:
+    """Where the result was not clamped."""
+    if output_min is None:
+        return output < cast(float, output_max)
+    above = output > output_min
+    return above if output_max is None else above & (output < output_max)
 
 
 def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, *structure = ctx.saved_tensors
+    if ctx.limits != (None, None):
+        grad = torch.where(_inside(structure.pop(), *ctx.limits), grad, 0)
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_input = grad_weight = grad_bias = None
     if needs_input:
         transposed, shape, window = _transpose(input, tuple(structure), ctx.shape, ctx.window)
-        grad_input = MATMUL(grad, weight, None, *transposed, shape, window)
+        grad_input = MATMUL(grad, weight, None, *transposed, shape, window, None, None)
     if needs_weight:
         grad_weight = WEIGHT_GRAD(input, grad, *structure, ctx.shape, ctx.window, list(weight.shape))
     if needs_bias and ctx.has_bias:
         grad_bias = _sum_rows(grad, ctx.window)
-    return (grad_input, grad_weight, grad_bias) + (None,) * 8
+    return (grad_input, grad_weight, grad_bias) + (None,) * 10
 
 
 def _weight_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -286,9 +324,9 @@ def _weight_grad_backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None,
     grad_input = grad_grad = None
     if ctx.needs_input_grad[0]:
         transposed, shape, window = _transpose(input, tuple(structure), ctx.shape, ctx.window)
-        grad_input = MATMUL(grad, grad_weight, None, *transposed, shape, window)
+        grad_input = MATMUL(grad, grad_weight, None, *transposed, shape, window, None, None)
     if ctx.needs_input_grad[1]:
-        grad_grad = MATMUL(input, grad_weight, None, *structure, ctx.shape, ctx.window)
+        grad_grad = MATMUL(input, grad_weight, None, *structure, ctx.shape, ctx.window, None, None)
     return (grad_input, grad_grad) + (None,) * 9
 
 
@@ -304,5 +342,13 @@ def _cast(dtype: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None
     return (input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *rest)
 
 
+def _cast_packed(
+    dtype: torch.dtype, input: Tensor, values: Tensor, bias: Tensor | None, quads: Tensor, columns: Tensor,
+    dense: Tensor | None, *rest: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    input, values, bias = _cast(dtype, input, values, bias)
+    return (input, values, bias, quads, columns, None if dense is None else dense.to(values.dtype), *rest)
+
+
 registration.register_autocast(MATMUL, _cast)
-registration.register_autocast(MATMUL_PACKED, _cast)
+registration.register_autocast(MATMUL_PACKED, _cast_packed)

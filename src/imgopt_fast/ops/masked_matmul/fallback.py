@@ -74,8 +74,11 @@ def masked_matmul_packed(
     bias: Tensor | None,
     quads: Tensor,
     columns: Tensor,
+    dense: Tensor | None,
     shape: list[int],
     window: list[int],
+    output_min: float | None,
+    output_max: float | None,
 ) -> Tensor:
     rows = reference.windows(input, window) if window else input
     dtype = reference.sum_dtype(input.dtype)
@@ -89,6 +92,8 @@ def masked_matmul_packed(
         forward_quads(x, *arrays, shape[2], output, first, last)
 
     _for_windows(quads, values, x.shape[1], body)
+    if output_min is not None or output_max is not None:
+        np.clip(output, output_min, output_max, out=output)
     result = torch.from_numpy(output).t().reshape(*rows.shape[:-1], shape[0]).to(input.dtype).contiguous()
     return result.permute(0, 3, 1, 2) if window else result
 
@@ -105,8 +110,11 @@ def masked_matmul(
     transposed_source: Tensor,
     shape: list[int],
     window: list[int],
+    output_min: float | None,
+    output_max: float | None,
 ) -> Tensor:
-    return masked_matmul_packed(input, reference.gather(weight, source), bias, quads, columns, shape, window)
+    values = reference.gather(weight, source)
+    return masked_matmul_packed(input, values, bias, quads, columns, None, shape, window, output_min, output_max)
 
 
 def masked_matmul_weight_grad(
@@ -140,6 +148,7 @@ def int8_masked_matmul(
     values: Tensor,
     bias: Tensor,
     weight_scale: Tensor,
+    weight_sum: Tensor,
     quads: Tensor,
     columns: Tensor,
     shape: list[int],
@@ -151,8 +160,15 @@ def int8_masked_matmul(
     output_min: float | None,
     output_max: float | None,
 ) -> Tensor:
-    """The sums in float64, which holds every int32 exactly."""
-    sums = masked_matmul_packed(input.double() - input_zero_point, values, bias, quads, columns, shape, [])
+    """The sums in float64, which holds every int32 exactly: a product for each place in the groups."""
+    group = shape[3]
+    x = torch.nn.functional.pad(input.double() - input_zero_point, (0, -input.shape[-1] % group))
+    sums = bias.double()
+    for i in range(group):
+        part = values[i::group].contiguous()
+        sums = sums + masked_matmul_packed(
+            x[..., i::group], part, None, quads, columns, None, shape[:3], [], None, None
+        )  # fmt: skip
     scale = input_scale * weight_scale.double()
     return requantize(sums, scale, output_scale, output_zero_point, output_dtype, output_min, output_max)
 

@@ -9,7 +9,8 @@ each step multiplies four values, one per row, with
     four                    (none shared),
 in this order. The number of steps is the largest entry count of its rows; shorter rows are padded with zeros, which
 the sorting makes rare. So one inner loop with sixteen independent sums and no branch serves everything from a dense
-matrix to 99 % sparsity.
+matrix to 99 % sparsity. Masks of row blocks, of squares and of N:M neighbours are recognised, and take the same steps:
+a quad is a quarter of sixteen rows, or all of four.
 
     quads    int32 (blocks, ceil(rows / 4), 9): four rows, first step, first column, steps of each of the three kinds;
              rows from `rows` on are padding of the last quad
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from imgopt_fast import _native
-from imgopt_fast._mask_blocks import block_columns
+from imgopt_fast._mask_blocks import block_columns, is_dense_form, keeps_dense_copy, structure_of
 from imgopt_fast.ops.masked_matmul import cuda, reference
 
 MAX_COUNT = 2**31 - 1  # positions in the weight are int32
@@ -51,6 +52,7 @@ class MaskLayout(NamedTuple):
     transposed_block: int
     kept: int
     groups: int
+    structure: str  # what the mask consists of, see _mask_blocks.structure_of
     blocks: Tensor | None = None  # on CUDA, of a mask of 16 × 16 blocks: see cuda.block_bits
     transposed_blocks: Tensor | None = None
 
@@ -59,7 +61,8 @@ class PackedMaskedWeight(NamedTuple):
     """The values of a masked weight in the order in which the kernel visits them. Made by `pack_masked_weight`.
 
     On CUDA, where `cuda.choose` says so, `values` is the weight itself with zeros, or torch's 2:4 form of it, and
-    `quads` and `columns` are empty, or hold the bits of its blocks.
+    `quads` and `columns` are empty, or hold the bits of its blocks. On the CPU so it is where torch's dense product is
+    faster at any batch (`_mask_blocks.DENSE_FORM`); `dense` is a copy for few samples (`_mask_blocks.DENSE_COPY`).
     """
 
     values: Tensor
@@ -69,6 +72,8 @@ class PackedMaskedWeight(NamedTuple):
     block: int
     kept: int
     groups: int
+    structure: str = "free"  # what the mask consists of, see _mask_blocks.structure_of
+    dense: Tensor | None = None
 
 
 def mask_layout(mask: Tensor, *, groups: int = 1) -> MaskLayout:
@@ -91,6 +96,7 @@ def mask_layout(mask: Tensor, *, groups: int = 1) -> MaskLayout:
         transposed_block=transposed_block,
         kept=kept,
         groups=groups,
+        structure=structure_of(_kept(mask, index).numpy()),
         blocks=blocks,
         transposed_blocks=transposed_blocks,
     )
@@ -100,7 +106,8 @@ def pack_masked_weight(weight: Tensor, mask: Tensor, *, groups: int = 1) -> Pack
     """Values and structure of `torch.where(mask, weight, 0)` for inference, instead of `weight` and `mask`. Eager only.
 
     `weight` is floating, (O, K) or (O, C / groups, kH, kW); `mask` bool of its shape. At 90 % sparsity the result
-    takes about 15 % of the bytes of the float32 weight. Raises TypeError and ValueError for anything else.
+    takes about 15 % of the bytes of the float32 weight; a linear of more than about half its weights holds the dense
+    weight too, for a few samples. Raises TypeError and ValueError for anything else.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise TypeError(f"weight: expected a floating tensor, got {_describe(weight)}")
@@ -108,22 +115,34 @@ def pack_masked_weight(weight: Tensor, mask: Tensor, *, groups: int = 1) -> Pack
         form = cuda.pack(weight.detach(), _checked_mask(mask, groups))
         if form is not None:
             return PackedMaskedWeight(*form, tuple(weight.shape), 0, int(mask.sum()), groups)
-    values, quads, columns, block, kept = pack_values(weight, mask, groups)
-    return PackedMaskedWeight(values, quads, columns, tuple(weight.shape), block, kept, groups)
+    _check_like(weight, mask, groups)
+    kept, isa = int(mask.sum()), _isa(mask)
+    density = kept / max(1, mask.numel())
+    structure = structure_of(_kept(mask, _gather_index(mask, groups)).numpy())
+    whole = torch.where(mask, weight.detach(), 0)
+    if is_dense_form(density, str(weight.dtype).removeprefix("torch."), isa):
+        empty = torch.empty(0, dtype=torch.int32, device=weight.device)
+        return PackedMaskedWeight(whole, empty, empty, tuple(weight.shape), 0, kept, groups, structure)
+    values, quads, columns, block = pack_values(weight, mask, groups)
+    dense = whole.contiguous() if weight.dim() == 2 and keeps_dense_copy(density, isa) else None
+    return PackedMaskedWeight(values, quads, columns, tuple(weight.shape), block, kept, groups, structure, dense)
 
 
 def pack_values(
     weight: Tensor, mask: Tensor, groups: int, largest_block: int = MAX_COUNT
-) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """(values, quads, columns, block, number kept) of a weight of any dtype."""
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(values, quads, columns, block) of a weight of any dtype."""
+    _check_like(weight, mask, groups)
+    block, (quads, columns, source) = _structure(mask, _gather_index(mask, groups), largest_block)
+    return reference.gather(weight.detach(), source), quads, columns, block
+
+
+def _check_like(weight: Tensor, mask: Tensor, groups: int) -> None:
     _checked_mask(mask, groups)
     if weight.shape != mask.shape:
         raise ValueError(f"mask: expected the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
     if weight.device != mask.device:
         raise ValueError(f"mask: expected the weight's device {weight.device}, got {mask.device}")
-    kept = int(mask.sum())
-    block, (quads, columns, source) = _structure(mask, _gather_index(mask, groups), largest_block)
-    return reference.gather(weight.detach(), source), quads, columns, block, kept
 
 
 def _checked_mask(mask: Tensor, groups: int) -> Tensor:
@@ -159,10 +178,9 @@ def _structure(
     mask: Tensor, index: Tensor, largest_block: int = MAX_COUNT
 ) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
     """(block, (quads, columns, source)) of the rows of `index`, of which those count that `mask` sets."""
-    index = index.flatten(1).contiguous()
-    flat = mask.cpu().flatten()
-    kept = (flat[index.clamp(min=0)] & (index >= 0)) if flat.numel() else torch.zeros(index.shape, dtype=torch.bool)
-    isa = "cuda" if mask.is_cuda else _native.active_isa()
+    kept = _kept(mask, index)
+    index = index.flatten(1)
+    isa = _isa(mask)
     block = min(largest_block, block_columns(kept.numpy(), isa))
     core = _native.core() if _native.backend() == "native" else None
     build = reference.structure if core is None else core.mask_structure
@@ -171,3 +189,14 @@ def _structure(
     real = position >= 0
     source[real] = index.flatten()[position[real]]
     return block, (quads.to(mask.device), columns.to(mask.device), source.to(mask.device))
+
+
+def _kept(mask: Tensor, index: Tensor) -> Tensor:
+    """(rows, columns) bool on the CPU: which entries of `index` exist and are set."""
+    index = index.flatten(1).contiguous()
+    flat = mask.cpu().flatten()
+    return (flat[index.clamp(min=0)] & (index >= 0)) if flat.numel() else torch.zeros(index.shape, dtype=torch.bool)
+
+
+def _isa(mask: Tensor) -> str | None:
+    return "cuda" if mask.is_cuda else _native.active_isa()

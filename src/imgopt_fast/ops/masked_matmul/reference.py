@@ -150,8 +150,8 @@ def dense_weight(values: Tensor, quads: Tensor, columns: Tensor, rows: int, widt
 
 
 def masked_matmul_packed(
-    input: Tensor, values: Tensor, bias: Tensor | None, quads: Tensor, columns: Tensor, shape: list[int],
-    window: list[int],
+    input: Tensor, values: Tensor, bias: Tensor | None, quads: Tensor, columns: Tensor, copy: Tensor | None,
+    shape: list[int], window: list[int], output_min: float | None, output_max: float | None,
 ) -> Tensor:  # fmt: skip
     out_features, in_features, block = shape[:3]
     rows = windows(input, window) if window else input
@@ -161,6 +161,8 @@ def masked_matmul_packed(
     output = torch.matmul(rows.to(dtype), dense.t())
     if bias is not None:
         output = output + bias.to(dtype)
+    if output_min is not None or output_max is not None:
+        output = output.clamp(output_min, output_max)
     output = output.to(input.dtype)
     return output.permute(0, 3, 1, 2) if window else output
 
@@ -168,9 +170,10 @@ def masked_matmul_packed(
 def masked_matmul(
     input: Tensor, weight: Tensor, bias: Tensor | None, quads: Tensor, columns: Tensor, source: Tensor,
     transposed_quads: Tensor, transposed_columns: Tensor, transposed_source: Tensor, shape: list[int],
-    window: list[int],
+    window: list[int], output_min: float | None, output_max: float | None,
 ) -> Tensor:  # fmt: skip
-    return masked_matmul_packed(input, gather(weight, source), bias, quads, columns, shape, window)
+    values = gather(weight, source)
+    return masked_matmul_packed(input, values, bias, quads, columns, None, shape, window, output_min, output_max)
 
 
 def masked_matmul_weight_grad(

@@ -1,0 +1,108 @@
+// The gradient of the weight with vectors: a value's gradient is a register of products over the samples, and a tree of
+// additions turns kWidth such registers into one whose lanes are their sums.
+#pragma once
+
+#include "quads.h"
+
+namespace imgopt {
+namespace {
+
+template <class Lanes>
+struct WeightGradKernel : Panels<Lanes> {
+    using Base = Panels<Lanes>;
+    using Reg = typename Lanes::Reg;
+    using Base::kSamples;
+    using Base::kWidth;
+
+    template <int kCount, class Leaf>
+    static IMGOPT_INLINE Reg tree(const Leaf& leaf, int i) {
+        if constexpr (kCount == 1)
+            return leaf(i);
+        else
+            return Lanes::template join<kCount>(tree<kCount / 2>(leaf, i), tree<kCount / 2>(leaf, i + kCount / 2));
+    }
+
+    // What value r of a step collects from one panel, a lane per sample modulo kWidth.
+    template <int P, int kDistinct, class Column>
+    static IMGOPT_INLINE Reg products(const Reg (&grad)[4][P], const float* x, const Column* columns, int r) {
+        int64_t at[kDistinct];
+        QuadSteps<Lanes>::template offsets<P, kDistinct>(columns, at);
+        const float* column = x + at[r * kDistinct / 4];
+        Reg sum = Lanes::mul(grad[r][0], Lanes::load(column));
+#pragma GCC unroll 4
+        for (int p = 1; p < P; ++p) sum = Lanes::fma(grad[r][p], Lanes::load(column + p * kWidth), sum);
+        return sum;
+    }
+
+    // The value gradients of `steps` steps, stored or added to what the panels before have left. Inlined, so that the
+    // rows of the gradient stay in registers from one step to the next.
+    template <int P, int kDistinct, class Column>
+    static IMGOPT_INLINE void grad_steps(const Reg (&grad)[4][P], const float* x, const Column*& columns, float*& sums,
+                                         int64_t steps, bool add) {
+        constexpr int kAtOnce = kWidth / 4;
+        for (; steps >= kAtOnce; steps -= kAtOnce, columns += kAtOnce * kDistinct, sums += kWidth) {
+            const Reg total = tree<kWidth>(
+                [&](int i) __attribute__((always_inline)) {
+                    return products<P, kDistinct>(grad, x, columns + i / 4 * kDistinct, i % 4);
+                },
+                0);
+            Lanes::store(sums, add ? Lanes::add(Lanes::load(sums), total) : total);
+        }
+        for (; steps > 0; --steps, columns += kDistinct, sums += 4) {  // fewer than a register holds
+            float total[4];
+            Lanes::sum_steps(
+                tree<4>([&](int r)
+                            __attribute__((always_inline)) { return products<P, kDistinct>(grad, x, columns, r); },
+                        0),
+                total);
+            for (int r = 0; r < 4; ++r) sums[r] = add ? sums[r] + total[r] : total[r];
+        }
+    }
+
+    template <int P, class Column>
+    static void grad_quad(const MaskedWeightGrad& p, const Quad& quad, const float* x, const float* grad,
+                          int64_t first_row, bool add) {
+        Reg rows[4][P];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 4
+            for (int i = 0; i < P; ++i) rows[r][i] = Lanes::load(grad + ((quad.rows[r] - first_row) * P + i) * kWidth);
+        const Column* columns = static_cast<const Column*>(p.weight.columns) + quad.first_column;
+        float* sums = static_cast<float*>(p.sums) + quad.first_step * 4;
+        grad_steps<P, 1>(rows, x, columns, sums, quad.steps[0], add);
+        grad_steps<P, 2>(rows, x, columns, sums, quad.steps[1], add);
+        grad_steps<P, 4>(rows, x, columns, sums, quad.steps[2], add);
+    }
+
+    // The last panel is padded with samples of zero, so there is one size.
+    template <class Storage>
+    static void weight_grad(const MaskedWeightGrad& p, int64_t begin, int64_t end) {
+        constexpr int P = Lanes::kRegs;
+        const RowQuads& w = p.weight;
+        const int64_t columns = columns_of(p.x), first_row = begin * RowQuads::kWindow;
+        const int64_t rows = min_of(w.rows, end * RowQuads::kWindow) - first_row;
+        const int64_t first_quad = first_row / 4, last_quad = (first_row + rows + 3) / 4;
+        const MaskedInput grad_rows{p.x.dtype, p.grad, p.x.samples, w.rows, p.grad_stride, {1, 1},
+                                    {1, 1},    {1, 1}, {1, 1},      {0, 0}, {1, 1},        {1, 1}};
+        float* x = static_cast<float*>(thread_scratch((columns + rows + 3) * kSamples * sizeof(float)));
+        float* grad = x + columns * kSamples;
+        for (int64_t i = rows * kSamples; i < (rows + 3) * kSamples; ++i) grad[i] = 0;  // rows that pad the last quad
+        for (int64_t first = 0; first < p.x.samples; first += kSamples) {
+            Base::template pack<Storage, P>(p.x, typename Base::template Samples<P>(p.x, first), 0, columns, x);
+            Base::template pack<Storage, P>(grad_rows, typename Base::template Samples<P>(grad_rows, first), first_row,
+                                            first_row + rows, grad);
+            for (int64_t b = 0; b < w.blocks; ++b)
+                for (int64_t q = first_quad; q < last_quad; ++q) {
+                    const float* block = x + b * w.block * kSamples;
+                    if (w.wide)
+                        grad_quad<P, int32_t>(p, Quad(w, b, q), block, grad, first_row, first > 0);
+                    else
+                        grad_quad<P, uint8_t>(p, Quad(w, b, q), block, grad, first_row, first > 0);
+                }
+        }
+        write_gradients<Storage, float>(p, begin, end);
+    }
+};
+
+}  // namespace
+}  // namespace imgopt
