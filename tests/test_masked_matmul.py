@@ -182,7 +182,10 @@ def test_other_structures() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", SIZES)
-def test_products(isa: str, size: tuple[int, int, int, float], dtype: torch.dtype) -> None:
+def test_products(
+    isa: str, size: tuple[int, int, int, float], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "_dense_in_bfloat16", lambda mask: False)
     samples, out, inputs, density = size
     assert_products(random_mask(out, inputs, density), samples, dtype)
 
@@ -207,13 +210,14 @@ def test_products_in_float64(size: tuple[int, int, int, float]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_few_samples_of_a_dense_copy(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "keeps_dense_copy", lambda density, isa: True)
+    monkeypatch.setattr(layout, "_dense_in_bfloat16", lambda mask: False)
     for out, inputs in ((1, 1), (5, 16), (67, 300), (64, 33), (130, 129)):
         mask = random_mask(out, inputs, 0.8)
         w, bias = torch.randn(out, inputs).to(dtype), torch.randn(out).to(dtype)
         packed = pack_masked_weight(w, mask)
         assert packed.dense is not None
         kept = torch.where(mask, w, 0).double()
-        for samples in (1, 2, 3, 4, 65):
+        for samples in (1, 3, 4, 5, 65):
             x = torch.randn(samples, inputs).to(dtype)
             y = masked_matmul(x, packed, None, bias).double()
             expected = x.double() @ kept.t() + bias.double()
@@ -228,16 +232,32 @@ def test_dense_copy_is_kept_where_the_table_says() -> None:
     assert (pack_masked_weight(w, torch.ones(64, 64, dtype=torch.bool)).dense is not None) == expected
 
 
-def test_dense_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "is_dense_form", lambda density, dtype, isa: True)
+def test_dense_product_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "_dense_in_bfloat16", lambda mask: True)
     mask, w, x = random_mask(20, 30, 0.7), torch.randn(20, 30), torch.randn(4, 30)
-    packed = pack_masked_weight(w, mask)
-    assert packed.values.shape == (20, 30)
-    torch.testing.assert_close(masked_matmul(x, packed, output_min=0.0), (x @ (w * mask).t()).relu())
-    conv_mask, conv_w, image = torch.rand(4, 3, 3, 3) < 0.7, torch.randn(4, 3, 3, 3), torch.randn(2, 6, 5, 5)
-    packed = pack_masked_weight(conv_w, conv_mask, groups=2)
-    expected = F.conv2d(image, conv_w * conv_mask, groups=2).clamp(-1, 1)
-    torch.testing.assert_close(masked_conv2d(image, packed, groups=2, output_min=-1, output_max=1), expected)
+    low = pack_masked_weight(w.bfloat16(), mask)
+    assert low.values.shape == (20, 30)
+    assert pack_masked_weight(w, mask).values.dim() == 1
+    expected = (x.bfloat16().float() @ (w.bfloat16() * mask).float().t()).relu()
+    made = mask_layout(mask)
+    found = masked_matmul(x.bfloat16(), low, output_min=0.0)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+    weight = w.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = masked_matmul(x, weight, made, output_min=0.0)
+    torch.testing.assert_close(trained.float(), expected, rtol=1e-2, atol=1e-2)
+    trained.sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad != 0, mask & (weight.grad != 0))
+
+
+def test_bfloat16_is_dense_where_the_table_says() -> None:
+    supported = torch.cpu._is_avx512_bf16_supported()
+    for density in (0.05, 1.0):
+        mask = random_mask(64, 64, density)
+        expected = supported and layout.dense_in_bfloat16(float(mask.float().mean()), _native.active_isa())
+        assert mask_layout(mask).dense_in_bfloat16 == expected
+        assert (pack_masked_weight(torch.randn(64, 64).bfloat16(), mask).values.dim() == 2) == expected
 
 
 LIMITS: list[dict[str, float]] = [{"output_min": 0.0}, {"output_min": 0.0, "output_max": 6.0}, {"output_max": -0.5}]

@@ -100,10 +100,14 @@ def test_sums_that_float32_cannot_hold_stay_dense_with_shifts() -> None:
         assert not exact
 
 
-@pytest.mark.parametrize(("shape", "kept", "expected"), [((8, 512), 1, False), ((8, 1024), 0.02, True),
-                                                         ((8, 1024), 0.03, False), ((8, 2048), 0.05, True),
-                                                         ((8, 4096), 0.06, False), ((0, 4096), 0, True)])  # fmt: skip
-def test_the_rule(shape: tuple[int, int], kept: float, expected: bool) -> None:
-    weight = torch.zeros(shape, dtype=torch.int8)
-    weight.view(-1)[: int(kept * weight.numel())] = 1
-    assert sparse.wins(weight) == expected
+@pytest.mark.parametrize(("inputs", "groups", "expected"), [(512, 1, False), (1024, 64, True), (1024, 65, False),
+                                                            (2048, 174, True), (4096, 349, False), (1022, 1, False),
+                                                            (4095, 340, True)])  # fmt: skip
+def test_the_rule(inputs: int, groups: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole groups of four count, however many of their weights are there."""
+    monkeypatch.setattr(sparse._native, "active_isa", lambda: "avx512")
+    for weights in (1, 4):
+        weight = torch.zeros(8, -(-inputs // 4), 4, dtype=torch.int8)
+        weight[:, :groups, :weights] = 1
+        assert sparse.wins(weight.flatten(1)[:, :inputs]) == expected
+    assert sparse.wins(torch.zeros(0, inputs, dtype=torch.int8))

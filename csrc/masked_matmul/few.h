@@ -60,7 +60,7 @@ template <class Lanes>
 struct FewSamples {
     using Reg = typename Lanes::Reg;
     static constexpr int kWidth = Lanes::kWidth;
-    static constexpr int64_t kFewDense = 3;  // samples: with four, a panel is as fast
+    static constexpr int64_t kFewDense = 4;  // samples: with more, a panel is as fast
 
     static bool serves(const MaskedMatmul& p, int64_t samples) {
         const RowQuads& w = p.weight;

@@ -1,7 +1,8 @@
 """How a mask is served: what structure it has, and the committed tables, so that results never depend on timing.
 
 The tables are measured by `benchmarks/tune_masked_matmul.py`, which prints them: 1024 × 1024, batch 256, one Zen 5
-core. What the block of columns weighs is cache against overhead: a block of activations that stays in the first-level
+core, for AVX-512 and for AVX2 forced. No aarch64 machine was at hand: NEON, whose panels are those of AVX2, has its
+rows. What the block of columns weighs is cache against overhead: a block of activations that stays in the first-level
 cache while all rows pass over it (128 columns of 64 samples), or fewer, longer runs. Blocks of rows read an activation
 for four multiply-adds, which the second-level cache can feed, so they prefer the runs. A block of 1024 columns is the
 largest: its activations are a quarter of a common second-level cache. The plain-C kernel does not depend on the table.
@@ -20,15 +21,15 @@ BLOCKS: dict[str | None, Table] = {
     "scalar": ((1.0, 256),),
     "avx2": ((0.1, 1024), (1.0, 256)),
     "avxvnni": ((0.1, 1024), (1.0, 256)),
-    "avx512": ((0.02, 1024), (0.07, 256), (1.0, 128)),
+    "avx512": ((0.02, 1024), (0.07, 256), (0.2, 192), (1.0, 128)),
     "neon": ((0.1, 1024), (1.0, 256)),
     "cuda": ((1.0, 128),),  # what shared memory holds beside the sums, see ops/masked_matmul/cuda.py
 }
 # The same where the rows come in blocks of four that are set alike.
-BLOCKS_OF_FOUR: dict[str | None, Table] = BLOCKS | {"avx512": ((0.3, 1024), (0.6, 256), (1.0, 128))}
+BLOCKS_OF_FOUR: dict[str | None, Table] = BLOCKS | {"avx512": ((0.2, 1024), (0.5, 256), (0.85, 192), (1.0, 1024))}
 
 
-# Density from which a linear keeps a dense copy beside the packed values, for up to three samples: with so few, finding
+# Density from which a linear keeps a dense copy beside the packed values, for up to four samples: with so few, finding
 # the activation of a weight costs more than multiplying by the zeros between. inf: nowhere.
 DENSE_COPY: dict[str | None, float] = {
     None: math.inf,
@@ -39,9 +40,18 @@ DENSE_COPY: dict[str | None, float] = {
     "neon": 0.3,
     "cuda": math.inf,
 }
-# Density from which a layer of 16-bit floats is the dense product of torch instead, which has instructions for bfloat16
-# that a sparse product has no use for: they add two neighbouring columns at a time.
-DENSE_FORM: dict[tuple[str | None, str], float] = {}
+# Density from which a bfloat16 linear is the dense product of torch instead, where the processor has instructions for
+# it: they add the products of two neighbouring columns at a time, which a sparse product has no use for. There is no
+# such limit for float16, whose dense product is slower everywhere.
+DENSE_BFLOAT16: dict[str | None, float] = {
+    None: math.inf,
+    "scalar": math.inf,
+    "avx2": 0.2,
+    "avxvnni": 0.2,
+    "avx512": 0.4,
+    "neon": math.inf,
+    "cuda": math.inf,
+}
 
 # Blocks (rows, columns) that a mask is recognised to consist of, the largest first; and how many of four neighbours.
 SQUARES_AND_COLUMNS = ((16, 16), (4, 4), (16, 1), (8, 1), (4, 1))
@@ -91,6 +101,6 @@ def keeps_dense_copy(density: float, isa: str | None) -> bool:
     return density >= DENSE_COPY[isa]
 
 
-def is_dense_form(density: float, dtype: str, isa: str | None) -> bool:
-    """Whether a layer of `dtype` ("bfloat16") is served by torch's dense product."""
-    return density >= DENSE_FORM.get((isa, dtype), math.inf)
+def dense_in_bfloat16(density: float, isa: str | None) -> bool:
+    """Whether torch's dense product serves a bfloat16 linear of this density, on a processor with bfloat16 products."""
+    return density >= DENSE_BFLOAT16[isa]

@@ -1,8 +1,8 @@
 """Pruned layers of an int8 segment over their kept weights only, where that is faster than int8 with zeros.
 
 The results are those of the dense kernel, bit for bit, so which of the two runs is a question of time alone, and a
-pure function of the layer's shape, its zeros and the number of images. Int8 dot products do four multiply-adds where
-the sparse kernel does one, which is why few layers qualify.
+pure function of the layer's shape, its zeros and the number of images. Both multiply four neighbouring columns at once;
+the sparse kernel leaves out groups that are zero as a whole.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,21 @@ from imgopt_fast._arguments import as_pair, as_sides
 from imgopt_fast.nn.int8 import Int8Conv2d, Int8Linear, Requantize
 from imgopt_fast.ops.int8_conv2d import reference
 from imgopt_fast.ops.masked_matmul import int8_masked_matmul, pack_int8_masked_weight
+from imgopt_fast.ops.masked_matmul.int8 import GROUP
 
 if TYPE_CHECKING:
     from imgopt_fast.nn.int8_segment import Step
 
-# Fewest inputs of a layer, and the largest share of its weights that may be there. One Zen 5 core with AVX-512, against
-# int8_conv2d: 1024 x 1024 at 2 % is 1.2 times as fast from 16 images on and 1.36 times at 256, at 5 % 0.92 and 1.04;
-# 1000 x 2048 at 5 % 1.05, 512 x 2048 1.29 and 4096 x 4096 1.53 to 1.77 times. A single image is slower everywhere.
-LARGEST_DENSITY = ((2048, 0.05), (1024, 0.02))
+# Fewest inputs of a layer, and the largest share of its groups of four neighbouring weights that may be there, from 16
+# images on; benchmarks/tune_masked_matmul.py measures and prints it. One Zen 5 core with AVX-512. At random 5 % of the
+# weights are 19 % of the groups, 10 % are 34 %: the sparse kernel is then 1.3 and 1.0 times as fast as int8_conv2d for
+# 1024 inputs and 256 images, 1.8 and 1.2 times for 2048, 2.2 and 1.4 times for 4096. A single image is slower. Where a
+# set is not named the dense kernel knows instructions that the sparse one does not use, and nothing is skipped.
+LARGEST_SHARE: dict[str | None, tuple[tuple[int, float], ...]] = {
+    "avx2": ((512, 0.48), (256, 0.34)),
+    "avx512": ((2048, 0.34), (1024, 0.25)),
+    "neon": ((2048, 0.34), (1024, 0.25)),  # which has dot products too, unlike AVX2; not measured
+}
 FEWEST_IMAGES = 16
 EXACT = 2**24  # sums below it are exact in float32
 MENTIONED = 0.3  # share of zeros from which a report speaks of a layer as pruned
@@ -76,10 +83,12 @@ def sparse_layer(step: "Step", layer: Any, requantize: Requantize) -> SparseLaye
 
 
 def wins(weight: Tensor) -> bool:
-    """Whether an int8 weight (O, ...) has so few values that the sparse kernel is the faster one."""
-    columns = weight[0].numel() if len(weight) else 0
-    limit = next((density for fewest, density in LARGEST_DENSITY if columns >= fewest), 0.0)
-    return int(weight.count_nonzero()) <= limit * weight.numel()
+    """Whether an int8 weight (O, ...) has so few groups of four that the sparse kernel is the faster one."""
+    rows = weight.flatten(1)
+    table = LARGEST_SHARE.get(_native.active_isa(), ())
+    limit = next((share for fewest, share in table if rows.shape[1] >= fewest), 0.0)
+    groups = torch.nn.functional.pad(rows, (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP)).any(2)
+    return int(groups.sum()) <= limit * groups.numel()
 
 
 def describe_zeros(step: "Step", layer: Any, *, sparse: bool) -> str:

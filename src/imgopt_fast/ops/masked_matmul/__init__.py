@@ -78,6 +78,8 @@ def masked_matmul(
             output = cuda.block_matmul(input, weight, bias, mask.blocks, mask.transposed_blocks)
             return _clamped(output, output_min, output_max)
         mask = mask if form == "quads" else mask.mask
+    elif isinstance(mask, MaskLayout) and mask.dense_in_bfloat16 and _multiplied_dtype(input) == torch.bfloat16:
+        mask = mask.mask
     if isinstance(mask, Tensor):
         assert isinstance(weight, Tensor)
         output = torch.nn.functional.linear(input, torch.where(mask, weight, 0), bias)
@@ -152,6 +154,11 @@ def _apply(
         shape = [weight.shape[0], in_features, layout.block, layout.transposed_block, 0]
         output = MATMUL(input, weight, bias, *layout[1:7], shape, window, *limits)
     return cast(Tensor, _clamped(output, output_min, output_max) if input.is_cuda else output)
+
+
+def _multiplied_dtype(input: Tensor) -> torch.dtype:
+    lowered = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    return torch.get_autocast_dtype(input.device.type) if lowered else input.dtype
 
 
 def _clamped(output: Tensor, output_min: float | None, output_max: float | None) -> Tensor:

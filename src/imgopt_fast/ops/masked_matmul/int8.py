@@ -73,10 +73,9 @@ def _pack_groups(weight: Tensor, mask: Tensor, group: int) -> tuple[Tensor, Tens
     """(values, quads, columns, block), a value of the structure being `group` adjacent weights."""
     if group == 1:
         return pack_values(weight, mask, groups=1, largest_block=LARGEST_BLOCK)
-    rows, columns = weight.shape
-    padding = (0, -columns % group)
+    padding = (0, -weight.shape[1] % group)
     words = torch.nn.functional.pad(weight, padding).view(torch.int32)
-    exists = torch.nn.functional.pad(mask, padding).view(rows, -1, group).any(2)
+    exists = torch.nn.functional.pad(mask, padding).unflatten(1, (-1, group)).any(2)
     values, quads, at, block = pack_values(words, exists, groups=1, largest_block=LARGEST_BLOCK)
     return values.view(torch.int8), quads, at, block
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from imgopt_fast import _native
-from imgopt_fast._mask_blocks import block_columns, is_dense_form, keeps_dense_copy, structure_of
+from imgopt_fast._mask_blocks import block_columns, dense_in_bfloat16, keeps_dense_copy, structure_of
 from imgopt_fast.ops.masked_matmul import cuda, reference
 
 MAX_COUNT = 2**31 - 1  # positions in the weight are int32
@@ -53,6 +53,7 @@ class MaskLayout(NamedTuple):
     kept: int
     groups: int
     structure: str  # what the mask consists of, see _mask_blocks.structure_of
+    dense_in_bfloat16: bool  # whether torch's dense product serves it in that dtype
     blocks: Tensor | None = None  # on CUDA, of a mask of 16 × 16 blocks: see cuda.block_bits
     transposed_blocks: Tensor | None = None
 
@@ -61,8 +62,9 @@ class PackedMaskedWeight(NamedTuple):
     """The values of a masked weight in the order in which the kernel visits them. Made by `pack_masked_weight`.
 
     On CUDA, where `cuda.choose` says so, `values` is the weight itself with zeros, or torch's 2:4 form of it, and
-    `quads` and `columns` are empty, or hold the bits of its blocks. On the CPU so it is where torch's dense product is
-    faster at any batch (`_mask_blocks.DENSE_FORM`); `dense` is a copy for few samples (`_mask_blocks.DENSE_COPY`).
+    `quads` and `columns` are empty, or hold the bits of its blocks. On the CPU so it is in bfloat16 where
+    torch's dense product is faster (`_mask_blocks.DENSE_BFLOAT16`). `dense` is a copy for few samples
+    (`_mask_blocks.DENSE_COPY`).
     """
 
     values: Tensor
@@ -97,6 +99,7 @@ def mask_layout(mask: Tensor, *, groups: int = 1) -> MaskLayout:
         kept=kept,
         groups=groups,
         structure=structure_of(_kept(mask, index).numpy()),
+        dense_in_bfloat16=_dense_in_bfloat16(mask),
         blocks=blocks,
         transposed_blocks=transposed_blocks,
     )
@@ -116,15 +119,15 @@ def pack_masked_weight(weight: Tensor, mask: Tensor, *, groups: int = 1) -> Pack
         if form is not None:
             return PackedMaskedWeight(*form, tuple(weight.shape), 0, int(mask.sum()), groups)
     _check_like(weight, mask, groups)
-    kept, isa = int(mask.sum()), _isa(mask)
-    density = kept / max(1, mask.numel())
+    kept = int(mask.sum())
     structure = structure_of(_kept(mask, _gather_index(mask, groups)).numpy())
     whole = torch.where(mask, weight.detach(), 0)
-    if is_dense_form(density, str(weight.dtype).removeprefix("torch."), isa):
+    if weight.dtype == torch.bfloat16 and _dense_in_bfloat16(mask):
         empty = torch.empty(0, dtype=torch.int32, device=weight.device)
         return PackedMaskedWeight(whole, empty, empty, tuple(weight.shape), 0, kept, groups, structure)
     values, quads, columns, block = pack_values(weight, mask, groups)
-    dense = whole.contiguous() if weight.dim() == 2 and keeps_dense_copy(density, isa) else None
+    copied = weight.dim() == 2 and keeps_dense_copy(kept / max(1, mask.numel()), _isa(mask))
+    dense = whole.contiguous() if copied else None
     return PackedMaskedWeight(values, quads, columns, tuple(weight.shape), block, kept, groups, structure, dense)
 
 
@@ -200,3 +203,9 @@ def _kept(mask: Tensor, index: Tensor) -> Tensor:
 
 def _isa(mask: Tensor) -> str | None:
     return "cuda" if mask.is_cuda else _native.active_isa()
+
+
+def _dense_in_bfloat16(mask: Tensor) -> bool:
+    if mask.dim() != 2 or mask.is_cuda or not torch.cpu._is_avx512_bf16_supported():
+        return False
+    return dense_in_bfloat16(int(mask.sum()) / max(1, mask.numel()), _isa(mask))
