@@ -61,6 +61,25 @@ def test_every_format_of_a_run_keeps_its_accuracy(
     assert abs(theirs - 100 * float(right.double().mean())) <= 0.5
 
 
+@pytest.mark.filterwarnings("ignore")  # of qonnx about its own dependencies
+def test_a_network_of_shifts_goes_as_it_is(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`quantize --quantize pow2` trains it; what C and QONNX carry is then that network, not another of its floats."""
+    require(shutil.which("gcc") is not None, "a C compiler")
+    flags = ["--quantize", "pow2", "--qat-epochs", "0", "--no-memory", "--no-reference-epoch"]
+    assert main(["quantize", str(run), *flags, "--output", str(tmp_path), "--experiment", "shifts"]) == 0
+    few = images_of(run).sample(64)
+    monkeypatch.setattr(network, "test_images", lambda run: few)
+    monkeypatch.setattr(network, "requantize", None)
+    assert main(["export", str(tmp_path / "shifts"), "--format", "c", "qonnx"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "bit-equal" in line]
+    assert len(rows) == 2
+    loaded = load_network(tmp_path / "shifts")
+    right = loaded.module(loaded.card.prepare()(few.images)).argmax(1) == few.labels
+    assert all(f"{float(right.double().mean()):.2%}" in row for row in rows)
+
+
 def test_without_verification(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = run.parent / "elsewhere" / "net.onnx"
     arguments = ["export", str(run), "--format", "onnx", "--qlinear", "--no-verify", "--output", str(where)]

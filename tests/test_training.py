@@ -19,6 +19,7 @@ from torch import nn
 
 from imgopt_fast.augment import Compose, Normalize
 from imgopt_fast.data import Split
+from imgopt_fast.nn import Int8Segment
 from imgopt_fast.training import (
     DivergedError,
     InterruptedTrainingError,
@@ -231,12 +232,16 @@ def test_stages_can_be_left_out(few_images: Path) -> None:
     assert "dense" in report.table()
 
 
-@pytest.mark.parametrize("last", ["dense", "pruned", "int8"])
+@pytest.mark.parametrize("last", ["dense", "pruned", "int8", "pow2"])
 def test_a_network_comes_back_from_its_run_folder(few_images: Path, last: str) -> None:
-    changes = {"prune_epochs": int(last != "dense"), "quantize": "int8" if last == "int8" else "none"}
-    report = train(tiny(few_images, "run", reference_epoch=False, **changes))
+    changes = {"prune_epochs": int(last != "dense"), "quantize": last if last in ("int8", "pow2") else "none"}
+    report = train(tiny(few_images, "run", reference_epoch=False, qat_epochs=int(last == "pow2"), **changes))
     network = load_network(report.path)
-    assert network.card.stage == last
+    assert network.card.stage == ("int8" if last == "pow2" else last)
+    assert network.card.power_of_two == (last == "pow2")
+    if last == "pow2":
+        segments = [module for module in network.module.modules() if isinstance(module, Int8Segment)]
+        assert {segment.requantize for segment in segments} == {"shift"}
     assert network.card.class_names == ("class0", "class1", "class2")
     test = report.dataset.test
     probabilities = network.probabilities(test.images)

@@ -100,7 +100,7 @@ def _export(
     from imgopt_fast.training.network import requantize
 
     card, options = network.card, dict[str, Any]()
-    if format in POWER_OF_TWO:
+    if format in POWER_OF_TWO and not (card.stage == "int8" and card.power_of_two):
         network = requantize(folder, Int8Config(power_of_two=True))
     if format == "c":
         options = {"mean": card.mean, "std": card.std}

@@ -8,6 +8,7 @@ EXAMPLES = """examples:
   imgopt-fast quantize runs/first
   imgopt-fast quantize runs/first --qat-epochs 0                  by calibration alone, in seconds
   imgopt-fast quantize runs/first --qat-epochs 4 --distill runs/large
+  imgopt-fast quantize runs/first --quantize pow2                 power-of-two scales, for export to C and FPGAs
 """
 
 

@@ -101,7 +101,11 @@ class TrainConfig:
         None, "epochs under the teacher after pruning, with the mask that it left; default: 3 with --distill, else 0"
     )
 
-    quantize: str = option("int8", "quantization at the end", choices=("int8", "none"))
+    quantize: str = option(
+        "int8",
+        "quantization at the end; pow2: int8 with power-of-two scales, in integers and shifts alone, as hardware wants",
+        choices=("int8", "pow2", "none"),
+    )
     qat_epochs: int = option(1, "epochs of quantization-aware training before the quantization")
     qat_lr: float = option(0.005, "highest learning rate of the quantization-aware training")
     calibration: int = option(512, "training images that the quantization's ranges are measured on")

@@ -36,6 +36,7 @@ class Card:
     width: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    power_of_two: bool = False  # of an int8 network: whether it computes in shifts
 
     def save(self, path: Path) -> None:
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
@@ -99,7 +100,8 @@ def load_network(run: Path, stage: str | None = None) -> Network:
     if any(name.endswith("weight_mask") for name in stored):
         prune(module, PruneConfig(sparsity=0))  # the layers; the masks are among the weights
     elif card.stage == "int8":
-        module = quantize(module, [torch.rand(2, card.channels, card.height, card.width)], SKELETON)
+        skeleton = dataclasses.replace(SKELETON, power_of_two=card.power_of_two)
+        module = quantize(module, [torch.rand(2, card.channels, card.height, card.width)], skeleton)
     try:
         module.load_state_dict(stored)
     except RuntimeError as error:
@@ -126,7 +128,8 @@ def requantize(run: Path, config: Int8Config) -> Network:
     sample = load_images(settings).train.sample(settings.calibration)
     prepare = preparation(settings, card.mean, card.std)
     batches = [prepare(batch.images) for batch in sample.in_order(settings.batch_size)]
-    return Network(dataclasses.replace(card, stage="int8"), quantize(floating.module, batches, config))
+    card = dataclasses.replace(card, stage="int8", power_of_two=config.power_of_two)
+    return Network(card, quantize(floating.module, batches, config))
 
 
 def _to_channels_last(module: Any) -> nn.Module:

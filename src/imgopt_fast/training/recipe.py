@@ -106,7 +106,7 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
         if stage.name == "pruned":
             pruner = prune(model, _prune_config(config, dataset))
         elif stage.name == "qat":
-            model = qat(model.eval(), _calibration(config, fitting), Int8Config())
+            model = qat(model.eval(), _calibration(config, fitting), _int8_config(config))
         if at is not None and stage.end <= at.epoch and stage.name != at.stage:
             model.load_state_dict(load_weights(run.path / files[stage.name]))
         else:
@@ -128,10 +128,10 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
     if "int8" in files:
         float_model: Any = model.eval()
         aware = bool(stages) and stages[-1].name == "qat"
-        int8 = float_model.convert() if aware else quantize(model, _calibration(config, fitting), Int8Config())
+        int8 = float_model.convert() if aware else quantize(model, _calibration(config, fitting), _int8_config(config))
         networks["int8"] = int8
         run.write(files["int8"], partial(save_weights, int8.state_dict()))
-    card = Card(config.model, list(files)[-1], dataset.class_names, *shape, mean, std)
+    card = Card(config.model, list(files)[-1], dataset.class_names, *shape, mean, std, config.quantize == "pow2")
     run.write(CARD, card.save)
     left_out = [skipped for part in process.gather(dataset.left_out()) for skipped in part]
     dataset = dataclasses.replace(dataset, skipped=tuple(dict.fromkeys(left_out)))
@@ -216,6 +216,10 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") or "none"
 
 
+def _int8_config(config: TrainConfig) -> Int8Config:
+    return Int8Config(power_of_two=config.quantize == "pow2")
+
+
 def _calibration(config: TrainConfig, fitting: Fitting) -> list[torch.Tensor]:
     sample = fitting.dataset.train.sample(config.calibration)
     return [fitting.prepare(batch.images) for batch in sample.in_order(config.batch_size)]
@@ -225,7 +229,7 @@ def _weight_files(config: TrainConfig, given: str) -> dict[str, str]:
     """Stages of the recipe and the files that keep their networks; the last one is the result."""
     names = [given] if given else []
     names += [stage.name for stage in planned(config) if stage.name != "qat"]
-    names += ["int8"] * (config.quantize == "int8")
+    names += ["int8"] * (config.quantize != "none")
     return {name: WEIGHTS if name == names[-1] else f"{name}.safetensors" for name in names}
 
 

@@ -40,7 +40,7 @@ def planned(config: TrainConfig) -> list[Stage]:
         ("dense", config.epochs, config.lr, config.warmup_epochs),
         ("pruned", config.prune_epochs if config.sparsity > 0 else 0, config.prune_lr, config.prune_warmup_epochs),
         ("distilled", config.distilled_epochs(), config.prune_lr, config.prune_warmup_epochs),
-        ("qat", config.qat_epochs if config.quantize == "int8" else 0, config.qat_lr, 0.0),
+        ("qat", config.qat_epochs if config.quantize != "none" else 0, config.qat_lr, 0.0),
     ]
     stages: list[Stage] = []
     for name, epochs, lr, warmup in plan:
