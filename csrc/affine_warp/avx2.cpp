@@ -3,6 +3,7 @@
 // on the way.
 #include <immintrin.h>
 
+#include "backward.h"
 #include "stores_avx2.h"
 #include "windowed.h"
 
@@ -88,10 +89,11 @@ struct Points {
     int finite;  // bit per lane
 };
 
+IMGOPT_INLINE __m256 lanes_from(int lane) {
+    return _mm256_add_ps(_mm256_set1_ps(static_cast<float>(lane)), _mm256_set_ps(7, 6, 5, 4, 3, 2, 1, 0));
+}
 IMGOPT_INLINE __m256 along(float step, float start, int lane) {
-    const __m256 first = _mm256_set_ps(7, 6, 5, 4, 3, 2, 1, 0);
-    const __m256 lanes = _mm256_add_ps(first, _mm256_set1_ps(static_cast<float>(lane)));
-    return _mm256_fmadd_ps(_mm256_set1_ps(step), lanes, _mm256_set1_ps(start));
+    return _mm256_fmadd_ps(_mm256_set1_ps(step), lanes_from(lane), _mm256_set1_ps(start));
 }
 
 IMGOPT_INLINE Points affine_points(const Base<float>& base, int lane) {
@@ -186,6 +188,7 @@ struct Group {
     int finite[2];
     PairedWeights weights[2];
     bool touched;  // or all of it is fill
+    bool plain;    // no pixel is fill as a whole
 };
 
 // Written so that the compiler does not see the other end of it: it would move each offset through vpextrd.
@@ -193,11 +196,19 @@ IMGOPT_INLINE void keep(int32_t* to, __m256i v) {
     __asm__("vmovdqa %1, %0" : "=m"(*reinterpret_cast<__m256i*>(to)) : "x"(v));
 }
 
+// What the offsets of an image have in common.
+struct Steps {
+    __m256 x, y, pitch;
+
+    Steps(const float* step, int64_t bytes)
+        : x(_mm256_set1_ps(step[0])), y(_mm256_set1_ps(step[1])), pitch(_mm256_set1_ps(static_cast<float>(bytes))) {}
+};
+
 // Offsets where every coordinate of the group lies inside the window. They are exact in float32: below 2^20.
 template <int bytes, bool rounds>
-IMGOPT_INLINE void locate_inside(const Window& w, int lead, const Base<float>& base, int lane, Group& to, int half) {
-    to.origin = w.data + (int64_t{base.y} - w.y0 - lead) * w.pitch + (int64_t{base.x} - w.x0 - lead) * bytes;
-    const __m256 x = along(base.step_x, base.fx, lane), y = along(base.step_y, base.fy, lane);
+IMGOPT_INLINE void locate_inside(const Steps& steps, __m256 fx, __m256 fy, int lane, Group& to, int half) {
+    const __m256 index = lanes_from(lane);
+    const __m256 x = _mm256_fmadd_ps(steps.x, index, fx), y = _mm256_fmadd_ps(steps.y, index, fy);
     __m256 wx = _mm256_floor_ps(x), wy = _mm256_floor_ps(y);
     to.fx[half] = _mm256_sub_ps(x, wx);
     to.fy[half] = _mm256_sub_ps(y, wy);
@@ -207,8 +218,7 @@ IMGOPT_INLINE void locate_inside(const Window& w, int lead, const Base<float>& b
         wy = _mm256_add_ps(wy, _mm256_and_ps(_mm256_cmp_ps(to.fy[half], middle, _CMP_GE_OQ), one));
     }
     const __m256 along_x = _mm256_mul_ps(wx, _mm256_set1_ps(bytes));
-    const __m256 offset = _mm256_fmadd_ps(wy, _mm256_set1_ps(static_cast<float>(w.pitch)), along_x);
-    keep(to.offset + half * kLanes, _mm256_cvttps_epi32(offset));
+    keep(to.offset + half * kLanes, _mm256_cvttps_epi32(_mm256_fmadd_ps(wy, steps.pitch, along_x)));
 }
 
 // Offsets of any coordinates. The clamp does the border's work and keeps every load inside.
@@ -387,13 +397,16 @@ struct StripRows {
 struct Isa {
     using Vector = __m256;
     using Group = avx2::Group;
+    using Steps = avx2::Steps;
     using Rows = StripRows;
     static constexpr int kLanes = avx2::kLanes;
     static constexpr uint8_t kFlip = 0;
 
+    IMGOPT_INLINE static __m256 all(float v) { return _mm256_set1_ps(v); }
+    IMGOPT_INLINE static bool all_finite(const Group& group) { return (group.finite[0] & group.finite[1]) == 0xff; }
     template <int C, int taps>
-    IMGOPT_INLINE static void locate_inside(const Window& w, const Base<float>& base, int lane, Group& to, int half) {
-        avx2::locate_inside<position_bytes(C, taps), taps == 1>(w, taps == 4, base, lane, to, half);
+    IMGOPT_INLINE static void locate_inside(const Steps& steps, __m256 fx, __m256 fy, int lane, Group& to, int half) {
+        avx2::locate_inside<position_bytes(C, taps), taps == 1>(steps, fx, fy, lane, to, half);
     }
     template <int C, int taps>
     IMGOPT_INLINE static void locate(const Window& w, const Points& at, Group& to, int half) {
@@ -447,6 +460,9 @@ struct Isa {
 
 }  // namespace
 
-void affine_warp(KernelTable& table) { table.affine_warp = warp_vectorized<Isa>; }
+void affine_warp(KernelTable& table) {
+    table.affine_warp = warp_vectorized<Isa>;
+    table.affine_warp_backward = warp_backward;
+}
 
 }  // namespace imgopt::avx2

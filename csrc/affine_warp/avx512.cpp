@@ -4,6 +4,7 @@
 // weights. Sixteen bilinear RGB pixels take about 60 vector instructions besides their loads.
 #include <immintrin.h>
 
+#include "backward.h"
 #include "windowed.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -209,6 +210,7 @@ struct Group {
     __mmask16 finite[2];
     SplitWeights weights[2];
     bool touched;  // or all of it is fill
+    bool plain;    // no pixel is fill as a whole
 };
 
 // Written so that the compiler does not see the other end of it: it would move each offset through vpextrd, four times
@@ -217,11 +219,19 @@ IMGOPT_INLINE void keep(int32_t* to, __m512i v) {
     __asm__("vmovdqa32 %1, %0" : "=m"(*reinterpret_cast<__m512i*>(to)) : "v"(v));
 }
 
+// What the offsets of an image have in common.
+struct Steps {
+    __m512 x, y, pitch;
+
+    Steps(const float* step, int64_t bytes)
+        : x(_mm512_set1_ps(step[0])), y(_mm512_set1_ps(step[1])), pitch(_mm512_set1_ps(static_cast<float>(bytes))) {}
+};
+
 // Offsets where every coordinate of the group lies inside the window. They are exact in float32: below 2^20.
 template <int bytes, bool rounds>
-IMGOPT_INLINE void locate_inside(const Window& w, int lead, const Base<float>& base, int lane, Group& to, int half) {
-    to.origin = w.data + (int64_t{base.y} - w.y0 - lead) * w.pitch + (int64_t{base.x} - w.x0 - lead) * bytes;
-    const __m512 x = along(base.step_x, base.fx, lane), y = along(base.step_y, base.fy, lane);
+IMGOPT_INLINE void locate_inside(const Steps& steps, __m512 fx, __m512 fy, int lane, Group& to, int half) {
+    const __m512 index = _mm512_load_ps(kLane.index + lane);
+    const __m512 x = _mm512_fmadd_ps(steps.x, index, fx), y = _mm512_fmadd_ps(steps.y, index, fy);
     __m512 wx = floored(x), wy = floored(y);
     to.fx[half] = _mm512_sub_ps(x, wx);
     to.fy[half] = _mm512_sub_ps(y, wy);
@@ -231,8 +241,7 @@ IMGOPT_INLINE void locate_inside(const Window& w, int lead, const Base<float>& b
         wy = _mm512_mask_add_ps(wy, _mm512_cmp_ps_mask(to.fy[half], middle, _CMP_GE_OQ), wy, one);
     }
     const __m512 along_x = bytes == 1 ? wx : _mm512_mul_ps(wx, _mm512_set1_ps(bytes));
-    const __m512 offset = _mm512_fmadd_ps(wy, _mm512_set1_ps(static_cast<float>(w.pitch)), along_x);
-    keep(to.offset + half * kLanes, _mm512_cvttps_epi32(offset));
+    keep(to.offset + half * kLanes, _mm512_cvttps_epi32(_mm512_fmadd_ps(wy, steps.pitch, along_x)));
 }
 
 // Offsets of any coordinates. The clamp does the border's work and keeps every load inside.
@@ -322,13 +331,19 @@ IMGOPT_INLINE void weigh_bicubic(Group& to) {
 
 // --- sampling ------------------------------------------------------------------------------------------------------
 
+// A constant that the compiler does not know: it would make it anew, through a general register, at every use.
+IMGOPT_INLINE __mmask16 kept_mask(__mmask16 mask) {
+    __asm__("" : "+Yk"(mask));
+    return mask;
+}
+
 // The 16 bytes at four positions, one per 128-bit lane.
 IMGOPT_INLINE __m512i load_positions(const uint8_t* data, const int32_t* offset) {
     const auto at = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(data + offset[i])); };
     __m512i v = _mm512_castsi128_si512(at(0));
-    v = _mm512_mask_broadcast_i32x4(v, 0x00f0, at(1));
-    v = _mm512_mask_broadcast_i32x4(v, 0x0f00, at(2));
-    return _mm512_mask_broadcast_i32x4(v, 0xf000, at(3));
+    v = _mm512_mask_broadcast_i32x4(v, kept_mask(0x00f0), at(1));
+    v = _mm512_mask_broadcast_i32x4(v, kept_mask(0x0f00), at(2));
+    return _mm512_mask_broadcast_i32x4(v, kept_mask(0xf000), at(3));
 }
 
 // The 4 bytes at each of 16 positions.
@@ -445,12 +460,15 @@ struct Isa {
     using Vector = __m512;
     using Rows = StripRows;
     using Group = avx512::Group;
+    using Steps = avx512::Steps;
     static constexpr int kLanes = avx512::kLanes;
     static constexpr uint8_t kFlip = avx512::kFlip;
 
+    IMGOPT_INLINE static __m512 all(float v) { return _mm512_set1_ps(v); }
+    IMGOPT_INLINE static bool all_finite(const Group& group) { return (group.finite[0] & group.finite[1]) == 0xffff; }
     template <int C, int taps>
-    IMGOPT_INLINE static void locate_inside(const Window& w, const Base<float>& base, int lane, Group& to, int half) {
-        avx512::locate_inside<position_bytes(C, taps), taps == 1>(w, taps == 4, base, lane, to, half);
+    IMGOPT_INLINE static void locate_inside(const Steps& steps, __m512 fx, __m512 fy, int lane, Group& to, int half) {
+        avx512::locate_inside<position_bytes(C, taps), taps == 1>(steps, fx, fy, lane, to, half);
     }
     template <int C, int taps>
     IMGOPT_INLINE static void locate(const Window& w, const Points& at, Group& to, int half) {
@@ -505,6 +523,9 @@ struct Isa {
 
 }  // namespace
 
-void affine_warp(KernelTable& table) { table.affine_warp = warp_vectorized<Isa>; }
+void affine_warp(KernelTable& table) {
+    table.affine_warp = warp_vectorized<Isa>;
+    table.affine_warp_backward = warp_backward;
+}
 
 }  // namespace imgopt::avx512

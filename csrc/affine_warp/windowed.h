@@ -152,41 +152,97 @@ struct BlockColumn {
         __builtin_memcpy(reach[group], &found, sizeof found);
     }
 
-    Base<float> base(int r) const {
+    IMGOPT_INLINE Base<float> base(int r) const {
         return {at[0][r], at[1][r], fraction[0][r], fraction[1][r], step[0], step[1], true};
     }
 };
 
 // --- one tile ------------------------------------------------------------------------------------------------------
 
-// Offsets, weights and validity of the groups of one block of one row. A loop of its own: the processor then has them
-// before the loads of the next loop ask for them.
+// Where one row of a block lies.
+template <class Isa>
+struct Place {
+    Base<float> base;
+    int64_t x, y;
+};
+
+// Offsets, weights and validity of a group that may touch the border, or that a homography places. Not inlined, nor is
+// finish_group(): what they need in registers would be taken from the loops over whole groups inside the window.
+template <class Isa, int C, int taps>
+[[gnu::noinline]] void locate_group(const AffineWarp& p, const Map& map, const Source<uint8_t>& source, const Window& w,
+                                    const Place<Isa>& place, int lane, typename Isa::Group& group) {
+    for (int h = 0; h < 2; ++h, lane += Isa::kLanes) {
+        auto at = map.affine ? Isa::affine(place.base, lane) : Isa::perspective(map.m, place.x + lane, place.y);
+        if constexpr (taps == 1) Isa::round(at);
+        if (p.padding >= Padding::reflect) Isa::fold(at, source, p.padding);
+        Isa::template locate<C, taps>(w, at, group, h);
+    }
+    group.plain = map.affine || Isa::all_finite(group);
+}
+
+// The groups of one block of one row. A loop of its own: the processor then has their offsets before the loads of the
+// next loop ask for them.
 template <class Isa, int C, int taps>
 IMGOPT_INLINE void locate_block(const AffineWarp& p, const Map& map, const Source<uint8_t>& source, const Window& w,
-                                const BlockColumn<Isa>& column, int row, int64_t x, int64_t y, int count,
-                                typename Isa::Group* groups) {
-    constexpr int lanes = Isa::kLanes;
+                                const typename Isa::Steps& steps, const BlockColumn<Isa>& column, int row, int64_t x,
+                                int64_t y, int count, typename Isa::Group* groups) {
+    constexpr int lanes = Isa::kLanes, bytes = position_bytes(C, taps), lead = taps == 4;
     const Base<float> base = column.base(row);
+    const uint8_t* origin =
+        w.data + (int64_t{base.y} - w.y0 - lead) * w.pitch + (int64_t{base.x} - w.x0 - lead) * bytes;
+    const auto fx = Isa::all(base.fx), fy = Isa::all(base.fy);
     for (int lane = 0; lane < count; lane += 2 * lanes, ++groups) {
         const int32_t reach = map.affine ? column.reach[lane / (2 * lanes)][row] : kReachEither;
         groups->touched = reach != kReachFill;
+        groups->plain = reach == kReachInside;
         if (reach == kReachFill) continue;
-        for (int h = 0; h < 2; ++h) {
-            if (reach == kReachInside) {
-                Isa::template locate_inside<C, taps>(w, base, lane + h * lanes, *groups, h);
-                continue;
-            }
-            auto at =
-                map.affine ? Isa::affine(base, lane + h * lanes) : Isa::perspective(map.m, x + lane + h * lanes, y);
-            if constexpr (taps == 1) Isa::round(at);
-            if (p.padding >= Padding::reflect) Isa::fold(at, source, p.padding);
-            Isa::template locate<C, taps>(w, at, *groups, h);
+        if (reach == kReachInside) {
+            groups->origin = origin;
+            for (int h = 0; h < 2; ++h)
+                Isa::template locate_inside<C, taps>(steps, fx, fy, lane + h * lanes, *groups, h);
+        } else {
+            locate_group<Isa, C, taps>(p, map, source, w, Place<Isa>{base, x, y}, lane, *groups);
         }
         Isa::template weigh<taps>(*groups);
     }
 }
 
-template <class Isa, int C, int taps, class T>
+// Samples of half a group through the epilogue to where they belong.
+template <class Isa, int C, int taps, bool colored, class T>
+IMGOPT_INLINE void sample_half(const Window& w, const Epilogue<C>& epilogue, const Target& target,
+                               const typename Isa::Group& group, int half, T* to) {
+    if constexpr (taps == 1 && C > 1 && sizeof(T) == 1 && !colored)
+        if (!target.planar) return Isa::template copy<C>(to, target, group, half);
+    typename Isa::Vector samples[C];
+    Isa::template samples<C, taps>(w, group, half, samples);
+    if constexpr (colored) Isa::color(epilogue.color, epilogue.unit, samples);
+    Isa::template put<C, taps == 4>(to, target, epilogue, samples);
+}
+
+// A group that is fill, has pixels that are, or is cut off by the end of the row.
+template <class Isa, int C, int taps, bool colored, class T>
+[[gnu::noinline]] void finish_group(const Window& w, const Epilogue<C>& epilogue, const Target& whole,
+                                    const typename Isa::Group& group, int64_t step, T* to) {
+    Target target = whole;
+    for (int half = 0; half < 2 && target.room > 0; ++half, to += Isa::kLanes * step, target.room -= Isa::kLanes) {
+        target.count = target.room < Isa::kLanes ? static_cast<int>(target.room) : Isa::kLanes;
+        if (group.plain) {
+            sample_half<Isa, C, taps, colored>(w, epilogue, target, group, half, to);
+            continue;
+        }
+        typename Isa::Vector samples[C];
+        if (group.touched) {
+            Isa::template samples<C, taps>(w, group, half, samples);
+            Isa::template blend<C>(epilogue.fill, group, half, samples);
+        } else {
+            Isa::template spread<C>(epilogue.fill, samples);
+        }
+        if constexpr (colored) Isa::color(epilogue.color, epilogue.unit, samples);
+        Isa::template put<C, taps == 4>(to, target, epilogue, samples);
+    }
+}
+
+template <class Isa, int C, int taps, bool colored, class T>
 void warp_strip(const AffineWarp& p, const Map& map, const Source<uint8_t>& source, const Window& w,
                 const Epilogue<C>& epilogue_of_image, int64_t image, int64_t y0, int64_t y1, int64_t x0, int64_t x1,
                 Ahead& ahead) {
@@ -194,55 +250,48 @@ void warp_strip(const AffineWarp& p, const Map& map, const Source<uint8_t>& sour
     const Limits limits(p, source, w, taps);
     const Epilogue<C> epilogue = epilogue_of_image;  // a copy that no store can change
     const int64_t step = p.output_stride[3], row_step = p.output_stride[2];
-    const bool affine = map.affine;
     Target target{p.output_stride[1], step == 1 && C > 1, lanes, 0};
     BlockColumn<Isa> columns[kStripBlocks];
-    typename Isa::Group groups[kBlock / (2 * lanes)];
+    typename Isa::Group groups[2][kBlock / (2 * lanes)];
     T* output = static_cast<T*>(p.output) + image * p.output_stride[0];
     const int64_t blocks = (x1 - x0 + kBlock - 1) / kBlock;
-    for (int64_t i = 0; affine && i < blocks; ++i) columns[i].plan(map, limits, x0 + i * kBlock, y0);
-    for (int64_t y = y0; y < y1; ++y) {
-        T* to = output + y * row_step + x0 * step;
-        ahead.row();
-        for (int64_t i = 0; i < blocks; ++i) {
-            const int64_t x = x0 + i * kBlock;
-            int64_t room = x1 - x;
-            const int count = static_cast<int>(room < kBlock ? room : kBlock);
-            locate_block<Isa, C, taps>(p, map, source, w, columns[i], static_cast<int>(y - y0), x, y, count, groups);
-            for (int g = 0; g * 2 * lanes < count; ++g) {
-                const typename Isa::Group& group = groups[g];
-                const auto half = [&](int h) __attribute__((always_inline)) {
-                    target.room = room;
-                    target.count = room < lanes ? static_cast<int>(room) : lanes;
-                    bool copied = false;
-                    if constexpr (taps == 1 && C > 1 && sizeof(T) == 1) {
-                        copied = group.touched && affine && !epilogue.colored && !target.planar;
-                        if (copied) Isa::template copy<C>(to, target, group, h);
-                    }
-                    if (!copied) {
-                        typename Isa::Vector samples[C];
-                        if (group.touched) {
-                            Isa::template samples<C, taps>(w, group, h, samples);
-                            if (!affine) Isa::template blend<C>(epilogue.fill, group, h, samples);
-                        } else {
-                            Isa::template spread<C>(epilogue.fill, samples);
-                        }
-                        if constexpr (C == 3)
-                            if (epilogue.colored) Isa::color(epilogue.color, epilogue.unit, samples);
-                        Isa::template put<C, taps == 4>(to, target, epilogue, samples);
-                    }
-                    room -= lanes;
-                    to += lanes * step;
-                };
-                half(0);
-                if (room > 0) half(1);
+    for (int64_t i = 0; map.affine && i < blocks; ++i) columns[i].plan(map, limits, x0 + i * kBlock, y0);
+    const typename Isa::Steps steps(columns[0].step, w.pitch);
+    int64_t located_row = y0, located = 0, row = y0, block = 0;
+    T* to = output + y0 * row_step + x0 * step;
+    for (int64_t turn = 0; turn <= (y1 - y0) * blocks; ++turn) {
+        if (located_row < y1) {
+            const int64_t x = x0 + located * kBlock;
+            const int count = static_cast<int>(x1 - x < kBlock ? x1 - x : kBlock);
+            if (located == 0) ahead.row();
+            locate_block<Isa, C, taps>(p, map, source, w, steps, columns[located], static_cast<int>(located_row - y0),
+                                       x, located_row, count, groups[turn % 2]);
+            if (++located == blocks) {
+                located = 0;
+                ++located_row;
             }
+        }
+        if (turn == 0) continue;
+        const typename Isa::Group *group = groups[(turn + 1) % 2], *last = group + kBlock / (2 * lanes);
+        target.room = x1 - x0 - block * kBlock;
+        for (; target.room > 0 && group < last; ++group, target.room -= 2 * lanes, to += 2 * lanes * step) {
+            if (!group->plain || target.room < 2 * lanes) {
+                finish_group<Isa, C, taps, colored>(w, epilogue, target, *group, step, to);
+                continue;
+            }
+            sample_half<Isa, C, taps, colored>(w, epilogue, target, *group, 0, to);
+            const Target rest{target.channel, target.planar, lanes, target.room - lanes};
+            sample_half<Isa, C, taps, colored>(w, epilogue, rest, *group, 1, to + lanes * step);
+        }
+        if (++block == blocks) {
+            block = 0;
+            to = output + ++row * row_step + x0 * step;
         }
     }
 }
 
 // The strips of a tile.
-template <class Isa, int C, int taps, class T>
+template <class Isa, int C, int taps, bool colored, class T>
 void warp_strips(const AffineWarp& p, const Map& map, const Source<uint8_t>& source, const Window& w,
                  const Epilogue<C>& epilogue, int64_t image, int64_t y0, int64_t y1, int64_t x0, int64_t x1,
                  const uint8_t* next) {
@@ -252,7 +301,7 @@ void warp_strips(const AffineWarp& p, const Map& map, const Source<uint8_t>& sou
         const int64_t y_end = y + Isa::kLanes < y1 ? y + Isa::kLanes : y1;
         for (int64_t x = x0; x < x1; x += wide) {
             const int64_t x_end = x + wide < x1 ? x + wide : x1;
-            warp_strip<Isa, C, taps, T>(p, map, source, w, epilogue, image, y, y_end, x, x_end, ahead);
+            warp_strip<Isa, C, taps, colored, T>(p, map, source, w, epilogue, image, y, y_end, x, x_end, ahead);
         }
     }
 }
@@ -291,7 +340,11 @@ void warp_windowed(const AffineWarp& p, int64_t begin, int64_t end) {
                 return false;
             w.data = scratch + before;
             fill_window<C, taps, Isa>(source, fill, w, p.padding);
-            warp_strips<Isa, C, taps, T>(p, map, source, w, epilogue, image, y0, y1, x0, x1, next);
+            if constexpr (C == 3)
+                if (epilogue.colored)
+                    return warp_strips<Isa, C, taps, true, T>(p, map, source, w, epilogue, image, y0, y1, x0, x1, next),
+                           true;
+            warp_strips<Isa, C, taps, false, T>(p, map, source, w, epilogue, image, y0, y1, x0, x1, next);
             return true;
         };
         if (warp(y_begin, y_end, 0, p.output_width)) return;
