@@ -1,5 +1,6 @@
 """The pipeline: draws keyed per sample, folding into one call, replay, layouts, annotations, and bad input."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -12,8 +13,10 @@ from imgopt_fast.augment import (
     ColorJitter,
     Compose,
     Normalize,
+    RandAugment,
     RandomAffine,
     RandomCrop,
+    RandomErasing,
     RandomGrayscale,
     RandomHorizontalFlip,
     RandomPerspective,
@@ -21,6 +24,7 @@ from imgopt_fast.augment import (
     RandomRotation,
     RandomVerticalFlip,
     Resize,
+    TrivialAugmentWide,
     fold,
     geometry,
 )
@@ -474,6 +478,41 @@ def test_a_replay_compiles_into_one_graph():
     for epoch in range(2):
         params = aug.make_params(images, key=(0, epoch, range(6)))
         torch.testing.assert_close(compiled(images, params), replay(images, params), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("arrangement", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        [RandomErasing(p=0.7, value="random", inplace=True)],
+        [RandAugment()],
+        [TrivialAugmentWide()],
+        [
+            RandomResizedCrop(24),
+            RandAugment(3, 12),
+            Normalize([0.5] * 3, [0.2] * 3, dtype=torch.bfloat16),
+            RandomErasing(p=1),
+        ],
+    ],
+    ids=["erasing", "randaugment", "trivialaugment", "all"],
+)
+def test_what_decides_by_values_compiles_into_one_graph(transforms, arrangement):
+    images = photos().contiguous(memory_format=arrangement)
+    aug = copy.deepcopy(Compose(transforms))
+
+    def replay(images: torch.Tensor, params: augment.Params) -> torch.Tensor:
+        return aug.transform(images, params) + 1
+
+    compiled = torch.compile(replay, fullgraph=True, backend="aot_eager")
+    for epoch in range(3):
+        params = aug.make_params(images, key=(0, epoch, range(6)))
+        before = images.clone()
+        ours = compiled(images, params)
+        assert torch.equal(images, before)
+        expected = replay(images.clone(memory_format=torch.preserve_format), params)
+        assert ours.stride() == expected.stride()
+        assert ours.dtype == expected.dtype
+        assert torch.equal(ours, expected)
 
 
 def test_a_call_inside_a_compiled_function_draws_outside_the_graph():

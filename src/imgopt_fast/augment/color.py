@@ -114,9 +114,11 @@ class Normalize(Transform):
             raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
         self.dtype = dtype
 
+    def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self.dtype or (torch.float32 if dtype == torch.uint8 else dtype)
+
     def record(self, fold: Fold, draw: Draw) -> None:
-        dtype = self.dtype or (torch.float32 if fold.dtype == torch.uint8 else fold.dtype)
-        fold.normalize(self.mean, self.std, dtype)
+        fold.normalize(self.mean, self.std, self.output_dtype(fold.dtype))
 
     def extra_repr(self) -> str:
         return f"mean={self.mean}, std={self.std}, dtype={self.dtype}"

@@ -30,6 +30,7 @@ class RandomErasing(Transform):
     """
 
     words = 2 * CROP_ATTEMPTS + 4
+    decides = True
 
     def __init__(
         self,

@@ -173,7 +173,7 @@ class Fold:
         index = torch.from_numpy(chosen).to(self._images.device)
         done = self._run(chosen, index)
         images = self._images if self.owned else self._images.clone()
-        self._images, self.owned = images.index_copy(0, index, done), True
+        self._images, self.owned = images.index_copy_(0, index, done), True  # in place: a copy would lose the layout
         self._forget(chosen, index)
 
     def _forget(self, chosen: NDArray[np.intp], index: torch.Tensor) -> None:

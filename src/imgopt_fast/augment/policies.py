@@ -39,6 +39,7 @@ class _Policy(Transform):
     """`steps` operations per sample, each with a magnitude."""
 
     steps = 1
+    decides = True
     labels = MappingProxyType({"operation": OPERATIONS})
 
     def __init__(self, num_magnitude_bins: int, interpolation: Any, fill: Fill | None) -> None:

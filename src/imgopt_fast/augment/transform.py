@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from imgopt_fast.augment import geometry, philox
+from imgopt_fast.augment import geometry, opaque, philox
 from imgopt_fast.augment.fold import Fold, Sampling
 from imgopt_fast.augment.geometry import Matrix, Size
 
@@ -82,6 +82,15 @@ class Transform(torch.nn.Module):
 
     words = 0  # uniform numbers that one sample takes
     labels: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # names for parameters that are codes
+    decides = False  # whether `record` looks at the values of a draw, which no compiled graph can
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = opaque.number(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.number = opaque.number(self)  # a copy is a pipeline of its own
 
     def draw(self, u: NDArray[np.float64], size: Size) -> Draw:
         """Parameters from numbers `u` in [0, 1), (at least `words`, N), for images of `size`."""
@@ -98,6 +107,10 @@ class Transform(torch.nn.Module):
     def output_size(self, size: Size) -> Size:
         """(H, W) of the output for input of `size`."""
         return size
+
+    def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the output for images of `dtype`."""
+        return dtype
 
     def leaves(self) -> tuple[Transform, ...]:
         return (self,)
@@ -142,8 +155,15 @@ class Transform(torch.nn.Module):
         return Params(tuple(names), tuple(draws), count, size, labels)
 
     def _transform(self, batch: torch.Tensor, params: Params) -> torch.Tensor:
+        # Images that need a gradient are not hidden from the compiler: it then breaks its graph at what it cannot hold.
+        if torch.compiler.is_compiling() and not batch.requires_grad and any(leaf.decides for leaf in self.leaves()):
+            return opaque.call(self, batch, params.draws)
+        return self.carry_out(batch, params.draws)
+
+    def carry_out(self, batch: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+        """The work that `draws`, one for each of the leaves, describe, on images (N, C, H, W)."""
         fold = Fold(batch)
-        for leaf, draw in zip(self.leaves(), params.draws, strict=True):
+        for leaf, draw in zip(self.leaves(), draws, strict=True):
             leaf.record(fold, draw)
         return fold.images()
 
