@@ -358,6 +358,15 @@ def test_numpy_face(rng: np.random.Generator) -> None:
             }  # fmt: skip
             found = face.int8_conv2d(x.permute(0, 2, 3, 1).numpy(), weight.numpy(), bias.numpy(), **settings)
             np.testing.assert_array_equal(found, expected)
+            own = ("input_scale", "input_zero_point", "weight_scale", "groups")
+            about_weight = {name: settings.pop(name) for name in own}
+            packed = face.pack_int8_weight(weight.numpy(), bias=bias.numpy(), **about_weight)
+            moved = packed._replace(packed=np.concatenate([packed.packed[:1], packed.packed])[1:])  # not aligned
+            for layer_weight in (packed, pickle.loads(pickle.dumps(packed)), moved):
+                found = face.int8_conv2d(x.permute(0, 2, 3, 1).numpy(), layer_weight, **settings)
+                np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match="weight: is packed"):
+        face.int8_conv2d(x.permute(0, 2, 3, 1).numpy(), packed, groups=2)
     image = np.zeros((1, 2, 2, 4), np.uint8)
     kernel = np.ones((3, 4, 1, 1), np.int8)
     assert face.int8_conv2d(image, kernel, input_scale=1.0, weight_scale=1.0).dtype == np.float32

@@ -58,12 +58,12 @@ int64_t output_length(int64_t in, int64_t padding, int64_t kernel, int64_t strid
 }
 
 py::array convolve(const py::array& input, const Weights& weight, const py::array_t<int32_t, py::array::c_style>& bias,
-                   const py::array_t<float, py::array::c_style>& weight_scale, const std::optional<py::array>& residual,
-                   double input_scale, int64_t input_zero_point, std::optional<double> output_scale,
-                   int64_t output_zero_point, bool output_signed, const std::vector<int64_t>& stride,
-                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                   std::optional<double> output_min, std::optional<double> output_max, double residual_scale,
-                   int64_t residual_zero_point, bool shift) {
+                   const py::array_t<float, py::array::c_style>& weight_scale, const Bytes& packed,
+                   const std::optional<py::array>& residual, double input_scale, int64_t input_zero_point,
+                   std::optional<double> output_scale, int64_t output_zero_point, bool output_signed,
+                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                   const std::vector<int64_t>& dilation, int64_t groups, std::optional<double> output_min,
+                   std::optional<double> output_max, double residual_scale, int64_t residual_zero_point, bool shift) {
     const Image image = image_of(input, "input");
     Int8Conv2d conv{};
     conv.weight = geometry_of(shape_of(weight), groups);
@@ -116,15 +116,22 @@ py::array convolve(const py::array& input, const Weights& weight, const py::arra
     const int8_t* canonical = weight.data();
     const int32_t* bias_data = bias.data();
     const float* scale_data = weight_scale.data();
+    const uint8_t* packed_data = packed.data();
+    const int64_t packed_size = packed.size();
     {
         py::gil_scoped_release release;
         struct Line {
             alignas(64) uint8_t bytes[64];
         };
-        std::vector<Line> packed(static_cast<size_t>(packed_bytes(conv.weight) / 64 + 1));
-        pack(conv.weight, canonical, packed[0].bytes);
+        std::vector<Line> repacked;
+        if (reinterpret_cast<uintptr_t>(packed_data) % 64 != 0 ||
+            !is_packed_for_kernel(conv.weight, packed_data, packed_size)) {
+            repacked.resize(static_cast<size_t>(packed_bytes(conv.weight) / 64 + 1));
+            pack(conv.weight, canonical, repacked[0].bytes);
+            packed_data = repacked[0].bytes;
+        }
         ChannelNumbers numbers;
-        set_layer(conv, numbers, quantization, packed[0].bytes, bias_data, scale_data);
+        set_layer(conv, numbers, quantization, packed_data, bias_data, scale_data);
         const KernelTable& table = kernels();
         const int64_t units = table.int8_conv2d_units(conv);
         const int64_t products = conv.batch * conv.out_h * conv.out_w * weight.size();
@@ -142,11 +149,11 @@ void register_int8_conv2d(py::module_& m) {
     m.def("int8_conv2d_pack", &pack_into, py::arg("weight").noconvert(), py::arg("groups"),
           py::arg("packed").noconvert(), "Write the packed weight into `packed`.");
     m.def("int8_conv2d", &convolve, py::arg("input"), py::arg("weight").noconvert(), py::arg("bias").noconvert(),
-          py::arg("weight_scale").noconvert(), py::arg("residual"), py::arg("input_scale"), py::arg("input_zero_point"),
-          py::arg("output_scale"), py::arg("output_zero_point"), py::arg("output_signed"), py::arg("stride"),
-          py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("output_min"), py::arg("output_max"),
-          py::arg("residual_scale"), py::arg("residual_zero_point"), py::arg("shift"),
-          "Quantized convolution of a (N, H, W, C) array; see imgopt_fast.numpy.int8_conv2d.");
+          py::arg("weight_scale").noconvert(), py::arg("packed").noconvert(), py::arg("residual"),
+          py::arg("input_scale"), py::arg("input_zero_point"), py::arg("output_scale"), py::arg("output_zero_point"),
+          py::arg("output_signed"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
+          py::arg("output_min"), py::arg("output_max"), py::arg("residual_scale"), py::arg("residual_zero_point"),
+          py::arg("shift"), "Quantized convolution of a (N, H, W, C) array; see imgopt_fast.numpy.int8_conv2d.");
 }
 
 }  // namespace imgopt

@@ -306,14 +306,52 @@ def _masked_matmul_by_torch(input: NDArray[Any], weight: PackedMaskedWeight, bia
 _RANGES = {"uint8": (0, 255), "int8": (-128, 127)}
 
 
-def int8_conv2d(
-    input: NDArray[Any],
+class PackedInt8Weight(NamedTuple):
+    """`imgopt_fast.PackedInt8Weight` as arrays. Made by `pack_int8_weight`."""
+
+    weight: NDArray[np.int8]
+    bias: NDArray[np.int32]
+    weight_scale: NDArray[np.float32]
+    packed: NDArray[np.uint8]  # the kernel's order, for one instruction set; packed anew in each call of another
+    input_scale: float
+    input_zero_point: int
+    groups: int
+
+
+def pack_int8_weight(
     weight: NDArray[np.int8],
+    weight_scale: float | NDArray[np.floating[Any]],
     bias: NDArray[np.floating[Any]] | None = None,
     *,
     input_scale: float,
     input_zero_point: int = 0,
-    weight_scale: float | NDArray[np.floating[Any]],
+    groups: int = 1,
+) -> PackedInt8Weight:
+    """`imgopt_fast.pack_int8_weight` for arrays: checks and packs a layer once, with the same errors."""
+    check_zero_point("input_zero_point", input_zero_point, -128, 255)
+    layer = _int8_layer(weight, weight_scale, bias, input_scale, input_zero_point, groups)
+    for values in _RANGES.values():
+        if values[0] <= input_zero_point <= values[1]:
+            _check_sums(layer.weight, layer.bias, input_zero_point, values)
+    if _native.backend() != "native":
+        return layer
+    core = _native.core()
+    assert core is not None
+    size = core.int8_conv2d_packed_bytes(layer.weight.shape, groups)
+    memory = np.empty(size + 63, np.uint8)
+    packed = memory[-memory.ctypes.data % 64 :][:size]  # the kernels read whole cache lines
+    core.int8_conv2d_pack(layer.weight, groups, packed)
+    return layer._replace(packed=packed)
+
+
+def int8_conv2d(
+    input: NDArray[Any],
+    weight: NDArray[np.int8] | PackedInt8Weight,
+    bias: NDArray[np.floating[Any]] | None = None,
+    *,
+    input_scale: float | None = None,
+    input_zero_point: int = 0,
+    weight_scale: float | NDArray[np.floating[Any]] | None = None,
     output_scale: float | None = None,
     output_zero_point: int = 0,
     output_dtype: Any = None,
@@ -330,24 +368,28 @@ def int8_conv2d(
 ) -> NDArray[Any]:
     """`imgopt_fast.int8_conv2d` for arrays: (N, H, W, C) uint8 or int8 to (N, OH, OW, O), the same bits.
 
-    `weight` is int8 (O, C/groups, kH, kW), as in torch; it is packed in every call. The other arguments, the
-    arithmetic and the errors are those of the torch function.
+    `weight` is int8 (O, C/groups, kH, kW), as in torch, and then packed in every call, or what `pack_int8_weight`
+    returned. The other arguments, the arithmetic and the errors are those of the torch function.
     """
     if not isinstance(input, np.ndarray) or input.dtype.name not in _RANGES:
         raise TypeError(f"input: expected a uint8 or int8 array, got {getattr(input, 'dtype', type(input).__name__)}")
-    if not isinstance(weight, np.ndarray) or weight.dtype != np.int8:
-        raise TypeError(f"weight: expected an int8 array, got {getattr(weight, 'dtype', type(weight).__name__)}")
-    if weight.ndim != 4 or 0 in weight.shape:
-        raise ValueError(f"weight: expected (O, C/groups, kH, kW) with no empty axis, got {weight.shape}")
-    if groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}")
-    if input.ndim != 4 or input.shape[3] != weight.shape[1] * groups:
-        raise ValueError(f"input: expected (N, H, W, {weight.shape[1] * groups}), got {input.shape}")
-    check_scale("input_scale", input_scale)
-    check_zero_point("input_zero_point", input_zero_point, *_RANGES[input.dtype.name])
-    scale = _channel_scales(weight_scale, weight.shape[0])
-    bias_int32 = _quantized_bias(bias, scale, input_scale)
-    _check_sums(weight, bias_int32, input_zero_point, _RANGES[input.dtype.name])
+    if isinstance(weight, PackedInt8Weight):
+        if bias is not None or input_scale is not None or weight_scale is not None or groups != 1 or input_zero_point:
+            raise ValueError(
+                "weight: is packed, so bias, input_scale, input_zero_point, weight_scale and groups come from it; "
+                "leave them out"
+            )
+        layer = weight
+        check_zero_point("input_zero_point", layer.input_zero_point, *_RANGES[input.dtype.name])
+    elif input_scale is None or weight_scale is None:
+        raise ValueError("input_scale, weight_scale: expected positive numbers beside an unpacked weight, got None")
+    else:
+        check_zero_point("input_zero_point", input_zero_point, *_RANGES[input.dtype.name])
+        layer = _int8_layer(weight, weight_scale, bias, input_scale, input_zero_point, groups)
+        _check_sums(layer.weight, layer.bias, input_zero_point, _RANGES[input.dtype.name])
+    group_channels = layer.weight.shape[1]
+    if input.ndim != 4 or input.shape[3] != group_channels * layer.groups:
+        raise ValueError(f"input: expected (N, H, W, {group_channels * layer.groups}), got {input.shape}")
     strides, sides, dilations = as_pair("stride", stride, 1), as_sides(padding), as_pair("dilation", dilation, 1)
     check_clamp(output_min, output_max)
     if output_scale is None:
@@ -361,7 +403,7 @@ def int8_conv2d(
         check_scale("output_scale", output_scale)
         check_zero_point("output_zero_point", output_zero_point, *_RANGES[dtype.name])
     n, channels, height, width = output_size(
-        (input.shape[0], input.shape[3], *input.shape[1:3]), weight.shape, strides, sides, dilations
+        (input.shape[0], input.shape[3], *input.shape[1:3]), layer.weight.shape, strides, sides, dilations
     )
     if residual is not None:
         if not isinstance(residual, np.ndarray) or residual.dtype.name not in _RANGES:
@@ -374,28 +416,47 @@ def int8_conv2d(
     elif residual_scale is not None or residual_zero_point:
         raise ValueError("residual: expected an array beside residual_scale or residual_zero_point, got None")
     if one_of("requantize", requantize, ("float", "shift")) == "shift":
-        check_shift_scales(input_scale=input_scale, output_scale=output_scale, residual_scale=residual_scale)
-        mantissa, exponent = np.frexp(scale)
+        check_shift_scales(input_scale=layer.input_scale, output_scale=output_scale, residual_scale=residual_scale)
+        mantissa, exponent = np.frexp(layer.weight_scale)
         if not (mantissa == 0.5).all():
-            raise ValueError(f"weight_scale: expected powers of two with requantize='shift', got {scale}")
-        check_shift_span(input_scale, int(exponent.min()), int(exponent.max()), residual_scale)
+            raise ValueError(f"weight_scale: expected powers of two with requantize='shift', got {layer.weight_scale}")
+        check_shift_span(layer.input_scale, int(exponent.min()), int(exponent.max()), residual_scale)
     if _native.backend() != "native":
         return _int8_conv2d_by_torch(
-            input, weight, bias, scale, residual, input_scale=input_scale, input_zero_point=input_zero_point,
-            output_scale=output_scale, output_zero_point=output_zero_point, output_dtype=dtype, stride=strides,
-            padding=(sides[:2], sides[2:]), dilation=dilations, groups=groups, output_min=output_min,
+            input, layer, residual, output_scale=output_scale, output_zero_point=output_zero_point, output_dtype=dtype,
+            stride=strides, padding=(sides[:2], sides[2:]), dilation=dilations, output_min=output_min,
             output_max=output_max, residual_scale=residual_scale, residual_zero_point=residual_zero_point,
             requantize=requantize,
         )  # fmt: skip
     core = _native.core()
     assert core is not None
     result: NDArray[Any] = core.int8_conv2d(
-        np.ascontiguousarray(input), np.ascontiguousarray(weight), bias_int32, scale,
-        None if residual is None else np.ascontiguousarray(residual), input_scale, input_zero_point, output_scale,
-        output_zero_point, dtype == np.int8, strides, sides, dilations, groups, output_min, output_max,
-        1.0 if residual_scale is None else residual_scale, residual_zero_point, requantize == "shift",
+        np.ascontiguousarray(input), layer.weight, layer.bias, layer.weight_scale, layer.packed,
+        None if residual is None else np.ascontiguousarray(residual), layer.input_scale, layer.input_zero_point,
+        output_scale, output_zero_point, dtype == np.int8, strides, sides, dilations, layer.groups, output_min,
+        output_max, 1.0 if residual_scale is None else residual_scale, residual_zero_point, requantize == "shift",
     )  # fmt: skip
     return result
+
+
+def _int8_layer(
+    weight: NDArray[np.int8], weight_scale: float | NDArray[Any], bias: NDArray[Any] | None, input_scale: float,
+    input_zero_point: int, groups: int,
+) -> PackedInt8Weight:  # fmt: skip
+    """A layer without packed bytes, checked but for its sums, whose bound depends on the input's dtype."""
+    if not isinstance(weight, np.ndarray) or weight.dtype != np.int8:
+        raise TypeError(f"weight: expected an int8 array, got {getattr(weight, 'dtype', type(weight).__name__)}")
+    if weight.ndim != 4 or 0 in weight.shape:
+        raise ValueError(f"weight: expected (O, C/groups, kH, kW) with no empty axis, got {weight.shape}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}")
+    check_scale("input_scale", input_scale)
+    scale = _channel_scales(weight_scale, weight.shape[0])
+    steps = _quantized_bias(bias, scale, input_scale)
+    nothing = np.empty(0, np.uint8)
+    return PackedInt8Weight(
+        np.ascontiguousarray(weight), steps, scale, nothing, float(input_scale), input_zero_point, groups
+    )
 
 
 def _channel_scales(weight_scale: float | NDArray[Any], channels: int) -> NDArray[np.float32]:
@@ -442,21 +503,18 @@ def _check_sums(weight: NDArray[np.int8], bias: NDArray[np.int32], zero_point: i
 
 
 def _int8_conv2d_by_torch(
-    input: NDArray[Any], weight: NDArray[np.int8], bias: NDArray[Any] | None, scale: NDArray[np.float32],
-    residual: NDArray[Any] | None, *, output_dtype: Any, **settings: Any,
-) -> NDArray[Any]:  # fmt: skip
+    input: NDArray[Any], layer: PackedInt8Weight, residual: NDArray[Any] | None, *, output_dtype: Any, **settings: Any
+) -> NDArray[Any]:
     import torch
 
-    from imgopt_fast.ops.int8_conv2d import int8_conv2d as convolve
+    from imgopt_fast.ops import int8_conv2d as op
 
     def image(array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).permute(0, 3, 1, 2)
 
-    result = convolve(
+    result = op.int8_conv2d(
         image(input),
-        torch.from_numpy(np.ascontiguousarray(weight)),
-        None if bias is None else torch.from_numpy(np.ascontiguousarray(bias)),
-        weight_scale=torch.from_numpy(scale),
+        op.PackedInt8Weight(*(torch.from_numpy(array) for array in layer[:4]), *layer[4:]),
         residual=None if residual is None else image(residual),
         output_dtype=getattr(torch, output_dtype.name),
         **settings,
