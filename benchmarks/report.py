@@ -133,6 +133,8 @@ def absences(results: list[Result]) -> Iterator[str]:
     for result in results:
         for name, reason in result.absent.items():
             yield f"{result.case}, {name}: {reason}"
+        if result.note is not None and not all(result.goals()):
+            yield f"{result.case}, a goal missed: {result.note}"
 
 
 if __name__ == "__main__":

@@ -68,6 +68,21 @@ def test_photometric_outputs_too() -> None:
     assert adjust_hue(images, 0.5).data_ptr() == address
 
 
+def test_masked_products_and_the_gradients_of_their_weights_too() -> None:
+    mask = torch.rand(1200, 600) < 0.05
+    layout = imgopt_fast.mask_layout(mask)
+    weight, x = torch.randn(1200, 600, requires_grad=True), torch.randn(500, 600)
+    addresses: set[int] = set()
+    for _ in range(3):
+        output = imgopt_fast.masked_matmul(x, weight, layout)
+        (gradient,) = torch.autograd.grad(output, weight, output.detach())
+        torch.testing.assert_close(output, x @ (weight * mask).t())
+        torch.testing.assert_close(gradient, (output.t() @ x) * mask, rtol=1e-4, atol=1e-2)
+        addresses |= {output.data_ptr(), gradient.data_ptr()}
+        del output, gradient
+    assert len(addresses) == 2
+
+
 def _in_child(parent: torch.Tensor) -> None:
     child = warped(3)
     os._exit(0 if (child == 3).all() and (parent == 2).all() else 1)

@@ -12,7 +12,7 @@ from test_training import make_images, press_ctrl_c_at, results, tiny, tiny_netw
 from torch import nn
 
 from imgopt_fast.augment import Normalize, RandomResizedCrop
-from imgopt_fast.compress import Int8Config, PruneConfig, prune, qat
+from imgopt_fast.compress import Int8Config, MaskedSGD, PruneConfig, prune, qat
 from imgopt_fast.data import load_dataset
 from imgopt_fast.models import create_model
 from imgopt_fast.training import (
@@ -187,6 +187,20 @@ def test_lower_layers_learn_less() -> None:
     freeze_body(model)
     groups = make_optimizer(model, nn.Module(), TrainConfig(), 0.8).param_groups
     assert {id(p) for group in groups for p in group["params"]} == {id(model.fc.weight), id(model.fc.bias)}
+
+
+def test_pruned_layers_are_moved_by_their_own_optimizer() -> None:
+    model = create_model("resnet8", num_classes=3, in_channels=1)
+    assert type(make_optimizer(model, nn.Module(), TrainConfig(), 0.1)) is torch.optim.SGD
+    prune(model, PruneConfig(sparsity=0.9))
+    optimizer = make_optimizer(model, nn.Module(), TrainConfig(weight_decay=0.1), 0.1)
+    assert isinstance(optimizer, MaskedSGD)
+    before = copy.deepcopy(model.state_dict())
+    F.cross_entropy(model(torch.rand(8, 1, 12, 12)), torch.arange(8) % 3).backward()
+    optimizer.step()
+    layer = model.layer3[0].conv1
+    assert torch.equal(layer.weight != before["layer3.0.conv1.weight"], layer.weight_mask)
+    assert isinstance(make_optimizer(model, nn.Module(), TrainConfig(opt="adamw"), 0.1), torch.optim.AdamW)
 
 
 def test_parts_of_a_batch_cover_it_with_their_halo() -> None:

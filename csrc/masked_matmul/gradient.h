@@ -84,21 +84,23 @@ struct WeightGradKernel : Panels<Lanes> {
         const int64_t first_quad = first_row / 4, last_quad = (first_row + rows + 3) / 4;
         const MaskedInput grad_rows{p.x.dtype, p.grad, p.x.samples, w.rows, p.grad_stride, {1, 1},
                                     {1, 1},    {1, 1}, {1, 1},      {0, 0}, {1, 1},        {1, 1}};
-        float* x = static_cast<float*>(thread_scratch((columns + rows + 3) * kSamples * sizeof(float)));
-        float* grad = x + columns * kSamples;
+        const int64_t held = min_of(w.block, columns);
+        float* x = static_cast<float*>(thread_scratch((held + rows + 3) * kSamples * sizeof(float)));
+        float* grad = x + held * kSamples;
         for (int64_t i = rows * kSamples; i < (rows + 3) * kSamples; ++i) grad[i] = 0;  // rows that pad the last quad
         for (int64_t first = 0; first < p.x.samples; first += kSamples) {
-            Base::template pack<Storage, P>(p.x, typename Base::template Samples<P>(p.x, first), 0, columns, x);
+            const typename Base::template Samples<P> samples(p.x, first);
             Base::template pack<Storage, P>(grad_rows, typename Base::template Samples<P>(grad_rows, first), first_row,
                                             first_row + rows, grad);
-            for (int64_t b = 0; b < w.blocks; ++b)
-                for (int64_t q = first_quad; q < last_quad; ++q) {
-                    const float* block = x + b * w.block * kSamples;
+            for (int64_t b = 0; b < w.blocks; ++b) {
+                const int64_t from = b * w.block;
+                Base::template pack<Storage, P>(p.x, samples, from, min_of(columns, from + w.block), x);
+                for (int64_t q = first_quad; q < last_quad; ++q)
                     if (w.wide)
-                        grad_quad<P, int32_t>(p, Quad(w, b, q), block, grad, first_row, first > 0);
+                        grad_quad<P, int32_t>(p, Quad(w, b, q), x, grad, first_row, first > 0);
                     else
-                        grad_quad<P, uint8_t>(p, Quad(w, b, q), block, grad, first_row, first > 0);
-                }
+                        grad_quad<P, uint8_t>(p, Quad(w, b, q), x, grad, first_row, first > 0);
+            }
         }
         write_gradients<Storage, float>(p, begin, end);
     }

@@ -15,18 +15,26 @@ from numpy.typing import NDArray
 
 Table = tuple[tuple[float, int], ...]
 
+AVX2_BLOCKS: Table = ((0.05, 1024), (0.1, 512), (0.85, 256), (1.0, 128))
+AVX2_BLOCKS_OF_FOUR: Table = ((0.85, 1024), (1.0, 128))
+
 # Density of the mask up to which a block size is the fastest, per instruction set (None: no compiled kernels).
 BLOCKS: dict[str | None, Table] = {
     None: ((1.0, 256),),
     "scalar": ((1.0, 256),),
-    "avx2": ((0.1, 1024), (1.0, 256)),
-    "avxvnni": ((0.1, 1024), (1.0, 256)),
+    "avx2": AVX2_BLOCKS,
+    "avxvnni": AVX2_BLOCKS,
     "avx512": ((0.02, 1024), (0.07, 256), (0.2, 192), (1.0, 128)),
-    "neon": ((0.1, 1024), (1.0, 256)),
+    "neon": AVX2_BLOCKS,
     "cuda": ((1.0, 128),),  # what shared memory holds beside the sums, see ops/masked_matmul/cuda.py
 }
 # The same where the rows come in blocks of four that are set alike.
-BLOCKS_OF_FOUR: dict[str | None, Table] = BLOCKS | {"avx512": ((0.2, 1024), (0.5, 256), (0.85, 192), (1.0, 1024))}
+BLOCKS_OF_FOUR: dict[str | None, Table] = BLOCKS | {
+    "avx2": AVX2_BLOCKS_OF_FOUR,
+    "avxvnni": AVX2_BLOCKS_OF_FOUR,
+    "avx512": ((0.2, 1024), (0.5, 256), (0.85, 192), (1.0, 1024)),
+    "neon": AVX2_BLOCKS_OF_FOUR,
+}
 
 
 # Density from which a linear keeps a dense copy beside the packed values, for up to four samples: with so few, finding

@@ -94,6 +94,7 @@ class Case(ABC):
     quick: bool
     threads: int | None = None  # a case about threads fixes their number; others take the caller's
     isa: str | None = None  # a case about an instruction set fixes it for ours
+    note: str | None = None  # why a goal is missed, as measured; shown where one is
 
     @abstractmethod
     def ours(self) -> Runner: ...

@@ -50,6 +50,7 @@ class Result:
     absent: Mapping[str, str] = field(default_factory=dict)
     waited: float = 0.0  # share of the run that the process was ready but had no core
     failure: str | None = None
+    note: str | None = None  # why a goal is missed
 
     def goals(self) -> list[bool]:
         """Which of the case's goals are met."""
@@ -107,7 +108,7 @@ def run(case: Case, *, threads: int, seconds: float) -> Result:
         return Result(
             case.subject, case.name, threads, isa, ours.median, ours.spread, len(ours.samples),
             None if rates is None else case.work().floor(rates, threads),
-            case.best_goal, case.floor_goal, tuple(rows), contest.absent, waited,
+            case.best_goal, case.floor_goal, tuple(rows), contest.absent, waited, note=case.note,
         )  # fmt: skip
     except Disagreement as error:
         return Result(case.subject, case.name, threads, isa, failure=f"WRONG RESULT, not timed: {first_line(error)}")
@@ -168,6 +169,8 @@ def lines(result: Result) -> Iterator[str]:
         yield f"    {'best peer: ' + result.best.name:<61} goal {result.best_goal:g}x: {'met' if met else 'MISSED'}"
     for name, reason in result.absent.items():
         yield f"    {name:<42} {reason}"
+    if result.note is not None and not all(result.goals()):
+        yield f"    missed: {result.note}"
 
 
 def comparison(ratio: float) -> str:

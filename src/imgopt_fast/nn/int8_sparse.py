@@ -88,7 +88,7 @@ def wins(weight: Tensor) -> bool:
     table = LARGEST_SHARE.get(_native.active_isa(), ())
     limit = next((share for fewest, share in table if rows.shape[1] >= fewest), 0.0)
     groups = torch.nn.functional.pad(rows, (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP)).any(2)
-    return int(groups.sum()) <= limit * groups.numel()
+    return bool(int(groups.sum()) <= limit * groups.numel())
 
 
 def describe_zeros(step: "Step", layer: Any, *, sparse: bool) -> str:
