@@ -205,6 +205,34 @@ def test_large_sets_are_decoded_once(tmp_path: Path, cached: Path, monkeypatch: 
     assert [skipped.name for skipped in load_dataset(root).skipped] == ["class1/odd.png"]
 
 
+def test_pillow_decodes_large_sets_in_processes(tmp_path: Path, cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where simplejpeg does not let go of the interpreter's lock: the pixels and the skipped are those of threads."""
+    root = make_folder(tmp_path / "set", images=40)
+    (root / "class0" / "7.png").write_text("no image")
+    direct = load_dataset(root)
+    monkeypatch.setattr(cache, "LEAST_BYTES", 0)
+    monkeypatch.setattr(cache, "CHUNK", 16)
+    built = load_dataset(root)
+    assert built.skipped == direct.skipped
+    for part in ("train", "validation", "test"):
+        assert getattr(built, part).images.equal(getattr(direct, part).images)
+    decode_into, here = cache.decode_into, os.getpid()
+
+    def only_elsewhere(data: bytes, pixels: Any) -> Any:
+        if os.getpid() == here:
+            raise cache.UnreadableError("decoded in the training's own process")
+        return decode_into(data, pixels)
+
+    monkeypatch.setattr(cache, "decode_into", only_elsewhere)
+    (root / "class0" / "7.png").write_text("another")
+    assert load_dataset(root).skipped == direct.skipped  # in processes: PNG
+    monkeypatch.setattr(cache, "decode_into", lambda data, pixels: os._exit(1))
+    (root / "class0" / "7.png").write_text("a third")
+    with pytest.raises(DataError, match="set: a process that decoded its images was killed"):
+        load_dataset(root)
+    assert not list(cached.glob("*.partial"))
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(
     tmp_path: Path, cached: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

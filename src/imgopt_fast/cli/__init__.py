@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for module in modules.values():
         module.add_parser(verbs)
     parsed = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("imgopt_fast").setLevel(logging.INFO)
     try:
         return int(modules[parsed.verb].run(parsed))
     except KeyboardInterrupt:

@@ -27,8 +27,8 @@ FORMATS = """formats, what each needs, and the engine that checks it:
   stablehlo  StableHLO for tpu, cuda and cpu, by jax.export    'imgopt-fast[jax]': jax; XLA on the CPU checks
   pt2        torch.export with our operations, and AOTInductor  nothing; a fresh process checks (AOTI: a C++ compiler)
 
-c and qonnx take power-of-two scales: the run's float network is quantized again with them, on the run's calibration
-images. --no-verify needs no checking engine.
+c and qonnx take power-of-two scales: a run with --quantize pow2 is exported as it is; of another the float network is
+quantized again with them, on the run's calibration images. --no-verify needs no checking engine.
 
 examples:
   imgopt-fast export runs/first --format onnx

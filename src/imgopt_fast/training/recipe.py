@@ -83,6 +83,8 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
     dataset = dataset.to(device)
     if process.main and dataset.skipped:
         logger.warning(f"{dataset.name}: left out {len(dataset.skipped)} images that cannot be read; see report.md")
+    if process.main:
+        logger.info(_about(dataset))
     _check_world(config, dataset, process)
     prepare = preparation(config, mean, std)
     shape = dataset.validation.shape  # of the network's input
@@ -164,6 +166,17 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
     report = Report(config, shown, run.path, epochs, rows, found, reference, seconds, times)
     write_report(run, report, augment)
     return report
+
+
+def _about(dataset: Dataset) -> str:
+    channels, height, width = dataset.train.shape
+    kept = "streamed" if not isinstance(dataset.train, Split) else "in memory" if dataset.train.resident else "mapped"
+    counts = ", ".join(
+        f"{len(split):,} {name}"
+        for name, split in (("training", dataset.train), ("validation", dataset.validation), ("test", dataset.test))
+    )
+    colours = "grey" if channels == 1 else "colour"
+    return f"{dataset.name}: {len(dataset.class_names)} classes; {counts} images, {colours}, {width}x{height}, {kept}"
 
 
 def _source(config: TrainConfig) -> Card | None:

@@ -59,7 +59,9 @@ def transfer_weights(
         else:
             left.append(name)
     if len(left) >= len(state):
-        raise ValueError("pretrained: none of its weights has a name and a shape of this network")
+        int8 = any(name.endswith("weight_int8") for name in weights)
+        hint = "; it holds an int8 network: take the run folder, or the file of a stage before" if int8 else ""
+        raise ValueError(f"pretrained: none of its weights has a name and a shape of this network{hint}")
     return left
 
 
