@@ -118,6 +118,7 @@ class _Samples(torch.utils.data.Dataset):
         return self.aug(self.images[i], key=(1, 2, i))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
 def test_workers_do_not_change_the_draws():
     images = photos(8)
     expected = training_recipe()(images, key=(1, 2, range(8)))

@@ -5,6 +5,7 @@ What depends on the process (exit codes, signals, a full disk, a terminal that i
 """
 
 import json
+import random
 import re
 import resource
 import shutil
@@ -22,6 +23,7 @@ from PIL import Image
 
 from imgopt_fast.cli import main
 from imgopt_fast.training import evaluate
+from imgopt_fast.training.checkpoint import load_checkpoint
 
 TINY = [
     "--epochs",
@@ -172,6 +174,38 @@ def test_ctrl_c_leaves_a_checkpoint(images: Path) -> None:
     assert process.returncode == 130, errors
     assert errors.splitlines()[1:] == ["imgopt-fast train: stopped; continue with --resume runs/run"]
     assert torch.load(checkpoint, weights_only=True)["position"]["epoch"] > 0
+
+
+def test_a_killed_training_goes_on_from_a_whole_checkpoint(images: Path) -> None:
+    """kill -9 at whatever moment: the checkpoint loads, and the resumed training has the bits of one left alone."""
+    where = images.parent
+    flags = ["--epochs", "30", "-b", "32", "--prune-epochs", "0", "--quantize", "none", "--img-size", "16"]
+    flags += ["--no-memory", "--no-reference-epoch", "--warmup-epochs", "1"]
+    assert main(["train", "images", *flags, "--experiment", "whole"]) == 0
+    command = [sys.executable, "-m", "imgopt_fast", "train", "images", *flags, "--experiment", "killed"]
+    process = subprocess.Popen(command, cwd=where, stderr=subprocess.DEVNULL)
+    try:
+        run, patience = where / "runs" / "killed", time.monotonic() + 120
+        while not (run / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < patience:
+            time.sleep(0.001)
+        time.sleep(random.random() * 0.2)  # between two epochs, or in the middle of writing
+    finally:
+        process.kill()
+        process.wait()
+    assert load_checkpoint(run / "checkpoint.pt")["position"].epoch < 30
+    assert main(["train", "--resume", str(run)]) == 0
+    assert columns(run) == columns(where / "runs" / "whole")
+    one, other = ((where / "runs" / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert one == other
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    require(Path("/proc/self").exists(), "/proc, where not even root can write")
+    assert main(["train", "images", *TINY, "--output", "/proc/runs"]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "/proc/runs" in err
 
 
 def test_help_is_quick_and_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
