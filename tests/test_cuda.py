@@ -294,8 +294,24 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "depthwise": {"c": 19, "o": 19, "groups": 19, "padding": ((1, 1), (1, 1))},
     "depthwise 5x5": {"c": 32, "o": 32, "groups": 32, "k": (5, 5), "stride": (2, 2), "padding": ((2, 2), (2, 2))},
     "multiplier": {"c": 6, "o": 12, "groups": 6, "padding": ((1, 1), (1, 1))},
+    "depthwise wide": {"c": 20, "o": 20, "groups": 20, "w": 17, "padding": ((1, 0), (0, 1))},
+    "depthwise halved": {"c": 8, "o": 8, "groups": 8, "h": 9, "w": 31, "stride": (2, 2), "padding": ((1, 1), (1, 1))},
+    "groups of 4": {"c": 16, "o": 32, "groups": 4, "w": 16, "padding": ((1, 1), (1, 1))},
+    "groups of 8": {"c": 24, "o": 12, "groups": 3, "w": 9, "stride": (2, 2), "padding": ((1, 1), (1, 1))},
     "many pixels": {"c": 16, "o": 130, "k": (1, 1), "n": 1, "h": 31, "w": 33},
-}
+    # Borders of zero: Hopper's kernel reads them.
+    "zeros": {"c": 64, "o": 160, "n": 3, "padding": ((1, 1), (1, 1)), "input_zero_point": 0},
+    "zeros halved": {
+        "c": 64, "o": 64, "n": 3, "h": 12, "w": 15, "stride": (2, 2), "padding": ((1, 1), (1, 1)),
+        "input_zero_point": 0,
+    },
+    "zeros wide": {"c": 80, "o": 144, "k": (1, 3), "h": 6, "padding": ((0, 0), (0, 2)), "input_zero_point": 0},
+    "zeros in groups": {"c": 192, "o": 256, "groups": 2, "padding": ((1, 1), (1, 1)), "input_zero_point": 0},
+    "zeros dilated": {
+        "c": 32, "o": 48, "h": 11, "k": (3, 2), "dilation": (2, 3), "padding": ((2, 1), (3, 0)), "input_zero_point": 0,
+    },
+    "deep": {"c": 320, "o": 272, "k": (1, 1), "h": 9, "w": 15},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("requantize", ["float", "shift"])

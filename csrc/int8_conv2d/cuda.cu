@@ -6,6 +6,8 @@
 #include "cuda_gemm.h"
 #include "cuda_launch.h"
 #include "cuda_steps.h"
+#include "cuda_strips.h"
+#include "cuda_wgmma.h"
 #include "layer.h"
 
 namespace imgopt {
@@ -48,11 +50,14 @@ __global__ void __launch_bounds__(kPrepareThreads)
     __shared__ int32_t partial[kPrepareThreads];
     const int64_t o = blockIdx.x, row = weight_row(p.weight);
     int32_t sum = 0;
-    for (int64_t i = threadIdx.x; i < row; i += kPrepareThreads) sum += static_cast<int8_t>(p.packed[o * row + i]);
-    partial[threadIdx.x] = sum;
-    __syncthreads();
+    if (p.input_zero_point) {
+        for (int64_t i = threadIdx.x; i < row; i += kPrepareThreads) sum += static_cast<int8_t>(p.packed[o * row + i]);
+        partial[threadIdx.x] = sum;
+        __syncthreads();
+    }
     if (threadIdx.x > 0) return;
-    for (int i = 1; i < kPrepareThreads; ++i) sum += partial[i];
+    if (p.input_zero_point)
+        for (int i = 1; i < kPrepareThreads; ++i) sum += partial[i];
     to.offset[o] = static_cast<int32_t>(static_cast<uint32_t>(bias[o] - int64_t{p.input_zero_point} * sum));
     const double scale = q.input_scale * static_cast<double>(weight_scale[o]);
     to.multiplier[o] = static_cast<float>(scale / q.output_scale);
@@ -79,6 +84,29 @@ void launch_gemm(const Launcher& launch, const Int8Conv2d& p) {
            kGemmThreads, gemm_shared<kRows, kColumns>(), p);
 }
 
+#if defined(IMGOPT_TUNE)
+inline const char* tuned() { return getenv("IMGOPT_TILE"); }
+#endif
+
+void conv_on_hopper(const Launcher& launch, const Int8Conv2d& p) {
+#if defined(IMGOPT_TUNE)
+#define TRY(g, c, s, b) if (tuned() && !strcmp(tuned(), #g "," #c "," #s "," #b)) return launch_wgmma<WgmmaTile<g, c, s, b>>(launch, p)
+    TRY(2, 256, 128, 1); TRY(2, 256, 64, 1);
+    TRY(4, 128, 128, 1); TRY(4, 128, 64, 1); TRY(3, 128, 128, 1); TRY(3, 128, 64, 1);
+    TRY(2, 128, 128, 1); TRY(2, 128, 128, 2); TRY(2, 128, 64, 2); 
+    TRY(4, 64, 64, 1); TRY(3, 64, 64, 2); TRY(2, 64, 64, 3); TRY(2, 64, 128, 2); TRY(2, 64, 128, 3); TRY(1, 64, 128, 3);
+#endif
+    const int64_t processors = launch.processors(), outputs = p.weight.out_channels / p.weight.groups;
+    const bool narrow = (p.weight.group_channels - 1) % 128 < 64;  // whole spans of 128 would be half empty
+    if (outputs >= 256 && p.weight.groups == 1 && wgmma_tiles<WgmmaTile<2, 256, 128, 1>>(p) >= processors * 3 / 4)
+        return narrow ? launch_wgmma<WgmmaTile<2, 256, 64, 1>>(launch, p)
+                      : launch_wgmma<WgmmaTile<2, 256, 128, 1>>(launch, p);
+    if (outputs % 128 == 0 && wgmma_tiles<WgmmaTile<2, 128, 64, 2>>(p) >= processors)
+        return narrow ? launch_wgmma<WgmmaTile<2, 128, 64, 2>>(launch, p)
+                      : launch_wgmma<WgmmaTile<2, 128, 128, 2>>(launch, p);
+    return narrow ? launch_wgmma<WgmmaTile<2, 64, 64, 3>>(launch, p) : launch_wgmma<WgmmaTile<2, 64, 128, 2>>(launch, p);
+}
+
 }  // namespace
 
 int64_t cuda_weight_bytes(const Int8Weight& weight) { return weight.out_channels * weight_row(weight); }
@@ -92,11 +120,13 @@ void cuda_conv(const Launcher& launch, const Int8Conv2d& p) {
     const Int8Weight& w = p.weight;
     const int64_t pixels = p.batch * p.out_h * p.out_w, group_outputs = w.out_channels / w.groups;
     if (pixels == 0) return;
+    if (conv_by_strips(launch, p)) return;
     if (w.group_channels == 1 && group_outputs == 1)
         return launch(depthwise_conv, blocks_for(pixels * ceil_div(w.out_channels, 4), kDirectThreads), kDirectThreads,
                       0, p);
     if (w.groups > 1 && (w.group_channels < 16 || group_outputs < 16))
         return launch(direct_conv, blocks_for(pixels * w.out_channels, kDirectThreads), kDirectThreads, 0, p);
+    if (has_hopper_kernels() && wgmma_serves(p)) return conv_on_hopper(launch, p);
     // The largest tile of which there is one for every processor.
     const int64_t processors = launch.processors();
     if (group_outputs > 64 && gemm_tiles<128, 128>(p) >= processors) return launch_gemm<128, 128>(launch, p);

@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -37,6 +38,12 @@ struct alignas(8) float2 {
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
+inline uint32_t __float_as_uint(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    return bits;
+}
+
 struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
@@ -57,7 +64,7 @@ struct Thread {
     dim3 index;
     int number = 0;
     bool done = false;
-    int64_t block_waits = 0, warp_waits = 0;  // barriers that it has reached
+    int64_t block_waits = 0, group_waits = 0, warp_waits = 0;  // barriers that it has reached
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
     bool started = false;
@@ -137,7 +144,7 @@ inline void run_block() {
     std::memset(static_cast<void*>(d.shared.data()), 0xCD, d.shared.size() * sizeof(uint4));
     for (Thread& t : d.threads) {
         t.done = t.started = false;
-        t.block_waits = t.warp_waits = 0;
+        t.block_waits = t.group_waits = t.warp_waits = 0;
         t.open.clear();
         t.groups.clear();
         getcontext(&t.context);
