@@ -109,15 +109,30 @@ inline __host__ __device__ bool has_vector_epilogue(const Int8Conv2d& p) {
            (!p.residual || aligned_to_16(p.residual, p.residual_stride));
 }
 
-// Two bytes of neighbouring channels, in the low half. y + kRound has the rounded y in its low bits, 256 too many so that no byte
-// borrows from the next; kRound is even, so ties go where round_half_even() of arithmetic.h sends them.
-__device__ inline uint32_t two_bytes(const Int8Conv2d& p, float y0, float y1) {
-    constexpr float kRound = 12582912.0f + 256.0f;
-    const uint32_t q0 = __float_as_uint(fminf(fmaxf(y0, p.low), p.high) + kRound);
-    const uint32_t q1 = __float_as_uint(fminf(fmaxf(y1, p.low), p.high) + kRound);
-    const uint32_t both = bytes_of(q0, q1, 0x5410) + p.output_zero_point * 0x00010001u;
-    return bytes_of(both, both, 0x2020) ^ p.output_flip * 0x0101u;
-}
+constexpr float kWholeFloat = 8388608.0f;  // 2^23: from here on to 2^24, the low bits of a float are a whole number
+
+// float(byte) + kWholeFloat
+__device__ inline float whole_float(uint32_t byte) { return __uint_as_float(0x4B000000u | byte); }
+
+// to_byte() of arithmetic.h for two values at once. y + kRound has the rounded y in its low bits, 256 too many so that
+// nothing borrows; kRound is even, so ties go where round_half_even() sends them. A flip of the top bit is the addition
+// of 128.
+struct ByteRounding {
+    float low, high;
+    uint32_t zero_points;
+
+    __device__ explicit ByteRounding(const Int8Conv2d& p)
+        : low(p.low), high(p.high), zero_points((p.output_zero_point + p.output_flip) * 0x00010001u) {}
+
+    // In the low half of the result.
+    __device__ uint32_t two(float y0, float y1) const {
+        constexpr float kRound = 1.5f * kWholeFloat + 256.0f;
+        const uint32_t q0 = __float_as_uint(fminf(fmaxf(y0, low), high) + kRound);
+        const uint32_t q1 = __float_as_uint(fminf(fmaxf(y1, low), high) + kRound);
+        const uint32_t both = bytes_of(q0, q1, 0x5410) + zero_points;
+        return bytes_of(both, both, 0x2020);
+    }
+};
 
 // Requantizes and stores `count` <= 16 neighbouring channels of one pixel; offsets are not yet in the sums.
 __device__ inline void store_channels(const Int8Conv2d& p, bool vectors, int64_t pixel, int64_t channel, int count,

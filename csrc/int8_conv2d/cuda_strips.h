@@ -109,6 +109,7 @@ __global__ void __launch_bounds__(kStripThreads) strip_conv(const Int8Conv2d p) 
         offset[i] = load_cached(p.offset + o + i);
         multiplier[i] = load_cached(p.multiplier + o + i);
     }
+    const ByteRounding rounding(p);
     const uint32_t flip = four_times(p.input_flip), padding = four_times(p.input_zero_point);
     const int in_w = static_cast<int>(p.in_w);
     const uint8_t* rows[k];  // null outside of the image
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kStripThreads) strip_conv(const Int8Conv2d p) 
 #pragma unroll
             for (int c = 0; c < 4; ++c) results[c] = static_cast<float>(window.sum(c, offset[c])) * multiplier[c];
             *reinterpret_cast<uint32_t*>(output + i * p.output_stride) =
-                bytes_of(two_bytes(p, results[0], results[1]), two_bytes(p, results[2], results[3]), 0x5410);
+                bytes_of(rounding.two(results[0], results[1]), rounding.two(results[2], results[3]), 0x5410);
         }
 #pragma unroll
         for (int tx = 0; tx < k - stride; ++tx)

@@ -32,8 +32,8 @@ struct WgmmaTile {
     static constexpr int kThreads = kGroups * kWarpGroup + 32;
     static constexpr int kLeft = kRows * kSpan, kStage = kLeft + kColumns * kSpan;
     static constexpr int kBox = kColumns < 128 ? kColumns : 128;  // output channels of one box
-    static constexpr int kOutput = kRows * kColumns;
-    static constexpr int kFixed = kOutput + (2 * kMostStages + kGroups) * 8 + kTileAlignment;
+    static constexpr int kOutput = kRows * kColumns, kNumbers = kGroups * kColumns * 8;
+    static constexpr int kFixed = kOutput + kNumbers + (2 * kMostStages + kGroups) * 8 + kTileAlignment;
     static constexpr int kRoom = kBlocks == 1 ? kSharedPerBlock : kSharedPerProcessor / kBlocks - kReserved;
     static constexpr int kFitting = (kRoom - kFixed) / kStage;
     static constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
@@ -71,61 +71,83 @@ __device__ inline WgmmaWork work_of(const Int8Conv2d& p, int64_t t) {
             group * static_cast<int>(p.weight.group_channels), t / across % down * Tile::kRows};
 }
 
-// Where a group of warps keeps four bytes of its 64 × kColumns results: boxes of kBox channels, in the order of the
-// copy engine.
+// What two neighbouring output channels add and are multiplied with.
+struct ChannelPair {
+    int32_t offset[2];
+    float multiplier[2];
+};
+
+// Of a group's kColumns channels, into shared memory, by its first threads.
 template <class Tile>
-__device__ inline int result_at(int row, int column) {
-    const int in_box = row * Tile::kBox + column % Tile::kBox;
-    const int swizzle = Tile::kBox == 128 ? row & 7 : row >> 1 & 3;
-    return column / Tile::kBox * kTileRows * Tile::kBox + (in_box ^ swizzle << 4);
+__device__ inline void load_numbers(const Int8Conv2d& p, int channel, ChannelPair* numbers) {
+    const int pair = threadIdx.x % kWarpGroup, c = channel + 2 * pair;
+    if (pair >= Tile::kSums) return;
+    ChannelPair n{};
+    if (c < p.weight.out_channels)
+        n = {{load_cached(p.offset + c), load_cached(p.offset + c + 1)},
+             {load_cached(p.multiplier + c), load_cached(p.multiplier + c + 1)}};
+    *reinterpret_cast<uint4*>(numbers + pair) = *reinterpret_cast<const uint4*>(&n);
 }
 
-// Requantizes the sums of a group of warps into `results`, in place where a residual stands.
+__device__ inline ChannelPair pair_at(const ChannelPair* numbers) {
+    const uint4 words = *reinterpret_cast<const uint4*>(numbers);
+    ChannelPair n;
+    __builtin_memcpy(&n, &words, 16);
+    return n;
+}
+
+// Requantizes the sums of a group of warps into `results`, in place where a residual stands: boxes of 64 pixels by
+// kBox channels, in the order of the copy engine.
 template <class Tile, bool residual>
-__device__ inline void requantize(const Int8Conv2d& p, const int32_t (&sums)[Tile::kSums], int channel,
+__device__ inline void requantize(const Int8Conv2d& p, const int32_t (&sums)[Tile::kSums], const ChannelPair* numbers,
                                   uint8_t* results) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
+    const int swizzle = (Tile::kBox == 128 ? row & 7 : row >> 1 & 3) << 4;
+    uint8_t* own = results + row * Tile::kBox + lane % 4 * 2;
+    const ByteRounding rounding(p);
+    const uint32_t residual_flip = p.residual_flip * 0x0101u;
+    const float residual_zero = kWholeFloat + static_cast<float>(p.residual_zero_point);
 #pragma unroll
     for (int j = 0; j < Tile::kColumns / 8; ++j) {
-        const int column = 8 * j + lane % 4 * 2;
-        int2 offset = make_int2(0, 0);
-        float2 multiplier = make_float2(0, 0);
-        if (channel + column < p.weight.out_channels) {
-            offset = load_cached(reinterpret_cast<const int2*>(p.offset + channel + column));
-            multiplier = load_cached(reinterpret_cast<const float2*>(p.multiplier + channel + column));
-        }
+        const ChannelPair n = pair_at(numbers + 4 * j + lane % 4);
+        const int box = j * 8 / Tile::kBox * Tile::kBox;
+        uint8_t* at = own + box * kTileRows + ((j * 8 - box) / 16 * 16 ^ swizzle) + j % 2 * 8;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            auto* to = reinterpret_cast<uint16_t*>(results +
-                                                   result_at<Tile>(16 * warp + lane / 4 + 8 * half, column));
-            float y0 = static_cast<float>(sums[4 * j + 2 * half] + offset.x) * multiplier.x;
-            float y1 = static_cast<float>(sums[4 * j + 2 * half + 1] + offset.y) * multiplier.y;
+            auto* to = reinterpret_cast<uint16_t*>(at + half * 8 * Tile::kBox);
+            float y0 = static_cast<float>(sums[4 * j + 2 * half] + n.offset[0]) * n.multiplier[0];
+            float y1 = static_cast<float>(sums[4 * j + 2 * half + 1] + n.offset[1]) * n.multiplier[1];
             if constexpr (residual) {
-                const int r = *to ^ p.residual_flip * 0x0101;
-                const float r0 = static_cast<float>((r & 0xff) - p.residual_zero_point) * p.residual_multiplier;
-                const float r1 = static_cast<float>((r >> 8) - p.residual_zero_point) * p.residual_multiplier;
-                y0 = y0 + r0;
-                y1 = y1 + r1;
+                const uint32_t r = *to ^ residual_flip;
+                y0 = y0 + (whole_float(r & 0xff) - residual_zero) * p.residual_multiplier;
+                y1 = y1 + (whole_float(r >> 8) - residual_zero) * p.residual_multiplier;
             }
-            *to = static_cast<uint16_t>(two_bytes(p, y0, y1));
+            *to = static_cast<uint16_t>(rounding.two(y0, y1));
         }
     }
 }
 
 // Floats go out directly: four neighbouring lanes fill a sector.
 template <class Tile>
-__device__ inline void store_floats(const Int8Conv2d& p, const int32_t (&sums)[Tile::kSums], int channel,
-                                    int64_t row0) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+__device__ inline void store_floats(const Int8Conv2d& p, const int32_t (&sums)[Tile::kSums], const ChannelPair* numbers,
+                                    int channel, int64_t row0) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int j = 0; j < Tile::kColumns / 8; ++j)
+    for (int half = 0; half < 2; ++half) {
+        const int64_t row = row0 + threadIdx.x / 32 % 4 * 16 + lane / 4 + 8 * half;
+        if (row >= p.batch * p.out_h * p.out_w) break;
+        float* to = static_cast<float*>(p.output) + row * p.output_stride + channel;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int64_t row = row0 + 16 * warp + lane / 4 + i / 2 * 8;
-            const int c = channel + 8 * j + lane % 4 * 2 + i % 2;
-            if (row < p.batch * p.out_h * p.out_w && c < p.weight.out_channels)
-                store_sum(p, row, c, sums[4 * j + i] + load_cached(p.offset + c));
+        for (int j = 0; j < Tile::kColumns / 8; ++j) {
+            const int column = 8 * j + lane % 4 * 2;
+            const ChannelPair n = pair_at(numbers + column / 2);
+            if (channel + column >= p.weight.out_channels) break;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                to[column + i] = clamp(
+                    static_cast<float>(sums[4 * j + 2 * half + i] + n.offset[i]) * n.multiplier[i], p.low, p.high);
         }
+    }
 }
 
 #if defined(IMGOPT_HOPPER)
@@ -158,7 +180,7 @@ __device__ inline void load_tiles(const WgmmaConv& k, uint8_t* ring, Barrier* fu
 
 // A group of warps: 64 rows of every tile.
 template <class Tile>
-__device__ inline void multiply(const WgmmaConv& k, uint8_t* ring, uint8_t* results, Barrier* full, Barrier* empty,
+__device__ inline void multiply(const WgmmaConv& k, uint8_t* ring, uint8_t* results, ChannelPair* numbers, Barrier* full, Barrier* empty,
                                 Barrier* residual, int64_t tiles) {
     const Int8Conv2d& p = k.conv;
     const int group = threadIdx.x / kWarpGroup;
@@ -176,6 +198,7 @@ __device__ inline void multiply(const WgmmaConv& k, uint8_t* ring, uint8_t* resu
             for (int c = 0; c < Tile::kColumns; c += Tile::kBox)
                 load_box(results + c * kTileRows, k.residual, residual, work.channel + c, static_cast<int>(row));
         }
+        load_numbers<Tile>(p, work.channel, numbers);
         int32_t sums[Tile::kSums];
         for (int b = 0; b < blocks; ++b) {
             wait_for(full + at.stage, at.parity);
@@ -191,17 +214,18 @@ __device__ inline void multiply(const WgmmaConv& k, uint8_t* ring, uint8_t* resu
             if (leads) arrive(empty + at.stage);
             at.advance<Tile::kStages>();
         }
+        if (leads && !p.residual) wait_until_read();
+        group_barrier(group);  // the numbers are there, and the last tile's results are gone
         if (p.float_output) {
-            store_floats<Tile>(p, sums, work.channel, row);
+            store_floats<Tile>(p, sums, numbers, work.channel, row);
+            group_barrier(group);
             continue;
         }
         if (p.residual) {
             wait_for(residual, turn);
-            requantize<Tile, true>(p, sums, work.channel, results);
+            requantize<Tile, true>(p, sums, numbers, results);
         } else {
-            if (leads) wait_until_read();
-            group_barrier(group);
-            requantize<Tile, false>(p, sums, work.channel, results);
+            requantize<Tile, false>(p, sums, numbers, results);
         }
         publish_stores();
         group_barrier(group);
@@ -220,11 +244,11 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     wgmma_conv(const __grid_constant__ WgmmaConv k, const int64_t tiles) {
 #if defined(IMGOPT_HOPPER)
-    auto* ring = reinterpret_cast<uint8_t*>(
-        (reinterpret_cast<uintptr_t>(dynamic_shared<uint8_t>()) + kTileAlignment - 1) / kTileAlignment *
-        kTileAlignment);
+    uint8_t* shared = dynamic_shared<uint8_t>();
+    uint8_t* ring = shared + (-reinterpret_cast<uintptr_t>(shared) & (kTileAlignment - 1));
     uint8_t* results = ring + Tile::kStages * Tile::kStage;
-    auto* full = reinterpret_cast<Barrier*>(results + Tile::kOutput);
+    auto* numbers = reinterpret_cast<ChannelPair*>(results + Tile::kOutput);
+    auto* full = reinterpret_cast<Barrier*>(results + Tile::kOutput + Tile::kNumbers);
     Barrier *empty = full + kMostStages, *residual = empty + kMostStages;
     if (threadIdx.x == 0) {
         for (int i = 0; i < Tile::kStages; ++i) {
@@ -237,7 +261,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     __syncthreads();
     const int group = threadIdx.x / kWarpGroup;
     if (group < Tile::kGroups)
-        multiply<Tile>(k, ring, results + group * kTileRows * Tile::kColumns, full, empty, residual + group, tiles);
+        multiply<Tile>(k, ring, results + group * kTileRows * Tile::kColumns, numbers + group * Tile::kSums, full, empty,
+                       residual + group, tiles);
     else if (threadIdx.x == Tile::kGroups * kWarpGroup)
         load_tiles<Tile>(k, ring, full, empty, tiles);
 #endif

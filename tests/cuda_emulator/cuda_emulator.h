@@ -38,6 +38,11 @@ struct alignas(8) float2 {
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
+inline float __uint_as_float(uint32_t bits) {
+    float v;
+    std::memcpy(&v, &bits, 4);
+    return v;
+}
 inline uint32_t __float_as_uint(float v) {
     uint32_t bits;
     std::memcpy(&bits, &v, 4);

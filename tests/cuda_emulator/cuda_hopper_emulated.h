@@ -7,11 +7,6 @@
 
 #define __grid_constant__
 
-struct alignas(8) int2 {
-    int32_t x, y;
-};
-inline int2 make_int2(int32_t x, int32_t y) { return {x, y}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
 namespace imgopt {
 
 inline bool has_hopper_kernels() { return true; }
