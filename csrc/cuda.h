@@ -154,6 +154,8 @@ __device__ __forceinline__ int32_t dot4(uint32_t u, uint32_t s, int32_t sum) {
 __device__ __forceinline__ uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t order) {
     return __byte_perm(a, b, order);
 }
+// The larger of each pair of unsigned bytes.
+__device__ __forceinline__ uint32_t larger_bytes(uint32_t a, uint32_t b) { return __vmaxu4(a, b); }
 // The low word of (high, low) >> bits.
 __device__ __forceinline__ uint32_t shift_pair(uint32_t low, uint32_t high, uint32_t bits) {
     return __funnelshift_r(low, high, bits);

@@ -5,12 +5,15 @@
 #include "cuda_direct.h"
 #include "cuda_gemm.h"
 #include "cuda_launch.h"
+#include "cuda_stem.h"
 #include "cuda_steps.h"
 #include "cuda_strips.h"
-#include "cuda_wgmma.h"
 #include "layer.h"
 
 namespace imgopt {
+
+int64_t cuda_weight_bytes(const Int8Weight& weight) { return weight.out_channels * weight_row(weight); }
+
 namespace {
 
 using torch::headeronly::MemoryFormat;
@@ -107,16 +110,28 @@ void conv_on_hopper(const Launcher& launch, const Int8Conv2d& p) {
     return narrow ? launch_wgmma<WgmmaTile<2, 64, 64, 3>>(launch, p) : launch_wgmma<WgmmaTile<2, 64, 128, 2>>(launch, p);
 }
 
-}  // namespace
+void stem_on_hopper(const Launcher& launch, const Int8Conv2d& p, const Workspace& workspace) {
+    const Cells cells = cells_of(p);
+    const int64_t count = p.batch * cells.h * cells.w;
+    uint8_t* input = workspace(count * kCell);
+    Int8Conv2d q = over_cells(p, cells, input, nullptr);
+    const int64_t bytes = cuda_weight_bytes(q.weight);
+    uint8_t* packed = workspace(bytes);
+    q.packed = packed;
+    launch(cells.side == 1 ? gather_cells<1> : gather_cells<2>, blocks_for(count, kCellThreads), kCellThreads, 0, p,
+           cells, input);
+    launch(gather_weights, blocks_for(bytes, kCellThreads), kCellThreads, 0, p, q.weight, cells, packed);
+    conv_on_hopper(launch, q);
+}
 
-int64_t cuda_weight_bytes(const Int8Weight& weight) { return weight.out_channels * weight_row(weight); }
+}  // namespace
 
 void cuda_pack_weight(const Launcher& launch, const Int8Weight& weight, const int8_t* canonical, uint8_t* packed) {
     launch(pack_weight, blocks_for(cuda_weight_bytes(weight), kStepThreads), kStepThreads, 0, weight, canonical,
            packed);
 }
 
-void cuda_conv(const Launcher& launch, const Int8Conv2d& p) {
+void cuda_conv(const Launcher& launch, const Int8Conv2d& p, const Workspace& workspace) {
     const Int8Weight& w = p.weight;
     const int64_t pixels = p.batch * p.out_h * p.out_w, group_outputs = w.out_channels / w.groups;
     if (pixels == 0) return;
@@ -126,7 +141,10 @@ void cuda_conv(const Launcher& launch, const Int8Conv2d& p) {
                       0, p);
     if (w.groups > 1 && (w.group_channels < 16 || group_outputs < 16))
         return launch(direct_conv, blocks_for(pixels * w.out_channels, kDirectThreads), kDirectThreads, 0, p);
-    if (has_hopper_kernels() && wgmma_serves(p)) return conv_on_hopper(launch, p);
+    if (has_hopper_kernels()) {
+        if (wgmma_serves(p)) return conv_on_hopper(launch, p);
+        if (cells_serve(p)) return stem_on_hopper(launch, p, workspace);
+    }
     // The largest tile of which there is one for every processor.
     const int64_t processors = launch.processors();
     if (group_outputs > 64 && gemm_tiles<128, 128>(p) >= processors) return launch_gemm<128, 128>(launch, p);
@@ -135,7 +153,11 @@ void cuda_conv(const Launcher& launch, const Int8Conv2d& p) {
 }
 
 void cuda_quantize(const Launcher& launch, const Int8Quantize& p) {
-    const int64_t count = p.batch * p.height * p.width * p.channels;
+    const int64_t area = p.height * p.width, count = p.batch * area * p.channels;
+    if (const int channels = quad_channels(p); channels > 0 && count > 0)
+        return launch(channels == 1 ? quantize_quads<1> : quantize_quads<3>,
+                      blocks_for(count / channels / 4, kStepThreads), kStepThreads, 0, p, channels == 1 ? count : area,
+                      count / channels / 4);
     if (count > 0) launch(quantize_values, blocks_for(count, kStepThreads), kStepThreads, 0, p);
 }
 void cuda_add(const Launcher& launch, const Int8Add& p, int64_t pixels) {
@@ -143,7 +165,10 @@ void cuda_add(const Launcher& launch, const Int8Add& p, int64_t pixels) {
         launch(add_values, blocks_for(pixels * ceil_div(p.channels, 4), kStepThreads), kStepThreads, 0, p, pixels);
 }
 void cuda_pool(const Launcher& launch, const Int8Pool& p) {
-    const int64_t count = p.batch * p.out_h * p.out_w * ceil_div(p.channels, 4);
+    const int64_t pixels = p.batch * p.out_h * p.out_w, count = pixels * ceil_div(p.channels, 4);
+    if (pixels > 0 && has_vector_maximum(p))
+        return launch(p.kernel_h == 2 ? max_pool<2> : max_pool<3>, blocks_for(pixels * p.channels / 16, kStepThreads),
+                      kStepThreads, 0, p);
     if (count > 0) launch(pool_values, blocks_for(count, kStepThreads), kStepThreads, 0, p);
 }
 void cuda_dequantize(const Launcher& launch, const Int8Dequantize& p, int64_t pixels) {
@@ -299,7 +324,11 @@ Tensor int8_conv2d(Tensor input, Tensor weight, Tensor bias, Tensor weight_scale
     conv.offset = arrays.offset;
     conv.multiplier = arrays.multiplier;
     conv.shift = arrays.shift;
-    cuda_conv(launch, conv);
+    std::vector<Tensor> kept;
+    cuda_conv(launch, conv, [&](int64_t bytes) {
+        kept.push_back(device_bytes(input, bytes));
+        return static_cast<uint8_t*>(kept.back().mutable_data_ptr());
+    });
     return output;
 }
 

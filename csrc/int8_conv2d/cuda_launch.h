@@ -2,6 +2,8 @@
 // Int8Conv2d::packed holds rows of cuda_weight_bytes() / out_channels bytes: (tap, channel), zero at the end.
 #pragma once
 
+#include <functional>
+
 #include "../cuda.h"
 
 namespace imgopt {
@@ -10,7 +12,10 @@ int64_t cuda_weight_bytes(const Int8Weight& weight);
 // From the canonical order.
 void cuda_pack_weight(const Launcher& launch, const Int8Weight& weight, const int8_t* canonical, uint8_t* packed);
 
-void cuda_conv(const Launcher& launch, const Int8Conv2d& conv);
+// Memory on the device that lasts until the call's kernels are done.
+using Workspace = std::function<uint8_t*(int64_t bytes)>;
+
+void cuda_conv(const Launcher& launch, const Int8Conv2d& conv, const Workspace& workspace);
 void cuda_quantize(const Launcher& launch, const Int8Quantize& step);
 void cuda_add(const Launcher& launch, const Int8Add& step, int64_t pixels);
 void cuda_pool(const Launcher& launch, const Int8Pool& step);

@@ -31,6 +31,40 @@ __global__ void __launch_bounds__(kStepThreads) quantize_values(const Int8Quanti
     }
 }
 
+// The same for four neighbours of `channels` planes, and their bytes in whole words. A dense tensor is one plane.
+template <int channels>
+__global__ void __launch_bounds__(kStepThreads) quantize_quads(const Int8Quantize p, int64_t area, int64_t quads) {
+    for (Items i; i.at < quads; i.at += i.step) {
+        const int64_t first = 4 * i.at, plane = first / area * channels * area + first % area;
+        uint32_t words[channels] = {};
+#pragma unroll
+        for (int c = 0; c < channels; ++c) {
+            const float4 v = load_cached(reinterpret_cast<const float4*>(p.input + plane + c * area));
+            const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const int at = k * channels + c;
+                words[at / 4] |= uint32_t{to_byte(values[k] * p.inverse_scale, p.format)} << (at % 4 * 8);
+            }
+        }
+#pragma unroll
+        for (int w = 0; w < channels; ++w) reinterpret_cast<uint32_t*>(p.output)[i.at * channels + w] = words[w];
+    }
+}
+
+// Planes that quantize_quads() may take the input as; 0: neither.
+inline int quad_channels(const Int8Quantize& p) {
+    const int64_t area = p.height * p.width, count = p.batch * area * p.channels;
+    if (!aligned_to_16(p.input, 0) || !aligned_to_4(p.output, 0) || p.output_stride != p.channels) return 0;
+    const bool dense = p.stride_c == 1 && (p.width == 1 || p.stride_w == p.channels) &&
+                       (p.height == 1 || p.stride_h == p.width * p.channels) &&
+                       (p.batch == 1 || p.stride_n == area * p.channels);
+    if (dense && count % 4 == 0) return 1;
+    const bool planes = p.stride_w == 1 && p.stride_h == p.width && p.stride_c == area &&
+                        (p.batch == 1 || p.stride_n == area * p.channels);
+    return planes && area % 4 == 0 && p.channels == 3 ? 3 : 0;
+}
+
 __device__ inline uint8_t added(const Int8Add& p, int a, int b) {
     a = (a ^ p.a_flip) - p.a_zero_point;
     b = (b ^ p.b_flip) - p.b_zero_point;
@@ -104,6 +138,41 @@ __global__ void __launch_bounds__(kStepThreads) pool_values(const Int8Pool p) {
         }
         store_4(result, p.output + pixel * p.output_stride + c, aligned_output && count == 4, count);
     }
+}
+
+// Maximum of k × k windows, sixteen channels per thread. Pixels beyond the border are replaced by the nearest inside,
+// which is in the window too.
+template <int k>
+__global__ void __launch_bounds__(kStepThreads) max_pool(const Int8Pool p) {
+    const int in_h = static_cast<int>(p.in_h), in_w = static_cast<int>(p.in_w);
+    const uint32_t chunks = static_cast<uint32_t>(p.channels / 16), flip = p.input_flip * 0x01010101u;
+    for (Items i; i.at < p.batch * p.out_h * p.out_w * chunks; i.at += i.step) {
+        const int64_t pixel = i.at / chunks, c = i.at % chunks * 16, line = pixel / p.out_w;
+        const int top = static_cast<int>(line % p.out_h * p.stride_h - p.pad_top);
+        const int left = static_cast<int>(pixel % p.out_w * p.stride_w - p.pad_left);
+        const uint8_t* image = p.input + line / p.out_h * in_h * in_w * p.input_stride + c;
+        uint32_t most[4] = {};
+#pragma unroll
+        for (int tap = 0; tap < k * k; ++tap) {
+            const int y = top + tap / k, x = left + tap % k;
+            const int64_t at = (y < 0 ? 0 : y < in_h ? y : in_h - 1) * in_w + (x < 0 ? 0 : x < in_w ? x : in_w - 1);
+            const uint4 v = load_cached(reinterpret_cast<const uint4*>(image + at * p.input_stride));
+            const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int w = 0; w < 4; ++w) most[w] = larger_bytes(most[w], words[w] ^ flip);
+        }
+        *reinterpret_cast<uint4*>(p.output + pixel * p.output_stride + c) =
+            make_uint4(most[0] ^ flip, most[1] ^ flip, most[2] ^ flip, most[3] ^ flip);
+    }
+}
+
+inline bool has_vector_maximum(const Int8Pool& p) {
+    const bool no_empty_window = p.pad_top < p.kernel_h && p.pad_left < p.kernel_w &&
+                                 (p.out_h - 1) * p.stride_h - p.pad_top < p.in_h &&
+                                 (p.out_w - 1) * p.stride_w - p.pad_left < p.in_w;
+    return !p.average && p.kernel_h == p.kernel_w && (p.kernel_h == 2 || p.kernel_h == 3) && no_empty_window &&
+           p.channels % 16 == 0 && p.in_h * p.in_w < int64_t{1} << 31 && aligned_to_16(p.input, p.input_stride) &&
+           aligned_to_16(p.output, p.output_stride);
 }
 
 __global__ void __launch_bounds__(kStepThreads) dequantize_values(const Int8Dequantize p, int64_t pixels) {

@@ -26,7 +26,7 @@ class Cuda {
             cuda_pack_weight(launch_, c.weight, weight, fresh);
             c.packed = fresh;
         }
-        cuda_conv(launch_, c);
+        cuda_conv(launch_, c, [this](int64_t size) { return keep(size); });
     }
     void quantize(const Int8Quantize& q) const { cuda_quantize(launch_, q); }
     void add(const Int8Add& a, int64_t pixels) const { cuda_add(launch_, a, pixels); }

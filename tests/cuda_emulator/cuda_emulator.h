@@ -358,6 +358,11 @@ inline uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t order) {
     for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(all >> (order >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
     return result;
 }
+inline uint32_t larger_bytes(uint32_t a, uint32_t b) {
+    uint32_t result = 0;
+    for (int i = 0; i < 32; i += 8) result |= std::max(a >> i & 0xff, b >> i & 0xff) << i;
+    return result;
+}
 inline uint32_t shift_pair(uint32_t low, uint32_t high, uint32_t bits) {
     return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
 }
