@@ -33,10 +33,11 @@ Call = Callable[[], Any]
 
 def build(out: Path) -> None:
     major, minor = torch.cuda.get_device_capability()
+    architecture = f"{major}{minor}a" if major == 9 else f"{major}{minor}"  # wgmma is sm_90a's, not sm_90's
     command = [
         sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-index", "--no-deps", "--upgrade",
         "--target", str(out / "site"), "-C", "cmake.define.IMGOPT_CUDA=ON",
-        "-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={major}{minor}-real", "-v", str(ROOT),
+        "-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={architecture}-real", "-v", str(ROOT),
     ]  # fmt: skip
     run(command, out / "build.log", IMGOPT_REQUIRE_NATIVE="1")
 
@@ -165,9 +166,15 @@ def warp_cases(report: Report) -> None:
 
 
 def conv_cases(report: Report) -> None:
-    layers = [(64, 56, 64, 3, 1, 1), (128, 28, 128, 3, 1, 1), (256, 14, 256, 3, 1, 1), (512, 7, 512, 3, 1, 1),
-              (256, 56, 64, 1, 1, 1), (64, 56, 256, 1, 1, 1), (1024, 14, 256, 1, 1, 1), (3, 224, 64, 7, 2, 1),
-              (96, 112, 96, 3, 2, 96), (384, 14, 384, 3, 1, 384), (128, 56, 128, 3, 1, 32)]  # fmt: skip
+    torch.backends.cudnn.benchmark = True
+    layers = [
+        (64, 56, 64, 3, 1, 1), (128, 28, 128, 3, 1, 1), (256, 14, 256, 3, 1, 1), (512, 7, 512, 3, 1, 1),
+        (128, 56, 128, 3, 2, 1), (256, 56, 64, 1, 1, 1), (64, 56, 256, 1, 1, 1), (64, 56, 64, 1, 1, 1),
+        (512, 28, 128, 1, 1, 1), (128, 28, 512, 1, 1, 1), (1024, 14, 256, 1, 1, 1), (256, 14, 1024, 1, 1, 1),
+        (2048, 7, 512, 1, 1, 1), (512, 7, 2048, 1, 1, 1), (256, 56, 512, 1, 2, 1), (1024, 14, 2048, 1, 2, 1),
+        (3, 224, 64, 7, 2, 1), (96, 112, 96, 3, 2, 96), (384, 14, 384, 3, 1, 384), (240, 28, 240, 5, 1, 240),
+        (128, 56, 128, 3, 1, 32), (256, 28, 256, 3, 1, 32),
+    ]  # fmt: skip
     for layer in layers:
         conv_case(report, *layer)
 
@@ -179,7 +186,7 @@ def conv_case(report: Report, channels: int, side: int, outputs: int, kernel: in
     x = torch.randint(0, 256, (n, channels, side, side), dtype=torch.uint8, device="cuda")
     x = x.contiguous(memory_format=torch.channels_last)
     weight = torch.randint(-127, 128, (outputs, channels // groups, kernel, kernel), dtype=torch.int8).cuda()
-    layer = pack_int8_weight(weight, 0.01, input_scale=0.02, input_zero_point=3, groups=groups)
+    layer = pack_int8_weight(weight, 0.01, input_scale=0.02, groups=groups)
     floats = x.to(torch.bfloat16)
     kernels = weight.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     out_side = (side + 2 * padding - kernel) // stride + 1
@@ -198,16 +205,21 @@ def network_cases(report: Report) -> None:
     except ImportError as error:
         print(f"ResNet-50: {error}")
         return
+    from torch.fx.experimental.optimization import fuse
+
     from imgopt_fast.compress import quantize
 
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
     model = resnet50(weights=None).eval()
     int8 = quantize(model, [torch.randn(8, 3, 224, 224)]).cuda()
+    folded = fuse(model).cuda().to(torch.bfloat16, memory_format=torch.channels_last)
     floats = model.cuda().to(torch.bfloat16, memory_format=torch.channels_last)
     for n in (1, 128):
         x = torch.randn(n, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
         half = x.to(torch.bfloat16)
-        report.add(f"ResNet-50, N = {n}", lambda x=x: int8(x), {"bfloat16": lambda half=half: floats(half)})
+        peers = {"bfloat16": lambda half=half: floats(half), "bfloat16 folded": lambda half=half: folded(half)}
+        report.add(f"ResNet-50, N = {n}", lambda x=x: int8(x), peers)
 
 
 def masked_cases(report: Report) -> None:

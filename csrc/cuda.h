@@ -46,11 +46,27 @@ class Launcher {
 
     template <class... P, class... A>
     void operator()(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A&&... arguments) const {
-        if (shared > (48 << 10))  // more than every device grants unasked
-            check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+        allow_shared(kernel, shared);
         kernel<<<grid, block, shared, stream_>>>(static_cast<P>(arguments)...);
         check(cudaGetLastError());
+    }
+
+    // For a kernel that calls wait_for_predecessor() (compute capability 9.0): its blocks may start while those of the
+    // kernel before it end, or once that has called let_successor_start().
+    template <class... P, class... A>
+    void overlapping(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A&&... arguments) const {
+        allow_shared(kernel, shared);
+        cudaLaunchAttribute attribute{};
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = grid;
+        config.blockDim = block;
+        config.dynamicSmemBytes = shared;
+        config.stream = stream_;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
     }
 
     void copy(void* to, const void* from, int64_t bytes) const {
@@ -65,7 +81,22 @@ class Launcher {
         return count;
     }
 
+    // Blocks of a kernel without dynamic shared memory that the device runs at once.
+    template <class... P>
+    int64_t resident_blocks(void (*kernel)(P...), int threads) const {
+        int count = 0;
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, 0));
+        return count * processors();
+    }
+
   private:
+    template <class Kernel>
+    static void allow_shared(Kernel kernel, size_t shared) {
+        if (shared > (48 << 10))  // more than every device grants unasked
+            check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    }
+
     torch::stable::accelerator::DeviceGuard guard_;
     cudaStream_t stream_;
 };
@@ -81,6 +112,18 @@ template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
     extern __shared__ uint4 memory[];
     return reinterpret_cast<T*>(memory);
+}
+
+// Until the kernels before this one are done, for one that Launcher::overlapping() started; and the other side of it.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_successor_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
 }
 
 template <class T>

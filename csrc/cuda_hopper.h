@@ -11,6 +11,10 @@
 #include <cudaTypedefs.h>
 #endif
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "compile for 90a: plain 90 has no wgmma"
+#endif
+
 // Its code exists for sm_90a only; elsewhere its kernels are empty, and never launched.
 #if defined(IMGOPT_CUDA_EMULATED) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define IMGOPT_HOPPER 1
@@ -49,12 +53,24 @@ using TensorMap = CUtensorMap;
 
 // --- host ----------------------------------------------------------------------------------------------------------
 
+namespace {
+__global__ void hopper_code() {}
+}  // namespace
+
+// Whether the current device has these instructions and the library was compiled for it, not for an older device whose
+// code the driver has translated.
 inline bool has_hopper_kernels() {
     int device = 0, major = 0, minor = 0;
     check(cudaGetDevice(&device));
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    return major == 9 && minor == 0;
+    if (major != 9 || minor != 0) return false;
+    static const bool compiled = [] {
+        cudaFuncAttributes attributes;
+        check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(hopper_code)));
+        return attributes.ptxVersion >= 90;
+    }();
+    return compiled;
 }
 
 // A function of the driver's library, which is there wherever a device is: nothing to link with.
@@ -76,10 +92,9 @@ inline TensorMap box_map(const ByteTensor& t, const uint32_t (&box)[3]) {
     static const auto encode = driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled");
     const uint32_t steps[4] = {1, 1, 1, 1};
     TensorMap map;
-    const CUresult status =
-        encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, t.rank, const_cast<void*>(t.data), t.size, t.stride, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(box[0]), CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, t.rank, const_cast<void*>(t.data), t.size,
+                                   t.stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(box[0]),
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     STD_TORCH_CHECK(status == CUDA_SUCCESS, "CUDA: cuTensorMapEncodeTiled failed with ", static_cast<int>(status));
     return map;
 }
@@ -164,10 +179,9 @@ __device__ __forceinline__ void load_box(void* to, const TensorMap& map, Barrier
         : "memory");
 }
 __device__ __forceinline__ void store_box(const void* from, const TensorMap& map, int x, int y) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n" ::"l"(&map),
-        "r"(shared_address(from)), "r"(x), "r"(y)
-        : "memory");
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n" ::"l"(&map),
+                 "r"(shared_address(from)), "r"(x), "r"(y)
+                 : "memory");
 }
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
 // Until this thread's stores have read shared memory, or have arrived.

@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
     prepare_channels(const Int8Conv2d p, const Quantization q, const int32_t* bias, const float* weight_scale,
                      const ChannelArrays to) {
     __shared__ int32_t partial[kPrepareThreads];
+    let_successor_start();
     const int64_t o = blockIdx.x, row = weight_row(p.weight);
     int32_t sum = 0;
     if (p.input_zero_point) {
@@ -87,27 +88,24 @@ void launch_gemm(const Launcher& launch, const Int8Conv2d& p) {
            kGemmThreads, gemm_shared<kRows, kColumns>(), p);
 }
 
-#if defined(IMGOPT_TUNE)
-inline const char* tuned() { return getenv("IMGOPT_TILE"); }
-#endif
-
 void conv_on_hopper(const Launcher& launch, const Int8Conv2d& p) {
-#if defined(IMGOPT_TUNE)
-#define TRY(g, c, s, b) if (tuned() && !strcmp(tuned(), #g "," #c "," #s "," #b)) return launch_wgmma<WgmmaTile<g, c, s, b>>(launch, p)
-    TRY(2, 256, 128, 1); TRY(2, 256, 64, 1);
-    TRY(4, 128, 128, 1); TRY(4, 128, 64, 1); TRY(3, 128, 128, 1); TRY(3, 128, 64, 1);
-    TRY(2, 128, 128, 1); TRY(2, 128, 128, 2); TRY(2, 128, 64, 2); 
-    TRY(4, 64, 64, 1); TRY(3, 64, 64, 2); TRY(2, 64, 64, 3); TRY(2, 64, 128, 2); TRY(2, 64, 128, 3); TRY(1, 64, 128, 3);
-#endif
-    const int64_t processors = launch.processors(), outputs = p.weight.out_channels / p.weight.groups;
-    const bool narrow = (p.weight.group_channels - 1) % 128 < 64;  // whole spans of 128 would be half empty
-    if (outputs >= 256 && p.weight.groups == 1 && wgmma_tiles<WgmmaTile<2, 256, 128, 1>>(p) >= processors * 3 / 4)
-        return narrow ? launch_wgmma<WgmmaTile<2, 256, 64, 1>>(launch, p)
-                      : launch_wgmma<WgmmaTile<2, 256, 128, 1>>(launch, p);
-    if (outputs % 128 == 0 && wgmma_tiles<WgmmaTile<2, 128, 64, 2>>(p) >= processors)
+    // What a measurement of ResNet-50's layers on an H100 found best; see benchmarks/results/nvidia-h100.md.
+    const Int8Weight& w = p.weight;
+    const int64_t processors = launch.processors(), outputs = w.out_channels / w.groups;
+    const bool narrow = (w.group_channels - 1) % 128 < 64;  // whole spans of 128 would be half empty
+    if (wgmma_tiles<WgmmaTile<2, 64, 128, 2>>(p) < processors)
+        return narrow ? launch_wgmma<WgmmaTile<1, 64, 64, 3>>(launch, p)
+                      : launch_wgmma<WgmmaTile<1, 64, 128, 3>>(launch, p);
+    if (outputs % 128 == 0 && !narrow && w.kernel_h * w.kernel_w * w.group_channels >= 1024)
+        return launch_wgmma<WgmmaTile<3, 128, 128, 1>>(launch, p);
+    if (outputs % 128 == 0)
         return narrow ? launch_wgmma<WgmmaTile<2, 128, 64, 2>>(launch, p)
                       : launch_wgmma<WgmmaTile<2, 128, 128, 2>>(launch, p);
-    return narrow ? launch_wgmma<WgmmaTile<2, 64, 64, 3>>(launch, p) : launch_wgmma<WgmmaTile<2, 64, 128, 2>>(launch, p);
+    if (!narrow) return launch_wgmma<WgmmaTile<2, 64, 128, 2>>(launch, p);
+    using Kept = WgmmaTile<4, 64, 64, 1, 9>;
+    if (w.out_channels <= Kept::kColumns && w.groups == 1 && blocks_of(w, Kept::kSpan) <= Kept::kKept)
+        return launch_wgmma<Kept>(launch, p);
+    launch_wgmma<WgmmaTile<2, 64, 64, 3>>(launch, p);
 }
 
 void stem_on_hopper(const Launcher& launch, const Int8Conv2d& p, const Workspace& workspace) {

@@ -1,10 +1,11 @@
 // int8_conv2d on tensor cores: an implicit matrix product of pixels × (taps · channels) and output channels × the same,
-// with mma.sync m16n8k32 u8 × s8 and a ring of stages filled by cp.async. One text serves sm_80 to sm_90.
+// with mma.sync m16n8k32 u8 × s8 and a ring of stages filled by cp.async. It serves every layer from sm_80 on; on
+// Hopper, where mma.sync reaches about 62 % of the peak (arXiv 2402.13499), cuda_wgmma.h takes the layers it can.
 //
 // Why not CUTLASS. The contract is bits: a padded tap is the zero point (its loads fill with zero), the epilogue is
 // arithmetic.h's store_sum() with float or integer requantization, residual and clamp, and int8 input is uint8 with its
 // top bit flipped, one exclusive or per fragment. Against that stand some 200 lines, no package at build time, and
-// seconds of compilation. The price is Hopper's wgmma: mma.sync reaches about 62 % of its peak (arXiv 2402.13499).
+// seconds of compilation.
 #pragma once
 
 #include "../cuda.h"
@@ -109,6 +110,10 @@ inline __host__ __device__ bool has_vector_epilogue(const Int8Conv2d& p) {
            (!p.residual || aligned_to_16(p.residual, p.residual_stride));
 }
 
+__device__ inline int32_t wrapping_sum(int32_t a, int32_t b) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+}
+
 constexpr float kWholeFloat = 8388608.0f;  // 2^23: from here on to 2^24, the low bits of a float are a whole number
 
 // float(byte) + kWholeFloat
@@ -138,10 +143,7 @@ struct ByteRounding {
 __device__ inline void store_channels(const Int8Conv2d& p, bool vectors, int64_t pixel, int64_t channel, int count,
                                       const int32_t* sums) {
     if (!vectors || count < 16) {
-        for (int i = 0; i < count; ++i)
-            store_sum(
-                p, pixel, channel + i,
-                static_cast<int32_t>(static_cast<uint32_t>(sums[i]) + static_cast<uint32_t>(p.offset[channel + i])));
+        for (int i = 0; i < count; ++i) store_sum(p, pixel, channel + i, wrapping_sum(sums[i], p.offset[channel + i]));
         return;
     }
     // The same function on registers: a pixel of sixteen channels of its own.
@@ -157,9 +159,7 @@ __device__ inline void store_channels(const Int8Conv2d& p, bool vectors, int64_t
     }
     own.output = output;
 #pragma unroll
-    for (int i = 0; i < 16; ++i)
-        store_sum(own, 0, i,
-                  static_cast<int32_t>(static_cast<uint32_t>(sums[i]) + static_cast<uint32_t>(p.offset[channel + i])));
+    for (int i = 0; i < 16; ++i) store_sum(own, 0, i, wrapping_sum(sums[i], p.offset[channel + i]));
     const int64_t at = pixel * p.output_stride + channel;
     const uint4* from = reinterpret_cast<const uint4*>(output);
     if (p.float_output)

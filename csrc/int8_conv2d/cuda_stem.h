@@ -58,9 +58,8 @@ __global__ void __launch_bounds__(kCellThreads) gather_cells(const Int8Conv2d p,
         if (down == side) break;
         const int at_y = y + down, at_x = x + right;
         const bool inside = at_y >= 0 && at_y < p.in_h && at_x >= 0 && at_x < p.in_w;
-        const uint32_t byte =
-            inside ? load_cached(image + (at_y * p.in_w + at_x) * p.input_stride + c) ^ p.input_flip
-                   : p.input_zero_point;
+        const uint32_t byte = inside ? load_cached(image + (at_y * p.in_w + at_x) * p.input_stride + c) ^ p.input_flip
+                                     : p.input_zero_point;
         words[i / 4] |= byte << (i % 4 * 8);
         if (++c < channels) continue;
         c = 0;

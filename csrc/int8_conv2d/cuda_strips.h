@@ -3,6 +3,9 @@
 // for dp4a, until the window has passed them.
 #pragma once
 
+#include <algorithm>
+#include <numeric>
+
 #include "cuda_direct.h"
 
 namespace imgopt {
@@ -26,33 +29,33 @@ struct Window {
 
     // Of output channels `o` to o + 3: the rows are zero behind the last tap.
     __device__ void load_weights(const Int8Conv2d& p, int64_t o) {
+        constexpr int kRowWords = kDepthwise ? (k * k + 4) / 4 : k * k * group_words;
         const int64_t row = weight_row(p.weight);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const auto* from = reinterpret_cast<const uint32_t*>(p.packed + (o + i) * row);
-            if constexpr (kDepthwise) {
-                constexpr int kRowWords = (k * k + 4) / 4;
-                uint32_t words[kRowWords];
+            const auto* from = reinterpret_cast<const uint4*>(p.packed + (o + i) * row);
+            uint32_t words[(kRowWords + 3) / 4 * 4];
 #pragma unroll
-                for (int w = 0; w < kRowWords; ++w) words[w] = load_cached(from + w);
-                const auto tap = [&](int ty, int tx) {
-                    const int at = ty < k ? ty * k + tx : k * k;
-                    return words[at / 4] >> (at % 4 * 8) & 0xff;
-                };
+            for (int v = 0; v < (kRowWords + 3) / 4; ++v) {
+                const uint4 four = load_cached(from + v);
+                words[4 * v] = four.x;
+                words[4 * v + 1] = four.y;
+                words[4 * v + 2] = four.z;
+                words[4 * v + 3] = four.w;
+            }
+            const auto tap = [&](int ty, int tx) {
+                const int at = ty < k ? ty * k + tx : k * k;
+                return words[at / 4] >> (at % 4 * 8) & 0xff;
+            };
 #pragma unroll
-                for (int tx = 0; tx < k; ++tx)
+            for (int tx = 0; tx < k; ++tx)
 #pragma unroll
-                    for (int w = 0; w < kDepth; ++w)
+                for (int w = 0; w < kDepth; ++w)
+                    if constexpr (kDepthwise)
                         weights[tx][i][w] = tap(4 * w, tx) | tap(4 * w + 1, tx) << 8 | tap(4 * w + 2, tx) << 16 |
                                             tap(4 * w + 3, tx) << 24;
-            } else {
-#pragma unroll
-                for (int tx = 0; tx < k; ++tx)
-#pragma unroll
-                    for (int w = 0; w < kDepth; ++w)
-                        weights[tx][i][w] =
-                            load_cached(from + (w / group_words * k + tx) * group_words + w % group_words);
-            }
+                    else
+                        weights[tx][i][w] = words[(w / group_words * k + tx) * group_words + w % group_words];
         }
     }
 
@@ -86,17 +89,15 @@ struct Window {
     }
 };
 
+// The grid's threads are a multiple of the quads of channels, so that a thread keeps its own, and their weights.
 template <int k, int stride, int group_words>
 __global__ void __launch_bounds__(kStripThreads) strip_conv(const Int8Conv2d p) {
     using W = Window<k, group_words>;
     const int quads = static_cast<int>(p.weight.out_channels / 4), out_h = static_cast<int>(p.out_h);
-    const int strips = static_cast<int>((p.out_w + kStrip - 1) / kStrip);
-    const int64_t item = int64_t{blockIdx.x} * kStripThreads + threadIdx.x;
-    if (item >= p.batch * strips * out_h * quads) return;
-    // Rows follow each other within a block, so that the first-level cache has what they share.
-    const int o = static_cast<int>(item % quads) * 4, y = static_cast<int>(item / quads % out_h);
-    const int x0 = static_cast<int>(item / quads / out_h % strips) * kStrip;
-    const int64_t n = item / quads / out_h / strips;
+    const int out_w = static_cast<int>(p.out_w), strips = (out_w + kStrip - 1) / kStrip;
+    const int64_t first = int64_t{blockIdx.x} * kStripThreads + threadIdx.x;
+    const int64_t items = p.batch * strips * out_h * quads;
+    const int o = static_cast<int>(first % quads) * 4;
     const int group_outputs = static_cast<int>(p.weight.out_channels / p.weight.groups);
     const int channel = group_words == 0 ? o : o / group_outputs * group_words * 4;
 
@@ -111,45 +112,50 @@ __global__ void __launch_bounds__(kStripThreads) strip_conv(const Int8Conv2d p) 
     }
     const ByteRounding rounding(p);
     const uint32_t flip = four_times(p.input_flip), padding = four_times(p.input_zero_point);
-    const int in_w = static_cast<int>(p.in_w);
-    const uint8_t* rows[k];  // null outside of the image
+    const int in_w = static_cast<int>(p.in_w), pixel_bytes = static_cast<int>(p.input_stride);
+    for (int64_t item = first; item < items; item += int64_t{gridDim.x} * kStripThreads) {
+        // Rows follow each other, so that the first-level cache has what they share.
+        const int64_t row = item / quads;
+        const int y = static_cast<int>(row % out_h), x0 = static_cast<int>(row / out_h % strips) * kStrip;
+        const int64_t n = row / out_h / strips;
+        const uint8_t* rows[k];  // null outside of the image
 #pragma unroll
-    for (int ty = 0; ty < k; ++ty) {
-        const int64_t at = int64_t{y} * stride - p.pad_top + ty;
-        rows[ty] = at < 0 || at >= p.in_h ? nullptr : p.input + (n * p.in_h + at) * in_w * p.input_stride + channel;
-    }
-    const int first = x0 * stride - static_cast<int>(p.pad_left);
-    const auto load_column = [&](int tx, int x) {
-        uint32_t u[W::kLoaded];
-        const bool inside = x >= 0 && x < in_w;
-#pragma unroll
-        for (int i = 0; i < W::kLoaded; ++i) {
+        for (int ty = 0; ty < k; ++ty) {
+            const int64_t at = int64_t{y} * stride - p.pad_top + ty;
+            rows[ty] = at < 0 || at >= p.in_h ? nullptr : p.input + (n * p.in_h + at) * in_w * pixel_bytes + channel;
+        }
+        const int left = x0 * stride - static_cast<int>(p.pad_left);
+        const auto load_column = [&](int tx, int x) {
             constexpr int kPerRow = W::kLoaded / k;
-            const uint8_t* row = rows[i / kPerRow];
-            const auto* from = reinterpret_cast<const uint32_t*>(row + x * p.input_stride) + i % kPerRow;
-            u[i] = inside && row ? load_cached(from) ^ flip : padding;
+            const bool inside = x >= 0 && x < in_w;
+            uint32_t u[W::kLoaded];
+#pragma unroll
+            for (int i = 0; i < W::kLoaded; ++i) {
+                const auto* from = reinterpret_cast<const uint32_t*>(rows[i / kPerRow] + x * pixel_bytes) + i % kPerRow;
+                u[i] = inside && rows[i / kPerRow] ? load_cached(from) ^ flip : padding;
+            }
+            window.set_column(tx, u);
+        };
+#pragma unroll
+        for (int tx = 0; tx < k - stride; ++tx) load_column(tx, left + tx);
+        auto* output = static_cast<uint8_t*>(p.output) + ((n * out_h + y) * out_w + x0) * p.output_stride + o;
+#pragma unroll
+        for (int i = 0; i < kStrip; ++i) {
+#pragma unroll
+            for (int tx = k - stride; tx < k; ++tx) load_column(tx, left + i * stride + tx);
+            if (x0 + i < out_w) {
+                float results[4];
+#pragma unroll
+                for (int c = 0; c < 4; ++c) results[c] = static_cast<float>(window.sum(c, offset[c])) * multiplier[c];
+                *reinterpret_cast<uint32_t*>(output + i * p.output_stride) =
+                    bytes_of(rounding.two(results[0], results[1]), rounding.two(results[2], results[3]), 0x5410);
+            }
+#pragma unroll
+            for (int tx = 0; tx < k - stride; ++tx)
+#pragma unroll
+                for (int w = 0; w < static_cast<int>(sizeof(window.columns[0]) / 4); ++w)
+                    window.columns[tx][w] = window.columns[tx + stride][w];
         }
-        window.set_column(tx, u);
-    };
-#pragma unroll
-    for (int tx = 0; tx < k - stride; ++tx) load_column(tx, first + tx);
-    auto* output = static_cast<uint8_t*>(p.output) + ((n * out_h + y) * p.out_w + x0) * p.output_stride + o;
-#pragma unroll
-    for (int i = 0; i < kStrip; ++i) {
-#pragma unroll
-        for (int tx = k - stride; tx < k; ++tx) load_column(tx, first + i * stride + tx);
-        if (x0 + i < p.out_w) {
-            float results[4];
-#pragma unroll
-            for (int c = 0; c < 4; ++c) results[c] = static_cast<float>(window.sum(c, offset[c])) * multiplier[c];
-            *reinterpret_cast<uint32_t*>(output + i * p.output_stride) =
-                bytes_of(rounding.two(results[0], results[1]), rounding.two(results[2], results[3]), 0x5410);
-        }
-#pragma unroll
-        for (int tx = 0; tx < k - stride; ++tx)
-#pragma unroll
-            for (int w = 0; w < static_cast<int>(sizeof(window.columns[0]) / 4); ++w)
-                window.columns[tx][w] = window.columns[tx + stride][w];
     }
 }
 
@@ -157,11 +163,14 @@ __global__ void __launch_bounds__(kStripThreads) strip_conv(const Int8Conv2d p) 
 
 template <int k, int group_words>
 void launch_strips(const Launcher& launch, const Int8Conv2d& p) {
-    const int64_t threads = p.batch * ceil_div(p.out_w, kStrip) * p.out_h * (p.weight.out_channels / 4);
-    const int64_t blocks = ceil_div(threads, kStripThreads);
+    const auto kernel = p.stride_w == 1 ? strip_conv<k, 1, group_words> : strip_conv<k, 2, group_words>;
+    const int64_t quads = p.weight.out_channels / 4;
+    const int64_t items = p.batch * ceil_div(p.out_w, kStrip) * p.out_h * quads;
+    const int64_t step = quads / std::gcd(quads, int64_t{kStripThreads});  // blocks that end with the last quad
+    const int64_t wanted = std::min(ceil_div(items, kStripThreads), launch.resident_blocks(kernel, kStripThreads));
+    const int64_t blocks = ceil_div(wanted, step) * step;
     STD_TORCH_CHECK(blocks <= kMostBlocks, "input: too large");
-    launch(p.stride_w == 1 ? strip_conv<k, 1, group_words> : strip_conv<k, 2, group_words>,
-           static_cast<unsigned>(blocks), kStripThreads, 0, p);
+    launch(kernel, static_cast<unsigned>(blocks), kStripThreads, 0, p);
 }
 
 // Launches the kernel if it serves the layer: 3 × 3 and depthwise 5 × 5, one step per pixel or two, bytes out.
@@ -173,6 +182,7 @@ inline bool conv_by_strips(const Launcher& launch, const Int8Conv2d& p) {
     if (!(depthwise && (w.kernel_h == 3 || w.kernel_h == 5)) && !narrow) return false;
     if (w.kernel_w != w.kernel_h || p.dilation_h != 1 || p.dilation_w != 1 || p.stride_h != p.stride_w) return false;
     if (p.stride_w > 2 || p.shift || p.float_output || p.residual || w.out_channels % 4) return false;
+    if (p.in_w * p.input_stride >= int64_t{1} << 31 || !aligned_to_16(p.packed, 0)) return false;
     if (!aligned_to_4(p.input, p.input_stride) || !aligned_to_4(p.output, p.output_stride)) return false;
     if (depthwise)
         w.kernel_h == 3 ? launch_strips<3, 0>(launch, p) : launch_strips<5, 0>(launch, p);

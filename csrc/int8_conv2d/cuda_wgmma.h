@@ -1,8 +1,8 @@
-// int8_conv2d on Hopper: the implicit matrix product of cuda_gemm.h with the instructions of compute capability 9.0. One
-// warp starts the copies that fill a ring of stages, pixels of one tap through an "im2col" tensor map (which finds the
-// rows of the left matrix and the image's border by itself) and the weights of that tap; groups of four warps multiply
-// straight from shared memory, requantize in registers, and hand whole tiles back to the copy engine. Blocks stay and
-// take one tile after the other, so that the ring fills while results are rounded and written.
+// int8_conv2d on Hopper: the implicit matrix product of cuda_gemm.h with the instructions of compute capability 9.0.
+// One warp starts the copies that fill a ring of stages, pixels of one tap through an "im2col" tensor map (which finds
+// the rows of the left matrix and the image's border by itself) and the weights of that tap; groups of four warps
+// multiply straight from shared memory, requantize in registers, and hand whole tiles back to the copy engine. Blocks
+// stay and take one tile after the other, so that the ring fills while results are rounded and written.
 //
 // What it serves: uint8 activations whose border is byte 0 (or is not read), float requantization, channels in
 // multiples of 16. The rest is cuda_gemm.h's.
@@ -24,16 +24,19 @@ struct WgmmaConv {
 };
 
 // Tiles of 64 · kGroups pixels and kColumns output channels, kSpan bytes of the common axis per stage, kBlocks of them
-// at once on a processor.
-template <int kGroups_, int kColumns_, int kSpan_, int kBlocks_>
+// at once on a processor. kKept: spans of weights that stay in shared memory for all of a block's tiles, which then
+// have the same columns; 0: weights come with every stage.
+template <int kGroups_, int kColumns_, int kSpan_, int kBlocks_, int kKept_ = 0>
 struct WgmmaTile {
-    static constexpr int kGroups = kGroups_, kColumns = kColumns_, kSpan = kSpan_, kBlocks = kBlocks_;
+    static constexpr int kGroups = kGroups_, kColumns = kColumns_, kSpan = kSpan_, kBlocks = kBlocks_, kKept = kKept_;
     static constexpr int kRows = kGroups * kTileRows, kSums = kColumns / 2;
     static constexpr int kThreads = kGroups * kWarpGroup + 32;
-    static constexpr int kLeft = kRows * kSpan, kStage = kLeft + kColumns * kSpan;
+    static constexpr int kLeft = kRows * kSpan, kRight = kColumns * kSpan;
+    static constexpr int kStage = kLeft + (kKept ? 0 : kRight);
     static constexpr int kBox = kColumns < 128 ? kColumns : 128;  // output channels of one box
     static constexpr int kOutput = kRows * kColumns, kNumbers = kGroups * kColumns * 8;
-    static constexpr int kFixed = kOutput + kNumbers + (2 * kMostStages + kGroups) * 8 + kTileAlignment;
+    static constexpr int kFixed =
+        kKept * kRight + kOutput + kNumbers + (2 * kMostStages + kGroups + 1) * 8 + kTileAlignment;
     static constexpr int kRoom = kBlocks == 1 ? kSharedPerBlock : kSharedPerProcessor / kBlocks - kReserved;
     static constexpr int kFitting = (kRoom - kFixed) / kStage;
     static constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
@@ -69,6 +72,11 @@ __device__ inline WgmmaWork work_of(const Int8Conv2d& p, int64_t t) {
     const int group = static_cast<int>(t / across / down);
     return {group * outputs + static_cast<int>(t % across) * Tile::kColumns,
             group * static_cast<int>(p.weight.group_channels), t / across % down * Tile::kRows};
+}
+
+// Spans of the common axis.
+inline __host__ __device__ int blocks_of(const Int8Weight& w, int span) {
+    return static_cast<int>(w.kernel_h * w.kernel_w) * static_cast<int>((w.group_channels + span - 1) / span);
 }
 
 // What two neighbouring output channels add and are multiplied with.
@@ -115,8 +123,8 @@ __device__ inline void requantize(const Int8Conv2d& p, const int32_t (&sums)[Til
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             auto* to = reinterpret_cast<uint16_t*>(at + half * 8 * Tile::kBox);
-            float y0 = static_cast<float>(sums[4 * j + 2 * half] + n.offset[0]) * n.multiplier[0];
-            float y1 = static_cast<float>(sums[4 * j + 2 * half + 1] + n.offset[1]) * n.multiplier[1];
+            float y0 = static_cast<float>(wrapping_sum(sums[4 * j + 2 * half], n.offset[0])) * n.multiplier[0];
+            float y1 = static_cast<float>(wrapping_sum(sums[4 * j + 2 * half + 1], n.offset[1])) * n.multiplier[1];
             if constexpr (residual) {
                 const uint32_t r = *to ^ residual_flip;
                 y0 = y0 + (whole_float(r & 0xff) - residual_zero) * p.residual_multiplier;
@@ -144,20 +152,47 @@ __device__ inline void store_floats(const Int8Conv2d& p, const int32_t (&sums)[T
             if (channel + column >= p.weight.out_channels) break;
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                to[column + i] = clamp(
-                    static_cast<float>(sums[4 * j + 2 * half + i] + n.offset[i]) * n.multiplier[i], p.low, p.high);
+                to[column + i] =
+                    clamp(static_cast<float>(wrapping_sum(sums[4 * j + 2 * half + i], n.offset[i])) * n.multiplier[i],
+                          p.low, p.high);
         }
     }
 }
 
 #if defined(IMGOPT_HOPPER)
 
+// The parts of a block's shared memory.
+template <class Tile>
+struct WgmmaMemory {
+    uint8_t *ring, *kept, *results;
+    ChannelPair* numbers;
+    Barrier *full, *empty, *residual, *weights;
+
+    __device__ explicit WgmmaMemory(uint8_t* shared) {
+        ring = shared + (-reinterpret_cast<uintptr_t>(shared) & (kTileAlignment - 1));
+        kept = ring + Tile::kStages * Tile::kStage;
+        results = kept + Tile::kKept * Tile::kRight;
+        numbers = reinterpret_cast<ChannelPair*>(results + Tile::kOutput);
+        full = reinterpret_cast<Barrier*>(results + Tile::kOutput + Tile::kNumbers);
+        empty = full + kMostStages;
+        residual = empty + kMostStages;
+        weights = residual + Tile::kGroups;
+    }
+};
+
 // One thread: keeps the ring full, tile after tile.
 template <class Tile>
-__device__ inline void load_tiles(const WgmmaConv& k, uint8_t* ring, Barrier* full, Barrier* empty, int64_t tiles) {
+__device__ inline void load_tiles(const WgmmaConv& k, const WgmmaMemory<Tile>& m, int64_t tiles) {
     const Int8Conv2d& p = k.conv;
     const Int8Weight& w = p.weight;
     const int kernel_h = static_cast<int>(w.kernel_h), kernel_w = static_cast<int>(w.kernel_w);
+    if constexpr (Tile::kKept > 0) {
+        arrive_expecting(m.weights, blocks_of(w, Tile::kSpan) * Tile::kRight);
+        uint8_t* to = m.kept;
+        for (int tap = 0; tap < kernel_h * kernel_w; ++tap)
+            for (int c = 0; c < w.group_channels; c += Tile::kSpan, to += Tile::kRight)
+                load_box(to, k.weight, m.weights, c, tap, 0);
+    }
     RingPlace at;
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
         const WgmmaWork work = work_of<Tile>(p, t);
@@ -167,12 +202,13 @@ __device__ inline void load_tiles(const WgmmaConv& k, uint8_t* ring, Barrier* fu
         for (int tap = 0, ty = 0; ty < kernel_h; ++ty)
             for (int tx = 0; tx < kernel_w; ++tx, ++tap)
                 for (int c = 0; c < w.group_channels; c += Tile::kSpan) {
-                    wait_for(empty + at.stage, at.parity ^ 1);
-                    arrive_expecting(full + at.stage, Tile::kStage);
-                    uint8_t* to = ring + at.stage * Tile::kStage;
-                    load_window(to, k.input, full + at.stage, work.group_channel + c, x, y, n,
-                                tx * static_cast<int>(p.dilation_w), ty * static_cast<int>(p.dilation_h));
-                    load_box(to + Tile::kLeft, k.weight, full + at.stage, c, tap, work.channel);
+                    Barrier* full = m.full + at.stage;
+                    wait_for(m.empty + at.stage, at.parity ^ 1);
+                    arrive_expecting(full, Tile::kStage);
+                    uint8_t* to = m.ring + at.stage * Tile::kStage;
+                    load_window(to, k.input, full, work.group_channel + c, x, y, n, tx * static_cast<int>(p.dilation_w),
+                                ty * static_cast<int>(p.dilation_h));
+                    if constexpr (Tile::kKept == 0) load_box(to + Tile::kLeft, k.weight, full, c, tap, work.channel);
                     at.advance<Tile::kStages>();
                 }
     }
@@ -180,15 +216,17 @@ __device__ inline void load_tiles(const WgmmaConv& k, uint8_t* ring, Barrier* fu
 
 // A group of warps: 64 rows of every tile.
 template <class Tile>
-__device__ inline void multiply(const WgmmaConv& k, uint8_t* ring, uint8_t* results, ChannelPair* numbers, Barrier* full, Barrier* empty,
-                                Barrier* residual, int64_t tiles) {
+__device__ inline void multiply(const WgmmaConv& k, const WgmmaMemory<Tile>& m, int64_t tiles) {
     const Int8Conv2d& p = k.conv;
     const int group = threadIdx.x / kWarpGroup;
     const bool leads = threadIdx.x % kWarpGroup == 0;
-    const int blocks = static_cast<int>(p.weight.kernel_h * p.weight.kernel_w) *
-                       static_cast<int>((p.weight.group_channels + Tile::kSpan - 1) / Tile::kSpan);
+    const int blocks = blocks_of(p.weight, Tile::kSpan);
+    uint8_t* results = m.results + group * kTileRows * Tile::kColumns;
+    ChannelPair* numbers = m.numbers + group * Tile::kSums;
+    Barrier* residual = m.residual + group;
     uint32_t turn = 0;
     RingPlace at;
+    if constexpr (Tile::kKept > 0) wait_for(m.weights, 0);
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x, turn ^= 1) {
         const WgmmaWork work = work_of<Tile>(p, t);
         const int64_t row = work.row + group * kTileRows;
@@ -201,17 +239,17 @@ __device__ inline void multiply(const WgmmaConv& k, uint8_t* ring, uint8_t* resu
         load_numbers<Tile>(p, work.channel, numbers);
         int32_t sums[Tile::kSums];
         for (int b = 0; b < blocks; ++b) {
-            wait_for(full + at.stage, at.parity);
-            const uint8_t* stage = ring + at.stage * Tile::kStage;
+            wait_for(m.full + at.stage, at.parity);
+            const uint8_t* stage = m.ring + at.stage * Tile::kStage;
             const uint64_t left = tile_of<Tile::kSpan>(stage + group * kTileRows * Tile::kSpan);
-            const uint64_t right = tile_of<Tile::kSpan>(stage + Tile::kLeft);
+            const uint64_t right = tile_of<Tile::kSpan>(Tile::kKept ? m.kept + b * Tile::kRight : stage + Tile::kLeft);
             begin_products();
 #pragma unroll
             for (int i = 0; i < Tile::kSpan / kProductDepth; ++i)
                 multiply_tiles<Tile::kColumns>(sums, left + 2 * i, right + 2 * i, b + i);
             commit_products();
             wait_products();
-            if (leads) arrive(empty + at.stage);
+            if (leads) arrive(m.empty + at.stage);
             at.advance<Tile::kStages>();
         }
         if (leads && !p.residual) wait_until_read();
@@ -244,27 +282,23 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     wgmma_conv(const __grid_constant__ WgmmaConv k, const int64_t tiles) {
 #if defined(IMGOPT_HOPPER)
-    uint8_t* shared = dynamic_shared<uint8_t>();
-    uint8_t* ring = shared + (-reinterpret_cast<uintptr_t>(shared) & (kTileAlignment - 1));
-    uint8_t* results = ring + Tile::kStages * Tile::kStage;
-    auto* numbers = reinterpret_cast<ChannelPair*>(results + Tile::kOutput);
-    auto* full = reinterpret_cast<Barrier*>(results + Tile::kOutput + Tile::kNumbers);
-    Barrier *empty = full + kMostStages, *residual = empty + kMostStages;
+    const WgmmaMemory<Tile> m(dynamic_shared<uint8_t>());
+    let_successor_start();
     if (threadIdx.x == 0) {
         for (int i = 0; i < Tile::kStages; ++i) {
-            start_barrier(full + i, 1);
-            start_barrier(empty + i, Tile::kGroups);
+            start_barrier(m.full + i, 1);
+            start_barrier(m.empty + i, Tile::kGroups);
         }
-        for (int i = 0; i < Tile::kGroups; ++i) start_barrier(residual + i, 1);
+        for (int i = 0; i < Tile::kGroups; ++i) start_barrier(m.residual + i, 1);
+        start_barrier(m.weights, 1);
         publish_barriers();
     }
     __syncthreads();
-    const int group = threadIdx.x / kWarpGroup;
-    if (group < Tile::kGroups)
-        multiply<Tile>(k, ring, results + group * kTileRows * Tile::kColumns, numbers + group * Tile::kSums, full, empty,
-                       residual + group, tiles);
+    wait_for_predecessor();
+    if (threadIdx.x < Tile::kGroups * kWarpGroup)
+        multiply<Tile>(k, m, tiles);
     else if (threadIdx.x == Tile::kGroups * kWarpGroup)
-        load_tiles<Tile>(k, ring, full, empty, tiles);
+        load_tiles<Tile>(k, m, tiles);
 #endif
 }
 
@@ -275,19 +309,19 @@ inline int last_position(int64_t out, int64_t stride, int64_t padding, int64_t i
 }
 
 inline PixelWindow window_of(const Int8Conv2d& p) {
-    return {{static_cast<int>(-p.pad_left), static_cast<int>(-p.pad_top)},
-            {last_position(p.out_w, p.stride_w, p.pad_left, p.in_w),
-             last_position(p.out_h, p.stride_h, p.pad_top, p.in_h)},
-            {static_cast<uint32_t>(p.stride_w), static_cast<uint32_t>(p.stride_h)}};
+    return {
+        {static_cast<int>(-p.pad_left), static_cast<int>(-p.pad_top)},
+        {last_position(p.out_w, p.stride_w, p.pad_left, p.in_w), last_position(p.out_h, p.stride_h, p.pad_top, p.in_h)},
+        {static_cast<uint32_t>(p.stride_w), static_cast<uint32_t>(p.stride_h)}};
 }
 
-// Whether the kernel, and the fields of a tensor map, can express the layer. `columns`: of the tile.
+// Whether the kernel, and the fields of a tensor map, can express the layer.
 inline bool wgmma_serves(const Int8Conv2d& p) {
     const Int8Weight& w = p.weight;
     const int64_t reach_h = (w.kernel_h - 1) * p.dilation_h, reach_w = (w.kernel_w - 1) * p.dilation_w;
     const PixelWindow window = window_of(p);
-    const bool reads_border = p.pad_top > 0 || p.pad_left > 0 || window.last[1] + reach_h > 0 ||
-                              window.last[0] + reach_w > 0;
+    const bool reads_border =
+        p.pad_top > 0 || p.pad_left > 0 || window.last[1] + reach_h > 0 || window.last[0] + reach_w > 0;
     for (int axis = 0; axis < 2; ++axis)
         if (window.first[axis] < -128 || window.last[axis] < -128 || window.last[axis] > 127 || window.step[axis] > 8)
             return false;
@@ -295,9 +329,7 @@ inline bool wgmma_serves(const Int8Conv2d& p) {
     if (p.pad_top > 128 || p.pad_left > 128 || reach_h > 255 || reach_w > 255) return false;
     if (p.batch * p.out_h * p.out_w >= int64_t{1} << 31 || p.batch * p.in_h * p.in_w >= int64_t{1} << 31) return false;
     if (w.group_channels % 16 || !aligned_to_16(p.input, p.input_stride) || !aligned_to_16(p.packed, 0)) return false;
-    if (w.out_channels % 2 || (reinterpret_cast<uintptr_t>(p.offset) | reinterpret_cast<uintptr_t>(p.multiplier)) % 8)
-        return false;
-    if (w.groups > 1 && w.out_channels / w.groups % 64) return false;
+    if (w.out_channels % 2 || (w.groups > 1 && w.out_channels / w.groups % 64)) return false;
     return p.float_output ? !p.residual
                           : aligned_to_16(p.output, p.output_stride) &&
                                 (!p.residual || aligned_to_16(p.residual, p.residual_stride));
@@ -316,11 +348,12 @@ void launch_wgmma(const Launcher& launch, const Int8Conv2d& p) {
     const uint64_t pixels = size(p.batch * p.out_h * p.out_w), outputs = size(w.out_channels);
     WgmmaConv k;
     k.conv = p;
-    k.input = window_map({p.input,
-                          4,
-                          {size(w.groups * w.group_channels), size(p.in_w), size(p.in_h), size(p.batch)},
-                          {size(p.input_stride), size(p.input_stride * p.in_w), size(p.input_stride * p.in_w * p.in_h)}},
-                         window_of(p), Tile::kSpan, Tile::kRows);
+    k.input =
+        window_map({p.input,
+                    4,
+                    {size(w.groups * w.group_channels), size(p.in_w), size(p.in_h), size(p.batch)},
+                    {size(p.input_stride), size(p.input_stride * p.in_w), size(p.input_stride * p.in_w * p.in_h)}},
+                   window_of(p), Tile::kSpan, Tile::kRows);
     k.weight = box_map({p.packed,
                         3,
                         {size(w.group_channels), size(w.kernel_h * w.kernel_w), outputs},
@@ -330,8 +363,8 @@ void launch_wgmma(const Launcher& launch, const Int8Conv2d& p) {
     if (!p.float_output) k.output = box_map({p.output, 2, {outputs, pixels}, {size(p.output_stride)}}, box);
     if (p.residual) k.residual = box_map({p.residual, 2, {outputs, pixels}, {size(p.residual_stride)}}, box);
     const int64_t tiles = wgmma_tiles<Tile>(p), room = launch.processors() * Tile::kBlocks;
-    launch(wgmma_conv<Tile>, static_cast<unsigned>(tiles < room ? tiles : room), Tile::kThreads, Tile::kShared, k,
-           tiles);
+    launch.overlapping(wgmma_conv<Tile>, static_cast<unsigned>(tiles < room ? tiles : room), Tile::kThreads,
+                       Tile::kShared, k, tiles);
 }
 
 }  // namespace

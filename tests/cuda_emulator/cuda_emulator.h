@@ -239,11 +239,22 @@ class Launcher {
     void operator()(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A&&... arguments) const {
         emulator::launch(grid, block, shared, [&] { kernel(static_cast<P>(arguments)...); });
     }
+    template <class... P, class... A>
+    void overlapping(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A&&... arguments) const {
+        (*this)(kernel, grid, block, shared, arguments...);
+    }
     void copy(void* to, const void* from, int64_t bytes) const { std::memcpy(to, from, static_cast<size_t>(bytes)); }
     int64_t processors() const { return 4; }  // few, so that small problems reach every tile size
+    template <class... P>
+    int64_t resident_blocks(void (*)(P...), int) const {
+        return 2;
+    }
 };
 
 inline void check_device(const Tensor&, const char*) {}
+
+inline void wait_for_predecessor() {}
+inline void let_successor_start() {}
 
 template <class T>
 T* dynamic_shared() {

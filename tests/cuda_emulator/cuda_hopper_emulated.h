@@ -1,6 +1,6 @@
 // The part of cuda_hopper.h that is the device's: tensor maps as they were declared, barriers that count bytes, stores
-// and products of tiles. A copy lands when its barrier's phase ends, a store when its thread waits for it, no earlier; a
-// product reads shared memory at once.
+// and products of tiles. A copy lands when its barrier's phase ends, a store when its thread waits for it, no earlier;
+// a product reads shared memory at once.
 #pragma once
 
 #include <map>
