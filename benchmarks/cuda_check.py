@@ -194,7 +194,7 @@ def conv_case(report: Report, channels: int, side: int, outputs: int, kernel: in
         f"conv {channels}->{outputs} {kernel}x{kernel} /{stride} groups {groups}, {side}^2, N = {n}",
         lambda: int8_conv2d(x, layer, stride=stride, padding=padding, output_scale=1.0, output_min=0.0),
         {"bfloat16 cuDNN": lambda: F.conv2d(floats, kernels, None, stride, padding, 1, groups)},
-        moved=x.numel() + n * out_side**2 * outputs,
+        moved=x.numel() // (stride**2 if kernel == 1 else 1) + n * out_side**2 * outputs,
         operations=n * out_side**2 * outputs * weight[0].numel(),  # two per product, at twice the rate of bfloat16
     )
 

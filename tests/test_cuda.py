@@ -304,6 +304,12 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "many pixels": {"c": 16, "o": 130, "k": (1, 1), "n": 1, "h": 31, "w": 33},
     # Borders of zero: Hopper's kernel reads them.
     "zeros": {"c": 64, "o": 160, "n": 3, "padding": ((1, 1), (1, 1)), "input_zero_point": 0},
+    "zeros of one tile": {
+        "c": 64, "o": 48, "n": 1, "h": 20, "w": 30, "padding": ((1, 1), (1, 1)), "input_zero_point": 0,
+    },
+    "zeros deep": {
+        "c": 128, "o": 128, "n": 1, "h": 16, "w": 16, "padding": ((1, 1), (1, 1)), "input_zero_point": 0,
+    },
     "zeros halved": {
         "c": 64, "o": 64, "n": 3, "h": 12, "w": 15, "stride": (2, 2), "padding": ((1, 1), (1, 1)),
         "input_zero_point": 0,
@@ -339,7 +345,32 @@ def test_conv_is_exact(device: torch.device, geometry: str, dtype: torch.dtype, 
         np.testing.assert_array_equal(found.cpu().numpy(), expected)
 
 
-@pytest.mark.parametrize("geometry", ["3x3", "stem", "depthwise", "narrow groups"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("zero_point", [0, 113])
+@pytest.mark.parametrize(
+    ("channels", "side", "outputs", "kernel", "stride", "groups"),
+    [(64, 56, 64, 3, 1, 1), (128, 28, 128, 3, 1, 1), (64, 56, 256, 1, 1, 1), (256, 28, 128, 1, 2, 1),
+     (192, 28, 192, 3, 1, 1), (3, 112, 64, 7, 2, 1), (96, 56, 96, 3, 1, 96), (256, 28, 256, 3, 2, 32)],
+)  # fmt: skip
+def test_conv_of_whole_layers(
+    device: torch.device, channels: int, side: int, outputs: int, kernel: int, stride: int, groups: int,
+    zero_point: int, with_residual: bool,
+) -> None:  # fmt: skip
+    """Enough pixels for the kernels' largest tiles, which a device with many processors takes for no less."""
+    if EMULATED:
+        pytest.skip("hours on the emulator")
+    rng, pad = np.random.default_rng(side), kernel // 2
+    x, weight, bias, settings = conv_tests.layer(
+        rng, n=24, c=channels, h=side, w=side, o=outputs, k=(kernel, kernel), groups=groups, stride=(stride, stride),
+        padding=((pad, pad), (pad, pad)), input_zero_point=zero_point, with_residual=with_residual,
+    )  # fmt: skip
+    expected = imgopt_fast.int8_conv2d(x, weight, bias, **settings)
+    on_device = {name: moved(value, device) for name, value in settings.items()}
+    found = imgopt_fast.int8_conv2d(x.to(device), weight.to(device), bias.to(device), **on_device)
+    assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("geometry", ["3x3", "stem", "depthwise", "narrow groups", "zeros deep"])
 def test_conv_float_output_and_packed_weight(device: torch.device, geometry: str) -> None:
     rng = np.random.default_rng(5)
     x, weight, bias, settings = conv_tests.layer(rng, **GEOMETRIES[geometry])

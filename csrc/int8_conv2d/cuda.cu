@@ -3,9 +3,9 @@
 #include <limits>
 
 #include "cuda_direct.h"
+#include "cuda_gather.h"
 #include "cuda_gemm.h"
 #include "cuda_launch.h"
-#include "cuda_stem.h"
 #include "cuda_steps.h"
 #include "cuda_strips.h"
 #include "layer.h"
@@ -108,7 +108,16 @@ void conv_on_hopper(const Launcher& launch, const Int8Conv2d& p) {
     launch_wgmma<WgmmaTile<2, 64, 64, 3>>(launch, p);
 }
 
-void stem_on_hopper(const Launcher& launch, const Int8Conv2d& p, const Workspace& workspace) {
+void bordered_on_hopper(const Launcher& launch, const Int8Conv2d& p, const Workspace& workspace) {
+    Int8Conv2d q = over_bordered(p, nullptr);
+    const int64_t bytes = q.batch * q.in_h * q.in_w * q.input_stride;
+    uint8_t* input = workspace(bytes);
+    q.input = input;
+    launch(gather_bordered, blocks_for(bytes / 16, kGatherThreads), kGatherThreads, 0, p, q, input);
+    conv_on_hopper(launch, q);
+}
+
+void cells_on_hopper(const Launcher& launch, const Int8Conv2d& p, const Workspace& workspace) {
     const Cells cells = cells_of(p);
     const int64_t count = p.batch * cells.h * cells.w;
     uint8_t* input = workspace(count * kCell);
@@ -116,9 +125,9 @@ void stem_on_hopper(const Launcher& launch, const Int8Conv2d& p, const Workspace
     const int64_t bytes = cuda_weight_bytes(q.weight);
     uint8_t* packed = workspace(bytes);
     q.packed = packed;
-    launch(cells.side == 1 ? gather_cells<1> : gather_cells<2>, blocks_for(count, kCellThreads), kCellThreads, 0, p,
+    launch(cells.side == 1 ? gather_cells<1> : gather_cells<2>, blocks_for(count, kGatherThreads), kGatherThreads, 0, p,
            cells, input);
-    launch(gather_weights, blocks_for(bytes, kCellThreads), kCellThreads, 0, p, q.weight, cells, packed);
+    launch(gather_weights, blocks_for(bytes, kGatherThreads), kGatherThreads, 0, p, q.weight, cells, packed);
     conv_on_hopper(launch, q);
 }
 
@@ -141,7 +150,8 @@ void cuda_conv(const Launcher& launch, const Int8Conv2d& p, const Workspace& wor
         return launch(direct_conv, blocks_for(pixels * w.out_channels, kDirectThreads), kDirectThreads, 0, p);
     if (has_hopper_kernels()) {
         if (wgmma_serves(p)) return conv_on_hopper(launch, p);
-        if (cells_serve(p)) return stem_on_hopper(launch, p, workspace);
+        if (bordered_serves(p)) return bordered_on_hopper(launch, p, workspace);
+        if (cells_serve(p)) return cells_on_hopper(launch, p, workspace);
     }
     // The largest tile of which there is one for every processor.
     const int64_t processors = launch.processors();

@@ -1,8 +1,13 @@
-// The first layer of a network on Hopper, where pixels have 1 to 16 channels and no instruction wants them. A pass over
-// the image makes "cells" of 16 bytes: one pixel, or 2 × 2 pixels where the layer takes every second one, padding
-// included. Neighbouring cells are adjacent in memory, so that one row of the kernel is one long run of channels: a
-// tensor map whose pixels overlap hands cuda_wgmma.h a layer of kernel_h × 1 taps. 7 × 7 / 2 of RGB becomes 4 × 1 taps
-// of 64 channels.
+// Passes over the image that bring a layer to where cuda_wgmma.h serves it, at the price of one reading and one
+// writing.
+//
+// First layers have pixels of 1 to 16 channels, which no instruction wants. The pass makes "cells" of 16 bytes: one
+// pixel, or 2 × 2 pixels where the layer takes every second one, padding included. Neighbouring cells are adjacent in
+// memory, so that one row of the kernel is one long run of channels: a tensor map whose pixels overlap makes it a layer
+// of kernel_h × 1 taps. 7 × 7 / 2 of RGB becomes 4 × 1 taps of 64 channels.
+//
+// int8 activations, and borders that are not byte 0, which is all that the copy engine can put there: the pass writes
+// uint8 with its border around it.
 #pragma once
 
 #include "cuda_wgmma.h"
@@ -10,7 +15,7 @@
 namespace imgopt {
 namespace {
 
-constexpr int kCell = 16, kCellThreads = 256;
+constexpr int kCell = 16, kGatherThreads = 256;
 
 struct Cells {
     int side;      // pixels of a cell, along each axis
@@ -44,8 +49,8 @@ inline Int8Conv2d over_cells(const Int8Conv2d& p, const Cells& cells, const uint
 
 // A thread makes one cell: (y, x, channel) of its pixels, zero behind.
 template <int side>
-__global__ void __launch_bounds__(kCellThreads) gather_cells(const Int8Conv2d p, const Cells cells, uint8_t* output) {
-    const int64_t item = int64_t{blockIdx.x} * kCellThreads + threadIdx.x;
+__global__ void __launch_bounds__(kGatherThreads) gather_cells(const Int8Conv2d p, const Cells cells, uint8_t* output) {
+    const int64_t item = int64_t{blockIdx.x} * kGatherThreads + threadIdx.x;
     if (item >= p.batch * cells.h * cells.w) return;
     const int x = static_cast<int>(item % cells.w) * side - static_cast<int>(p.pad_left);
     const int y = static_cast<int>(item / cells.w % cells.h) * side - static_cast<int>(p.pad_top);
@@ -71,9 +76,9 @@ __global__ void __launch_bounds__(kCellThreads) gather_cells(const Int8Conv2d p,
 }
 
 // The rows of `q` from those of `p`.
-__global__ void __launch_bounds__(kCellThreads)
+__global__ void __launch_bounds__(kGatherThreads)
     gather_weights(const Int8Conv2d p, const Int8Weight q, const Cells cells, uint8_t* output) {
-    const int64_t item = int64_t{blockIdx.x} * kCellThreads + threadIdx.x, row = weight_row(q);
+    const int64_t item = int64_t{blockIdx.x} * kGatherThreads + threadIdx.x, row = weight_row(q);
     if (item >= q.out_channels * row) return;
     const int channels = static_cast<int>(p.weight.group_channels), at = static_cast<int>(item % row);
     const int ty = at / static_cast<int>(q.group_channels), tx = at % static_cast<int>(q.group_channels) / kCell;
@@ -92,6 +97,41 @@ inline bool cells_serve(const Int8Conv2d& p) {
         return false;
     if (w.group_channels > (halves ? kCell / 4 : kCell) || w.kernel_w > (halves ? 16 : 8)) return false;
     return wgmma_serves(over_cells(p, cells_of(p), nullptr, nullptr));
+}
+
+// The layer over an image with its border, as far as the kernel reaches.
+inline Int8Conv2d over_bordered(const Int8Conv2d& p, const uint8_t* input) {
+    Int8Conv2d q = p;
+    q.input = input;
+    q.input_stride = p.weight.groups * p.weight.group_channels;
+    q.in_h = (p.out_h - 1) * p.stride_h + (p.weight.kernel_h - 1) * p.dilation_h + 1;
+    q.in_w = (p.out_w - 1) * p.stride_w + (p.weight.kernel_w - 1) * p.dilation_w + 1;
+    q.pad_top = q.pad_left = 0;
+    q.input_flip = 0;
+    return q;
+}
+
+// A thread moves sixteen channels of a pixel of `q`.
+__global__ void __launch_bounds__(kGatherThreads)
+    gather_bordered(const Int8Conv2d p, const Int8Conv2d q, uint8_t* output) {
+    const int64_t item = int64_t{blockIdx.x} * kGatherThreads + threadIdx.x, chunks = q.input_stride / 16;
+    if (item >= q.batch * q.in_h * q.in_w * chunks) return;
+    const int64_t pixel = item / chunks, line = pixel / q.in_w;
+    const int64_t y = line % q.in_h - p.pad_top, x = pixel % q.in_w - p.pad_left;
+    const uint32_t flip = four_times(p.input_flip), border = four_times(p.input_zero_point);
+    uint4 v = make_uint4(border, border, border, border);
+    if (y >= 0 && y < p.in_h && x >= 0 && x < p.in_w) {
+        const int64_t at = (line / q.in_h * p.in_h + y) * p.in_w + x;
+        v = load_cached(reinterpret_cast<const uint4*>(p.input + at * p.input_stride + item % chunks * 16));
+        v = make_uint4(v.x ^ flip, v.y ^ flip, v.z ^ flip, v.w ^ flip);
+    }
+    reinterpret_cast<uint4*>(output)[item] = v;
+}
+
+// A layer of one tap reads its image once, and the pass would cost more than it gains.
+inline bool bordered_serves(const Int8Conv2d& p) {
+    return p.weight.kernel_h * p.weight.kernel_w > 1 && aligned_to_16(p.input, p.input_stride) &&
+           p.weight.group_channels % 16 == 0 && wgmma_serves(over_bordered(p, nullptr));
 }
 
 }  // namespace
