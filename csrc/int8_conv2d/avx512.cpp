@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include "igemm.h"
+#include "shift_avx512.h"
 #include "steps.h"
 
 namespace imgopt::avx512 {
@@ -59,12 +60,6 @@ struct ResidualTerm {
     }
 };
 
-// Float output, shifts, and multipliers that is_bounded refuses, a sum at a time.
-[[gnu::noinline]] void store_rare(const Tile& t, int64_t pixel, const int32_t* sums, int64_t rows, int64_t width) {
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t c = 0; c < t.channels; ++c) store_sum(*t.conv, pixel + i, t.channel + c, sums[i * width + c]);
-}
-
 // Masked stores of bytes are slow, and the common remainders of a vector are halves of it.
 inline void store_16(uint8_t* out, __m128i bytes, int64_t channels) {
     if (channels >= 16)
@@ -73,6 +68,24 @@ inline void store_16(uint8_t* out, __m128i bytes, int64_t channels) {
         _mm_storel_epi64(reinterpret_cast<__m128i*>(out), bytes);
     else
         _mm_mask_storeu_epi8(out, static_cast<__mmask16>((1u << channels) - 1), bytes);
+}
+
+// Float output, and multipliers that is_bounded refuses, a sum at a time; shifts in vectors.
+[[gnu::noinline]] void store_rare(const Tile& t, int64_t pixel, const int32_t* sums, int64_t rows, int64_t width) {
+    const Int8Conv2d& p = *t.conv;
+    if (!p.shift || p.float_output) {
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t c = 0; c < t.channels; ++c) store_sum(p, pixel + i, t.channel + c, sums[i * width + c]);
+        return;
+    }
+    const ShiftEpilogue to_bytes(p);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < t.channels; c += 16) {
+            const int64_t left = t.channels - c, at = t.channel + c;
+            const __mmask16 mask = static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : -1);
+            const __m128i bytes = to_bytes(pixel + i, at, _mm512_load_si512(sums + i * width + c), mask);
+            store_16(static_cast<uint8_t*>(p.output) + (pixel + i) * p.output_stride + at, bytes, left);
+        }
 }
 
 inline void store_32(uint8_t* out, __m256i bytes, int64_t channels) {

@@ -333,18 +333,20 @@ struct Depthwise {
         }
     }
 
-    // float output, shifts, or a residual: a sum at a time.
+    // Float output, shifts, or a residual, a pixel at a time.
     [[gnu::noinline]] void store_rare(int64_t channel, int64_t pixel, int64_t pixels) const {
         const int64_t channels = smaller(kDepthwiseChannels, p.weight.out_channels - channel);
+        Tile tile{};
+        tile.conv = &p, tile.channel = channel, tile.channels = channels;
         for (int64_t i = 0; i < pixels; ++i) {
-            alignas(64) int32_t sums[64];
+            alignas(64) int32_t found[4][16], sums[4][4][4];  // lane 4L + n of vector j is channel 16L + 4j + n
             for (int j = 0; j < 4; ++j) {
                 __m512i q[1][1];
                 depthwise_sums<G, 1, 1, 1>(g, block_at(channel), strip + i * g.stride * g.groups * kColumnBytes, j, q);
-                _mm512_store_si512(sums + 16 * j, q[0][0]);
+                _mm512_store_si512(found[j], q[0][0]);
+                for (int l = 0; l < 4; ++l) memcpy(sums[l][j], found[j] + 4 * l, 16);
             }
-            for (int64_t c = 0; c < channels; ++c)
-                store_sum(p, pixel + i, channel + c, sums[c % 16 / 4 * 16 + c / 16 * 4 + c % 4]);
+            avx512::store_rare(tile, pixel + i, &sums[0][0][0], 1, 64);
         }
     }
 
