@@ -5,23 +5,21 @@ of 0.8 to 1.2, unless the name says otherwise. OpenCV runs in a loop over the ba
 conversion to what a network takes is charged to every contestant of a case that ends there. The images are smooth
 with a little noise, as photographs are.
 
-What stands between these cases and their goals, measured on a Zen 5 core with AVX-512, in cycles per sixteen pixels:
+What stands between these cases and their goals, measured on a Zen 5 core with AVX-512; cycles are per sixteen pixels:
 
-- Bilinear uint8 takes 55, the nearest pixel of one channel 38, and neither depends on where the pixels lie: a shift takes
-  38 and 50, a turn by 90 degrees 41 and 51, 8 images instead of 64 change nothing. So the taps and the arithmetic of RGB
-  are 17; what all cases share is the rest: coordinates and weights about 10, the window 6 (9 % of the samples), sixteen
-  offsets through memory, sixteen loads, and the strip's bookkeeping. That is why nearest, one and four channels gain
-  least over OpenCV, whose own cost falls with the channels. Locating a block ahead of the one that is sampled, so that
-  no load waits for an offset just stored, took 3 to 5; masks and broadcasts kept in registers 2.
-- Homographies are float64 throughout: a division and some 20 operations per vector of eight pixels, about half of it.
-- 32 x 32: a third of the time is per image: window margins, the plan of its strips, half-filled blocks.
-- Against grid_sample the same: 45x would be 23 cycles per sixteen pixels, less than the loads and window alone.
-- Pipelines: of 5.3 ms the warp is 3.7, the colour matrix 1.1, the mean of the source 0.2, Python 0.25, of which Philox
-  is 0.05. At 32 x 32 Python is 0.5 of 1.5 ms: draws and matrices of 512 samples in NumPy.
-- Fresh memory: a float32 batch of 38 MB took 3 ms of page faults, and 20 to 90 where the system had to make room for huge
-  pages; our outputs take over the memory of dropped ones (csrc/outputs.h), the peers' come from torch.
-- The Numba twin is scalar code, 48 cycles a pixel: twelve loads and conversions, and the general path for every pixel
-  near or beyond the border. Integer weights in place of float64 took a tenth off.
+- Bilinear uint8 RGB takes 56, the nearest pixel of one channel 39, and where the pixels lie hardly matters: 52 and 37 for
+  a shift, 54 and 48 for a turn by 90 degrees, and the same for 8 images as for 64 within a tenth. So two thirds are what
+  all cases share: coordinates, sixteen offsets through memory, sixteen loads, stores, and the window (9 % of the samples
+  of a profile). That is why nearest, one and four channels, cheaper for OpenCV too, gain least. Locating a block ahead
+  of the one that is sampled, so that no load waits for an offset just stored, has since taken 5 from nearest.
+- 45 times grid_sample would be 27 cycles, less than that nearest pixel of one channel takes.
+- Homographies take 2 ms more than affine maps: float64 coordinates with a division, and clamped offsets everywhere.
+- 512 images of 32 x 32 would take 0.52 ms at the rate of the large ones, and take 0.8 to 0.9: the rest is per image.
+- The pipeline's 5.3 ms are 3.7 of warp, 0.2 for the mean of the source, 0.25 of Python (0.05 of it Philox), and by
+  difference 1.1 for the colour matrix and the flipped half. At 32 x 32 Python takes 0.4 of 1.6 ms.
+- A fresh float32 batch of 38 MB cost 3 ms of page faults, 20 to 90 where the system had to move memory to find large
+  pages. Outputs now take over the memory of dropped ones (csrc/outputs.h); the peers' memory is torch's.
+- The Numba twin is scalar code, 48 cycles for one pixel. Integer weights in place of float64 took a tenth off it.
 """
 
 import math
