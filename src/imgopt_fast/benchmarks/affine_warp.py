@@ -7,11 +7,12 @@ with a little noise, as photographs are.
 
 What stands between these cases and their goals, measured on a Zen 5 core with AVX-512; cycles are per sixteen pixels:
 
-- Bilinear uint8 RGB takes 56, the nearest pixel of one channel 39, and where the pixels lie hardly matters: 52 and 37 for
-  a shift, 54 and 48 for a turn by 90 degrees, and the same for 8 images as for 64 within a tenth. So two thirds are what
-  all cases share: coordinates, sixteen offsets through memory, sixteen loads, stores, and the window (9 % of the samples
-  of a profile). That is why nearest, one and four channels, cheaper for OpenCV too, gain least. Locating a block ahead
-  of the one that is sampled, so that no load waits for an offset just stored, has since taken 5 from nearest.
+- Bilinear uint8 RGB takes 56, the nearest pixel of one channel 39, and where the pixels lie hardly matters: 52 and 37
+  for a shift, 54 and 48 for a turn by 90 degrees, and the same for 8 images as for 64 within a tenth. So two thirds
+  are what all cases share: coordinates, sixteen offsets through memory, sixteen loads, stores, and the window (9 % of
+  the samples of a profile). That is why nearest, one and four channels, cheaper for OpenCV too, gain least. Locating
+  a block ahead of the one that is sampled, so that no load waits for an offset just stored, has since taken 5 from
+  nearest.
 - 45 times grid_sample would be 27 cycles, less than that nearest pixel of one channel takes.
 - Homographies take 2 ms more than affine maps: float64 coordinates with a division, and clamped offsets everywhere.
 - 512 images of 32 x 32 would take 0.52 ms at the rate of the large ones, and take 0.8 to 0.9: the rest is per image.
