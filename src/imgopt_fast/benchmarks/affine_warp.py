@@ -8,7 +8,7 @@ with a little noise, as photographs are.
 What stands between these cases and their goals, measured on a Zen 5 core with AVX-512; cycles are per sixteen pixels:
 
 - Bilinear uint8 RGB takes 56, the nearest pixel of one channel 39, and where the pixels lie hardly matters: 52 and 37
-  for a shift, 54 and 48 for a turn by 90 degrees, and the same for 8 images as for 64 within a tenth. So two thirds
+  for a shift, 54 and 48 for a turn by 90 degrees, and 8 images take a ninth less than 64. So two thirds
   are what all cases share: coordinates, sixteen offsets through memory, sixteen loads, stores, and the window (9 % of
   the samples of a profile). That is why nearest, one and four channels, cheaper for OpenCV too, gain least. Locating
   a block ahead of the one that is sampled, so that no load waits for an offset just stored, has since taken 5 from
