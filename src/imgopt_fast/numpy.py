@@ -512,9 +512,10 @@ def _int8_conv2d_by_torch(
     def image(array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).permute(0, 3, 1, 2)
 
+    weight, bias, scale, packed = (torch.from_numpy(array) for array in layer[:4])
     result = op.int8_conv2d(
         image(input),
-        op.PackedInt8Weight(*(torch.from_numpy(array) for array in layer[:4]), *layer[4:]),
+        op.PackedInt8Weight(weight, bias, scale, packed, layer.input_scale, layer.input_zero_point, layer.groups),
         residual=None if residual is None else image(residual),
         output_dtype=getattr(torch, output_dtype.name),
         **settings,

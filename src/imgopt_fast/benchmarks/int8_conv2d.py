@@ -19,11 +19,13 @@ from imgopt_fast import _native
 from imgopt_fast.benchmarks import onnx_models
 from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
 from imgopt_fast.ops.int8_conv2d import int8_conv2d, pack_int8_weight
+from imgopt_fast.ops.int8_graph import Int8GraphBuilder, int8_graph
 
 INPUT_SCALE = 0.02
 # The others round bias and product in another order: where the real result is near a half they may be one step off.
 ONE_STEP = Agreement(1.0)
 ENGINES = ("x86", "onednn", "fbgemm")
+PLANNED = 6  # layers of a planned case
 
 
 class Layer(NamedTuple):
@@ -215,6 +217,57 @@ class ConvCase(Case):
         return Runner(call, goal=1.7)
 
 
+@dataclass(eq=False)
+class PlannedCase(ConvCase):
+    """PLANNED times the same layer, one behind the other, as one plan of int8_graph: no call between them."""
+
+    label: str = f", {PLANNED} in a plan"
+
+    def ours(self) -> Runner:
+        builder = Int8GraphBuilder()
+        value, scale = builder.input(channels=self.layer.channels, scale=INPUT_SCALE), INPUT_SCALE
+        for _ in range(PLANNED):
+            # The same sums in every layer, whatever the scale of its input.
+            weight_scale, bias = self.weight_scale * (INPUT_SCALE / scale), self.bias
+            value = builder.conv2d(
+                value, self.weight, weight_scale, bias, padding=self.layer.padding, output_scale=self.output_scale
+            )
+            scale = self.output_scale
+        program, inputs = builder.build([value]), [self.input]
+        return Runner(lambda: int8_graph(inputs, program), result=lambda outputs: outputs[0])
+
+    def work(self) -> Work:
+        one = super().work()
+        return Work(PLANNED * one.int8_ops, bytes_read=one.bytes_read, bytes_written=one.bytes_written)
+
+    def peers(self) -> Mapping[str, Callable[[], Runner]]:
+        return {"torch": self.with_torch_float}
+
+    @property
+    def best_goal(self) -> float | None:
+        return None
+
+    @property
+    def floor_goal(self) -> float | None:
+        return 0.9
+
+    def with_torch_float(self) -> Runner:
+        """F.conv2d in float32 on integers, exact to a few units of the sum, rounded to bytes behind every layer."""
+        padding, scale = self.layer.padding, self.output_scale
+        weight = self.weight.float().contiguous(memory_format=torch.channels_last)
+        steps = (self.bias / (INPUT_SCALE * self.weight_scale)).round()
+        factor = (INPUT_SCALE * self.weight_scale / scale).view(-1, 1, 1)
+
+        def call() -> torch.Tensor:
+            x = self.input.float()
+            for _ in range(PLANNED):
+                x = (F.conv2d(x, weight, steps, padding=padding) * factor).round().clamp(0, 255)
+            return x
+
+        # A value that is rounded the other way in one layer moves its neighbours in the next.
+        return Runner(call, Agreement(2.0, outliers=1e-3))
+
+
 def resnet50_layers() -> list[Layer]:
     """The distinct convolutions of ResNet-50 at 224 x 224 (stride in the 3 x 3, as torchvision has it)."""
     layers = [Layer(3, 64, 7, 2, 224)]
@@ -274,6 +327,7 @@ def _cases() -> list[Case]:
         ConvCase(layer, batch, quick=layer in QUICK and batch == 1) for batch in (1, 8) for layer in layers
     ]
     wide = Layer(128, 128, 3, 1, 28)
+    found += [PlannedCase(layer) for layer in layers if layer.kernel == 3 and layer.stride == 1 and layer.groups == 1]
     if "avx2" in _native.supported_isas():
         found.append(ConvCase(wide, isa="avx2", label=", AVX2 forced"))
     if _native.core() is not None:

@@ -1,0 +1,111 @@
+// Weights of the depthwise kernel of AVX-512: how they are packed, which geometries are known when the kernel is
+// compiled, and how a block of 64 channels is brought into the order of the interleaved columns (columns_avx512.h),
+// once per call. Several output rows that share input rows differ in their weights only, which are shifted by the
+// stride.
+#pragma once
+
+#include "columns_avx512.h"
+
+namespace imgopt::avx512 {
+namespace {
+
+constexpr int64_t kDepthwiseChannels = 64;
+
+bool is_depthwise(const Int8Weight& w) { return w.group_channels == 1 && w.out_channels == w.groups; }
+
+int64_t depthwise_blocks(const Int8Weight& w) { return ceil_div(w.out_channels, kDepthwiseChannels); }
+int64_t row_groups(int64_t rows) { return ceil_div(rows, 4); }
+int64_t depthwise_block_bytes(const Int8Weight& w) { return w.kernel_w * row_groups(w.kernel_h) * kColumnBytes; }
+
+int64_t depthwise_weight_bytes(const Int8Weight& w) { return depthwise_blocks(w) * depthwise_block_bytes(w); }
+
+// (block of 64 channels, kernel_w, rows / 4, vector, dword, row % 4), zero where there is no row or channel.
+void depthwise_weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* packed) {
+    memset(packed, 0, static_cast<size_t>(depthwise_weight_bytes(w)));
+    for (int64_t c = 0; c < w.out_channels; ++c) {
+        const int64_t in_block = c % kDepthwiseChannels;
+        const int64_t lane = in_block / 16, vector = in_block % 16 / 4, dword = 4 * lane + in_block % 4;
+        uint8_t* block = packed + c / kDepthwiseChannels * depthwise_block_bytes(w);
+        for (int64_t ky = 0; ky < w.kernel_h; ++ky)
+            for (int64_t kx = 0; kx < w.kernel_w; ++kx)
+                block[(kx * row_groups(w.kernel_h) + ky / 4) * kColumnBytes + vector * 64 + dword * 4 + ky % 4] =
+                    static_cast<uint8_t>(weight[(c * w.kernel_h + ky) * w.kernel_w + kx]);
+    }
+}
+
+// What the common kernels know when they are compiled: then addresses are constants, and neighbouring pixels share
+// their loads of columns. An output row reads `groups` groups of four input rows; ROWS output rows are computed
+// together, either from the same groups (SHARED) or each from its own, which saves the steps between strips only.
+template <int TAPS, int GROUPS, int STRIDE, int ROWS, bool SHARED>
+struct Geometry {
+    static constexpr bool kFixed = true, kShared = SHARED;
+    static constexpr int kRows = ROWS;
+    static constexpr int64_t taps = TAPS, groups = GROUPS, stride = STRIDE, dilation = 1;
+
+    explicit Geometry(const Int8Conv2d&) {}
+
+    static bool fits(const Int8Conv2d& p) {
+        const Int8Weight& w = p.weight;
+        return w.kernel_w == TAPS && row_groups(w.kernel_h) == GROUPS && p.stride_w == STRIDE && p.stride_h == STRIDE &&
+               p.dilation_w == 1 && p.dilation_h == 1 &&
+               (!SHARED || row_groups(w.kernel_h + (ROWS - 1) * STRIDE) == GROUPS) && !p.residual && !is_rare(p);
+    }
+};
+
+struct AnyGeometry {
+    static constexpr bool kFixed = false, kShared = true;
+    static constexpr int kRows = 1;
+    int64_t taps, groups, stride, dilation;
+
+    explicit AnyGeometry(const Int8Conv2d& p)
+        : taps(p.weight.kernel_w), groups(row_groups(p.weight.kernel_h)), stride(p.stride_w), dilation(p.dilation_w) {}
+};
+
+// Groups of a column of the strip.
+template <class G>
+int64_t column_groups(const G& g) {
+    return g.groups * (G::kShared ? 1 : G::kRows);
+}
+
+// A block of channels, ready for the lanes: its constants, then (output row, tap, rows / 4, vector) of weights.
+struct DepthwiseBlock {
+    __m512i offset[4];
+    __m512 multiplier[4];
+    __m512i weight[];
+};
+
+// Vector j of four holds lanes L of `in`, channels 16L + 4j..; with `halves` lanes 2 and 3 repeat 0 and 1.
+void lanes_of_channels(const void* in, bool halves, void* out) {
+    __m512i v[4];
+    for (int i = 0; i < 4; ++i) v[i] = _mm512_loadu_si512(static_cast<const char*>(in) + 64 * (halves ? i % 2 : i));
+    const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44), b = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
+    const __m512i c = _mm512_shuffle_i32x4(v[0], v[1], 0xee), d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+    __m512i* to = static_cast<__m512i*>(out);
+    _mm512_store_si512(to + 0, _mm512_shuffle_i32x4(a, b, 0x88));
+    _mm512_store_si512(to + 1, _mm512_shuffle_i32x4(a, b, 0xdd));
+    _mm512_store_si512(to + 2, _mm512_shuffle_i32x4(c, d, 0x88));
+    _mm512_store_si512(to + 3, _mm512_shuffle_i32x4(c, d, 0xdd));
+}
+
+// The weights of output row v lie v * stride rows further down, or are the same for groups of its own.
+template <class G>
+void prepare_block(const Int8Conv2d& p, const G& g, int64_t channel, bool halves, DepthwiseBlock* block) {
+    lanes_of_channels(p.offset + channel, halves, block->offset);
+    lanes_of_channels(p.multiplier + channel, halves, block->multiplier);
+    const uint8_t* packed = p.packed + channel / kDepthwiseChannels * depthwise_block_bytes(p.weight);
+    __m512i* out = block->weight;
+    const int shift = G::kShared ? static_cast<int>(g.stride) : 0;
+    for (int v = 0; v < G::kRows; ++v) {
+        const __m128i down = _mm_cvtsi32_si128(8 * v * shift);
+        const __m128i up = _mm_cvtsi32_si128(32 - 8 * v * shift);
+        for (int64_t i = 0; i < g.taps * g.groups * 4; ++i) {
+            __m512i w = _mm512_sll_epi32(_mm512_loadu_si512(packed + 64 * i), down);
+            if (v * shift > 0 && i / 4 % g.groups > 0)
+                w = _mm512_or_si512(w, _mm512_srl_epi32(_mm512_loadu_si512(packed + 64 * (i - 4)), up));
+            _mm512_store_si512(out++, halves ? _mm512_shuffle_i32x4(w, w, 0x44) : w);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace imgopt::avx512
