@@ -19,7 +19,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from imgopt_fast.benchmarks import SUBJECTS, cases
+from imgopt_fast.benchmarks import SUBJECTS, cases, notes
 from imgopt_fast.benchmarks.results import Result, Row, duration, from_dict, heading
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +93,7 @@ def page(machine: dict[str, Any], results: list[Result]) -> str:
     for subject in dict.fromkeys(result.subject for result in results):
         chosen = [result for result in results if result.subject == subject]
         lines += [f"## {subject}", "", *table(chosen), ""]
-        lines += [f"- {text}" for text in dict.fromkeys(absences(chosen))]
+        lines += [f"- {text}" for text in (*notes(subject), *dict.fromkeys(absences(chosen)))]
         lines.append("")
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 

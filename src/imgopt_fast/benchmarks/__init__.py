@@ -20,3 +20,9 @@ def cases(subject: str, *, quick: bool = False) -> Iterator[Case]:
     for case in import_module(f"{__name__}.{subject}").CASES:
         if case.quick or not quick:
             yield case
+
+
+def notes(subject: str) -> tuple[str, ...]:
+    """Why the cases of a subject miss their goals, where its module says so."""
+    found: tuple[str, ...] = getattr(import_module(f"{__name__}.{subject}"), "NOTES", ())
+    return found

@@ -26,6 +26,27 @@ INPUT_SCALE = 0.02
 ONE_STEP = Agreement(1.0)
 ENGINES = ("x86", "onednn", "fbgemm")
 PLANNED = 6  # layers of a planned case
+# Why goals are missed, as measured on a Zen 5 core (3.8 GHz, 966 GOP/s by vpdpbusd in that run) with the kernels of
+# this version; `benchmarks/report.py` prints them below the table.
+NOTES = (
+    "Small layers at N = 1 (kernel below 20 us): 8.1 us of every call are Python and the dispatcher (6.0 of them the "
+    "dispatcher with its 20 arguments). 192->64 at 14 x 14 is 5.7 us of arithmetic, 92 % of the machine's rate, in a "
+    "call of 14. onnxruntime is ahead on those only; in a plan of int8_graph there is no call per layer.",
+    "3 x 3: the loop runs at the measured vpdpbusd rate (64->64 at 56 x 56: 455 of 460 GMAC/s without the call), and "
+    "so does oneDNN's; what is left of a call is those 8 us, 3 %. 512->512 at 7 x 7 loses more: 49 pixels read 2.4 MB "
+    "of weights from the third cache.",
+    "1 x 1 with K <= 64: 64->256 at 56 x 56 takes 240 cycles per tile of 6 x 64 sums, of which the products need 192; "
+    "rounding and packing overlap with the next tile only in part. With 24 filters a quarter of the lanes is empty. "
+    "Tiles of half the height, to overlap more, were slower by a quarter.",
+    "7 x 7 stem: the 21 bytes of a kernel row take 6 dwords, 42 instead of 37 for all rows, which bounds it at 276 us; "
+    "1.5 times oneDNN's 416 us would be 277. 353 us are the kernel's, the rest is the call and its output.",
+    "Depthwise 3 x 3: 15 cycles per 64 channels of a pixel, of which the 12 vpdpbusd need 6; with stride 2 no output "
+    "row shares its input rows. Eight images come from the third cache: 144 channels at 56 x 56, stride 2, take 377 us "
+    "instead of eight times 22.",
+    "AVX2: exact products need words, vpmaddwd and vpaddd: four vector instructions for 32 products on four pipes. "
+    "fbgemm's vpmaddubsw needs three, but saturates pairs at 16 bits, which is why torch halves the range of its "
+    "activations for it (reduce_range); the results here are exact for all 8 bits.",
+)
 
 
 class Layer(NamedTuple):
@@ -238,7 +259,7 @@ class PlannedCase(ConvCase):
 
     def work(self) -> Work:
         one = super().work()
-        return Work(PLANNED * one.int8_ops, bytes_read=one.bytes_read, bytes_written=one.bytes_written)
+        return Work(int8_ops=PLANNED * one.int8_ops, bytes_read=one.bytes_read, bytes_written=one.bytes_written)
 
     def peers(self) -> Mapping[str, Callable[[], Runner]]:
         return {"torch": self.with_torch_float}
