@@ -55,7 +55,8 @@ struct QuadSteps {
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
             const float* column = x + at[r * kDistinct / 4];
-            const Reg value = Ops::spread(four, r);
+            // Four lone multiply-adds wait for their spreading; from memory a value comes spread.
+            const Reg value = P == 1 && kDistinct == 1 ? Ops::splat(values[r]) : Ops::spread(four, r);
 #pragma GCC unroll 4
             for (int p = 0; p < P; ++p) sums[r][p] = Ops::fma(value, Ops::load(column + p * kWidth), sums[r][p]);
         }
