@@ -138,7 +138,8 @@ def _decoded_chunks(job: Job) -> Iterator[list[Header | Skipped]]:
             with ThreadPoolExecutor(os.cpu_count()) as threads:
                 yield from threads.map(partial(_decode_chunk, job), begins)
             return
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, from Python 3.12 on
+        for kind in (DeprecationWarning, RuntimeWarning):  # of forks beside threads: Python's from 3.12 on, and JAX's
+            warnings.simplefilter("ignore", kind)
         with ProcessPoolExecutor(os.cpu_count(), get_context("fork"), _take, (job,)) as processes:
             try:
                 yield from processes.map(_decode_chunk_of_taken, begins)
