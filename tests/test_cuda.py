@@ -301,6 +301,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "depthwise halved": {"c": 8, "o": 8, "groups": 8, "h": 9, "w": 31, "stride": (2, 2), "padding": ((1, 1), (1, 1))},
     "groups of 4": {"c": 16, "o": 32, "groups": 4, "w": 16, "padding": ((1, 1), (1, 1))},
     "groups of 8": {"c": 24, "o": 12, "groups": 3, "w": 9, "stride": (2, 2), "padding": ((1, 1), (1, 1))},
+    "groups of 8, merged": {"c": 64, "o": 128, "groups": 8, "padding": ((1, 1), (1, 1)), "input_zero_point": 0},
+    "groups of 16, merged": {"c": 128, "o": 128, "groups": 8, "w": 6, "padding": ((1, 1), (1, 1))},
     "many pixels": {"c": 16, "o": 130, "k": (1, 1), "n": 1, "h": 31, "w": 33},
     # Borders of zero: Hopper's kernel reads them.
     "zeros": {"c": 64, "o": 160, "n": 3, "padding": ((1, 1), (1, 1)), "input_zero_point": 0},

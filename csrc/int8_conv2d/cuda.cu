@@ -117,6 +117,15 @@ void bordered_on_hopper(const Launcher& launch, const Int8Conv2d& p, const Works
     conv_on_hopper(launch, q);
 }
 
+void merged_on_hopper(const Launcher& launch, const Int8Conv2d& p, const Workspace& workspace) {
+    Int8Conv2d q = over_merged(p, nullptr);
+    const int64_t bytes = cuda_weight_bytes(q.weight);
+    uint8_t* packed = workspace(bytes);
+    q.packed = packed;
+    launch(gather_groups, blocks_for(bytes, kGatherThreads), kGatherThreads, 0, p, q.weight, packed);
+    wgmma_serves(q) ? conv_on_hopper(launch, q) : bordered_on_hopper(launch, q, workspace);
+}
+
 void cells_on_hopper(const Launcher& launch, const Int8Conv2d& p, const Workspace& workspace) {
     const Cells cells = cells_of(p);
     const int64_t count = p.batch * cells.h * cells.w;
@@ -142,13 +151,15 @@ void cuda_conv(const Launcher& launch, const Int8Conv2d& p, const Workspace& wor
     const Int8Weight& w = p.weight;
     const int64_t pixels = p.batch * p.out_h * p.out_w, group_outputs = w.out_channels / w.groups;
     if (pixels == 0) return;
+    const bool hopper = has_hopper_kernels();
+    if (hopper && w.groups > 1 && merged_serves(p)) return merged_on_hopper(launch, p, workspace);
     if (conv_by_strips(launch, p)) return;
     if (w.group_channels == 1 && group_outputs == 1)
         return launch(depthwise_conv, blocks_for(pixels * ceil_div(w.out_channels, 4), kDirectThreads), kDirectThreads,
                       0, p);
     if (w.groups > 1 && (w.group_channels < 16 || group_outputs < 16))
         return launch(direct_conv, blocks_for(pixels * w.out_channels, kDirectThreads), kDirectThreads, 0, p);
-    if (has_hopper_kernels()) {
+    if (hopper) {
         if (wgmma_serves(p)) return conv_on_hopper(launch, p);
         if (bordered_serves(p)) return bordered_on_hopper(launch, p, workspace);
         if (cells_serve(p)) return cells_on_hopper(launch, p, workspace);
