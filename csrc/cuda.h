@@ -193,6 +193,17 @@ __device__ __forceinline__ int32_t dot4(uint32_t u, uint32_t s, int32_t sum) {
     asm("dp4a.u32.s32 %0, %1, %2, %3;\n" : "=r"(result) : "r"(u), "r"(s), "r"(sum));
     return result;
 }
+// sum + the products of two signed 16-bit numbers and two unsigned bytes: the first two, and the last two.
+__device__ __forceinline__ int32_t dot2_low(uint32_t two, uint32_t bytes, int32_t sum) {
+    int32_t result;
+    asm("dp2a.lo.s32.u32 %0, %1, %2, %3;\n" : "=r"(result) : "r"(two), "r"(bytes), "r"(sum));
+    return result;
+}
+__device__ __forceinline__ int32_t dot2_high(uint32_t two, uint32_t bytes, int32_t sum) {
+    int32_t result;
+    asm("dp2a.hi.s32.u32 %0, %1, %2, %3;\n" : "=r"(result) : "r"(two), "r"(bytes), "r"(sum));
+    return result;
+}
 // Bytes of the eight in a (0..3) and b (4..7), four bits of `order` each, lowest first.
 __device__ __forceinline__ uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t order) {
     return __byte_perm(a, b, order);
@@ -203,6 +214,12 @@ __device__ __forceinline__ uint32_t larger_bytes(uint32_t a, uint32_t b) { retur
 __device__ __forceinline__ uint32_t shift_pair(uint32_t low, uint32_t high, uint32_t bits) {
     return __funnelshift_r(low, high, bits);
 }
+
+// Of all lanes.
+__device__ __forceinline__ int32_t warp_min(int32_t v) { return __reduce_min_sync(~0u, v); }
+__device__ __forceinline__ int32_t warp_max(int32_t v) { return __reduce_max_sync(~0u, v); }
+
+__device__ __forceinline__ float sum_rounded_down(float a, float b) { return __fadd_rd(a, b); }
 
 __device__ __forceinline__ float float_of_half(uint16_t bits) {
     float v;
@@ -217,6 +234,17 @@ __device__ __forceinline__ uint16_t half_of_float(float v) {
 __device__ __forceinline__ uint16_t bfloat16_of_float(float v) {
     uint16_t bits;
     asm("cvt.rn.bf16.f32 %0, %1;\n" : "=h"(bits) : "f"(v));
+    return bits;
+}
+// Two side by side, the first in the low half.
+__device__ __forceinline__ uint32_t halves_of_floats(float low, float high) {
+    uint32_t bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+__device__ __forceinline__ uint32_t bfloat16s_of_floats(float low, float high) {
+    uint32_t bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(bits) : "f"(high), "f"(low));
     return bits;
 }
 

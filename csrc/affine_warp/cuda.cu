@@ -13,7 +13,6 @@ namespace {
 
 using torch::headeronly::MemoryFormat;
 
-constexpr int64_t kManyTiles = 32;       // per multiprocessor: eight blocks' worth of work for each of its places
 constexpr unsigned kMostAcross = 65535;  // of the grid's second and third axis
 
 void set_strides(const Tensor& t, int64_t* to) {
@@ -72,12 +71,19 @@ void check_factors(const std::vector<double>& mean, const std::vector<double>& s
     STD_TORCH_CHECK(fits(mean) && fits(std), "mean, std: expected one value per channel");
 }
 
-Tensor make_plans(const Launcher& launch, const AffineWarp& p, const Tensor& images, const Tensor& matrix,
-                  const std::optional<Tensor>& color_matrix) {
+struct ColorAndMatrix {
+    MatrixView color, matrix;
+};
+
+ColorAndMatrix matrix_views(const AffineWarp& p, const Tensor& matrix, const std::optional<Tensor>& color_matrix) {
     STD_TORCH_CHECK(!color_matrix || p.channels == 3, "color_matrix: expected three channels");
-    const MatrixView color = color_matrix ? matrix_view(*color_matrix, p.batch, 4, "color_matrix") : MatrixView{};
+    return {color_matrix ? matrix_view(*color_matrix, p.batch, 4, "color_matrix") : MatrixView{},
+            matrix_view(matrix, p.batch, 3, "matrix")};
+}
+
+Tensor make_plans(const Launcher& launch, const AffineWarp& p, const Tensor& images, const ColorAndMatrix& views) {
     Tensor plans = device_bytes(images, p.batch * static_cast<int64_t>(sizeof(ImagePlan)));
-    launch(plan_images, blocks_for(p.batch, 128), 128, 0, p, matrix_view(matrix, p.batch, 3, "matrix"), color,
+    launch(plan_images, blocks_for(p.batch, 32), 32, 0, p, views.matrix, views.color,
            static_cast<ImagePlan*>(plans.mutable_data_ptr()));
     return plans;
 }
@@ -131,16 +137,17 @@ template <class T, class R, int C>
 void launch_warp(const Launcher& launch, const WarpCall& call, const WarpNumbers<R>& numbers) {
     const AffineWarp& p = call.p;
     // A tile's place costs no division; what exceeds the second and third axis goes into the kernel's loops.
-    const int64_t across = ceil_div(p.output_width, kTileSide), down = ceil_div(p.output_height, kTileSide);
-    const bool many = across * down * p.batch > launch.processors() * kManyTiles;
-    const dim3 grid(static_cast<unsigned>(across), std::min(blocks_for(down, many ? kTilesDown : 1), kMostAcross),
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.output_width, kTileSide)),
+                    std::min(blocks_for(p.output_height, kTileSide), kMostAcross),
                     std::min(blocks_for(p.batch, 1), kMostAcross));
+    constexpr int threads = kTileThreads<T, R, C>;
+    constexpr size_t shared = can_be_staged<T, R, C>() ? kRegionBytes : 0;
     switch (p.interpolation) {
         case Interpolation::nearest:
-            return launch(warp_images<T, R, C, Interpolation::nearest>, grid, kWarpThreads, 0, call, numbers);
+            return launch(warp_images<T, R, C, Interpolation::nearest>, grid, threads, shared, call, numbers);
         case Interpolation::bilinear:
-            return launch(warp_images<T, R, C, Interpolation::bilinear>, grid, kWarpThreads, 0, call, numbers);
-        default: return launch(warp_images<T, R, C, Interpolation::bicubic>, grid, kWarpThreads, 0, call, numbers);
+            return launch(warp_images<T, R, C, Interpolation::bilinear>, grid, threads, shared, call, numbers);
+        default: return launch(warp_images<T, R, C, Interpolation::bicubic>, grid, threads, shared, call, numbers);
     }
 }
 
@@ -185,14 +192,16 @@ Tensor affine_warp(Tensor images, Tensor matrix, std::vector<int64_t> size, std:
     set_strides(output, p.output_stride);
     if (output.numel() == 0) return output;
 
-    const Tensor plans = make_plans(launch, p, images, matrix, color_matrix);
-    const ImagePlan* plan_data = static_cast<const ImagePlan*>(plans.const_data_ptr());
+    const ColorAndMatrix views = matrix_views(p, matrix, color_matrix);
+    const Tensor plans = antialias ? make_plans(launch, p, images, views) : Tensor();
+    const ImagePlan* plan_data = antialias ? static_cast<const ImagePlan*>(plans.const_data_ptr()) : nullptr;
     const Tensor boxed = filter_boxes(launch, p, images, plan_data);
     const bool colored = color_matrix.has_value();
     const bool wide = p.images_dtype == DType::f64 || p.output_dtype == DType::f64;
     for (int64_t first = 0; first < channels; first += kLaunchChannels) {
         const int64_t count = std::min<int64_t>(kLaunchChannels, channels - first);
-        const WarpCall call{p, plan_data, boxed.const_data_ptr(), boxed_elements(p), first, count, colored};
+        const WarpCall call{p,     views.matrix, views.color, plan_data, boxed.const_data_ptr(), boxed_elements(p),
+                            first, count};
         by_dtype(p.images_dtype, [&]<class T>(T) {
             if (sizeof(T) == 8 || wide)
                 launch_channels<T>(launch, call, warp_numbers<double>(p, fill, factors, colored, first, count));
@@ -341,7 +350,7 @@ std::tuple<Tensor, Tensor> affine_warp_backward(Tensor grad, Tensor images, Tens
         if (needs_images) torch::stable::zero_(grad_images);
         return {grad_images, grad_matrix};
     }
-    const Tensor plans = make_plans(launch, p, images, matrix, color_matrix);
+    const Tensor plans = make_plans(launch, p, images, matrix_views(p, matrix, color_matrix));
     const ImagePlan* plan_data = static_cast<const ImagePlan*>(plans.const_data_ptr());
     const Tensor boxed = filter_boxes(launch, p, images, plan_data);
     const BackwardCall call{p, plan_data, boxed.const_data_ptr(), boxed_elements(p), color_matrix.has_value()};

@@ -1,23 +1,17 @@
-// affine_warp on CUDA, forward: one kernel reads the images and writes what the network takes. A thread has four
-// neighbouring output pixels, which share the float64 part of their coordinates and leave as one vector store per
-// channel; a block has 32 × 32, whose rotated footprint stays in the first-level cache.
+// affine_warp on CUDA, forward: one kernel reads the images and writes what the network takes. A block has a tile of
+// 32 × 32 output pixels: its first warp reads the matrix and computes the float64 part of each row's coordinates, then
+// a thread has four neighbouring pixels, which leave as one vector store per channel.
 //
 // A box filter (antialias) is a pass of its own before it, over the images that have one: its size is known on the
-// device only, so both launches are always the same.
+// device only, so the launches are always the same.
 #pragma once
 
 #include <type_traits>
 
-#include "cuda_sample.h"
+#include "cuda_tile.h"
 
 namespace imgopt {
 namespace {
-
-constexpr int kPixels = 4;  // per thread
-constexpr int kTileSide = 32;
-constexpr int kTilesDown =
-    4;  // of a block, where there are blocks enough: what an image's pixels share is prepared once
-constexpr int kWarpThreads = kTileSide * kTileSide / kPixels;
 
 // --- plans ---------------------------------------------------------------------------------------------------------
 
@@ -34,6 +28,11 @@ struct MatrixView {
     }
 };
 
+// Entry i of a matrix that may lack its last row.
+__device__ inline double matrix_entry(const MatrixView& matrix, int64_t image, int i) {
+    return i < 3 * matrix.rows ? matrix.at(image, i / 3, i % 3) : i == 8 ? 1 : 0;
+}
+
 // By the adjugate; every entry NaN where the determinant vanishes or is not finite.
 __device__ inline void invert(const double* m, double* to) {
     const double c0 = m[4] * m[8] - m[5] * m[7], c1 = m[5] * m[6] - m[3] * m[8], c2 = m[3] * m[7] - m[4] * m[6];
@@ -47,8 +46,8 @@ __device__ inline void invert(const double* m, double* to) {
 __global__ void plan_images(AffineWarp p, const MatrixView matrix, const MatrixView color, ImagePlan* plans) {
     const int64_t step = int64_t{gridDim.x} * blockDim.x;
     for (int64_t image = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; image < p.batch; image += step) {
-        double m[9] = {0, 0, 0, 0, 0, 0, 0, 0, 1};
-        for (int i = 0; i < 3 * matrix.rows; ++i) m[i] = matrix.at(image, i / 3, i % 3);
+        double m[9];
+        for (int i = 0; i < 9; ++i) m[i] = matrix_entry(matrix, image, i);
         AffineWarp own = p;
         own.matrix = m;
         own.matrix_stride = 0;
@@ -62,7 +61,9 @@ __global__ void plan_images(AffineWarp p, const MatrixView matrix, const MatrixV
 
 // --- box filter ----------------------------------------------------------------------------------------------------
 
-__device__ inline int64_t boxes(int64_t side, int64_t box) { return (side + box - 1) / box; }
+__device__ inline int32_t boxes(int64_t side, int32_t box) {
+    return static_cast<int32_t>(box == 1 ? side : (static_cast<uint32_t>(side) + box - 1) / box);
+}
 
 // Elements of scratch per image: a box takes at least two pixels along one axis.
 __host__ inline int64_t boxed_elements(const AffineWarp& p) {
@@ -95,13 +96,8 @@ template <class T>
 __device__ Pixels<T> sampled_pixels(const AffineWarp& p, const Map& map, const T* boxed, int64_t boxed_stride,
                                     int64_t image) {
     if (map.box_x == 1 && map.box_y == 1) return image_pixels<T>(p, image);
-    const int64_t width = boxes(p.width, map.box_x);
-    return {boxed + image * boxed_stride,
-            width * p.channels,
-            p.channels,
-            1,
-            static_cast<int32_t>(boxes(p.height, map.box_y)),
-            static_cast<int32_t>(width),
+    const int32_t width = boxes(p.width, map.box_x);
+    return {boxed + image * boxed_stride, width * p.channels, p.channels, 1, boxes(p.height, map.box_y), width,
             nullptr};
 }
 
@@ -113,7 +109,7 @@ __global__ void box_filter(const AffineWarp p, const ImagePlan* plans, T* boxed,
         const int32_t box_x = plans[image].map.box_x, box_y = plans[image].map.box_y;
         if (box_x == 1 && box_y == 1) continue;
         const Pixels<T> s = image_pixels<T>(p, image);
-        const int64_t width = boxes(p.width, box_x), count = boxes(p.height, box_y) * width * p.channels;
+        const int64_t width = boxes(p.width, box_x), count = width * boxes(p.height, box_y) * p.channels;
         const int64_t step = int64_t{gridDim.y} * blockDim.x;
         for (int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x; i < count; i += step) {
             const int64_t c = i % p.channels, x = i / p.channels % width, y = i / p.channels / width;
@@ -137,11 +133,7 @@ template <class R, Interpolation interpolation>
 __device__ inline Point<R> sampling_point(const Map& map, const Base<R>& base, int64_t x, int64_t y, int32_t height,
                                           int32_t width, Padding padding) {
     Point<R> at = map.affine ? affine_point(base, static_cast<int>(x % kBlock)) : perspective_point<R>(map.m, x, y);
-    if (interpolation == Interpolation::nearest) {
-        at.x += at.fx >= static_cast<R>(0.5);
-        at.y += at.fy >= static_cast<R>(0.5);
-        at.fx = at.fy = 0;
-    }
+    round_nearest<interpolation>(at);
     fold(at.x, at.fx, width, padding);
     fold(at.y, at.fy, height, padding);
     return at;
@@ -150,8 +142,8 @@ __device__ inline Point<R> sampling_point(const Map& map, const Base<R>& base, i
 // --- epilogue ------------------------------------------------------------------------------------------------------
 
 // rgb in units of [0, 1] through the colour matrix; not yet clamped. As colored() of rows.h.
-template <class R>
-__device__ inline void color_pixel(const double* m, const R (&rgb)[3], R (&to)[3]) {
+template <class R, class M>
+__device__ inline void color_pixel(const M* m, const R (&rgb)[3], R (&to)[3]) {
 #pragma unroll
     for (int i = 0; i < 3; ++i, m += 4) {
         const R red = fused(static_cast<R>(m[0]), rgb[0], static_cast<R>(m[3]));
@@ -163,6 +155,11 @@ template <class R>
 __device__ inline void put(R v, uint8_t& to) {
     to = level(v);
 }
+// level() without a conversion: the last byte of a sum whose last bit is worth 1.
+__device__ inline void put(float v, uint8_t& to) {
+    v = v > 0 ? v : 0;  // NaN too
+    to = static_cast<uint8_t>(bits_of_float((v < 255 ? v : 255) + kOnes));
+}
 __device__ inline void put(float v, Half& to) { to.bits = half_of_float(v); }
 __device__ inline void put(float v, BFloat16& to) { to.bits = bfloat16_of_float(v); }
 template <class R, class Out>
@@ -173,61 +170,84 @@ __device__ inline void put(R v, Out& to) {
         to = static_cast<Out>(v);
 }
 
-// Four elements as one store.
-template <class Out>
-struct alignas(4 * sizeof(Out) > 16 ? 16 : 4 * sizeof(Out)) Four {
-    Out of[4];
+// Up to eight elements as one store.
+template <class Out, int count>
+struct alignas(count * sizeof(Out)) Vector {
+    Out of[count];
+};
+template <class Out, int count, class R>
+__device__ inline void put_vector(const R (&v)[count], Out* to) {
+    Vector<Out, count> vector;
+    if constexpr (sizeof(Out) == 2) {
+        uint32_t words[count / 2];
+#pragma unroll
+        for (int i = 0; i < count / 2; ++i) {
+            const float low = static_cast<float>(v[2 * i]), high = static_cast<float>(v[2 * i + 1]);
+            words[i] = std::is_same_v<Out, Half> ? halves_of_floats(low, high) : bfloat16s_of_floats(low, high);
+        }
+        __builtin_memcpy(&vector, words, sizeof(words));
+    } else {
+#pragma unroll
+        for (int e = 0; e < count; ++e) put(v[e], vector.of[e]);
+    }
+    *reinterpret_cast<Vector<Out, count>*>(to) = vector;
+}
+
+// A run of pixels of a row: where its first element goes, and how many pixels of it there are.
+struct Run {
+    int64_t offset;
+    int64_t left;
 };
 
-// The thread's pixels of channels [c0, c0 + count): vectors where they lie side by side and aligned.
-template <class Out, class R, int count>
-__device__ inline void store_pixels(const AffineWarp& p, const WarpNumbers<R>& n, const R (&values)[kPixels][count],
-                                    int64_t image, int64_t y, int64_t x0, int64_t c0, int n0) {
+// `count` channels from `n0` on of a run: vectors where elements lie side by side and aligned.
+template <class Out, class R, int pixels, int count>
+__device__ inline void store_pixels(const AffineWarp& p, const WarpNumbers<R>& n, const R (&values)[pixels][count],
+                                    const Run& run, int n0) {
+    constexpr int most = 16 / sizeof(Out), wide = pixels < most ? pixels : most;  // of a vector
     const int64_t channel = p.output_stride[1], column = p.output_stride[3];
-    Out* to =
-        static_cast<Out*>(p.output) + image * p.output_stride[0] + y * p.output_stride[2] + x0 * column + c0 * channel;
-    Out made[kPixels][count];
+    Out* to = static_cast<Out*>(p.output) + run.offset;
+    R made[pixels][count];
 #pragma unroll
-    for (int i = 0; i < kPixels; ++i)
+    for (int i = 0; i < pixels; ++i)
 #pragma unroll
         for (int c = 0; c < count; ++c)
-            if constexpr (sizeof(Out) == 1)
-                put(values[i][c] * n.levels, made[i][c]);
-            else
-                put(fused(values[i][c], n.factor[n0 + c], n.add[n0 + c]), made[i][c]);
-    const bool whole = x0 + kPixels <= p.output_width;
+            made[i][c] = sizeof(Out) == 1 ? values[i][c] * n.levels : fused(values[i][c], n.factor[n0 + c], n.add[n0 + c]);
     const uintptr_t address = reinterpret_cast<uintptr_t>(to);
-    constexpr uintptr_t unaligned = alignof(Four<Out>) - 1;
-    if (whole && column == 1 && ((address | channel * sizeof(Out)) & unaligned) == 0) {
+    constexpr uintptr_t unaligned = wide * sizeof(Out) - 1;
+    if (run.left >= pixels && column == 1 && ((address | channel * sizeof(Out)) & unaligned) == 0) {
 #pragma unroll
         for (int c = 0; c < count; ++c)
-            *reinterpret_cast<Four<Out>*>(to + c * channel) = {made[0][c], made[1][c], made[2][c], made[3][c]};
-    } else if (whole && channel == 1 && column == count && (address & unaligned) == 0) {
-        Four<Out>* vectors = reinterpret_cast<Four<Out>*>(to);
 #pragma unroll
-        for (int v = 0; v < count; ++v) {
-            Four<Out> four;
+            for (int first = 0; first < pixels; first += wide) {
+                R next[wide];
 #pragma unroll
-            for (int e = 0; e < 4; ++e) four.of[e] = made[(4 * v + e) / count][(4 * v + e) % count];
-            vectors[v] = four;
+                for (int e = 0; e < wide; ++e) next[e] = made[first + e][c];
+                put_vector(next, to + c * channel + first);
+            }
+    } else if (run.left >= pixels && channel == 1 && column == count && (address & unaligned) == 0) {
+#pragma unroll
+        for (int first = 0; first < pixels * count; first += wide) {
+            R next[wide];
+#pragma unroll
+            for (int e = 0; e < wide; ++e) next[e] = made[(first + e) / count][(first + e) % count];
+            put_vector(next, to + first);
         }
     } else {
 #pragma unroll
-        for (int i = 0; i < kPixels; ++i)
+        for (int i = 0; i < pixels; ++i)
 #pragma unroll
             for (int c = 0; c < count; ++c)
-                if (x0 + i < p.output_width) to[i * column + c * channel] = made[i][c];
+                if (i < run.left) put(made[i][c], to[i * column + c * channel]);
     }
 }
 
-template <class R, int count>
-__device__ inline void finish_pixels(const AffineWarp& p, const WarpNumbers<R>& n, const double* color,
-                                     R (&values)[kPixels][count], int64_t image, int64_t y, int64_t x0, int64_t c0,
-                                     int n0) {
+template <class R, int pixels, int count>
+__device__ inline void finish_pixels(const AffineWarp& p, const WarpNumbers<R>& n, const R* color,
+                                     R (&values)[pixels][count], const Run& run, int n0) {
     if constexpr (count == 3)
         if (color) {
 #pragma unroll
-            for (int i = 0; i < kPixels; ++i) {
+            for (int i = 0; i < pixels; ++i) {
                 R rgb[3], to[3];
 #pragma unroll
                 for (int c = 0; c < 3; ++c) rgb[c] = values[i][c] * n.unit;
@@ -237,13 +257,13 @@ __device__ inline void finish_pixels(const AffineWarp& p, const WarpNumbers<R>& 
             }
         }
     if constexpr (sizeof(R) == 8) {
-        if (p.output_dtype == DType::f64) return store_pixels<double>(p, n, values, image, y, x0, c0, n0);
+        if (p.output_dtype == DType::f64) return store_pixels<double>(p, n, values, run, n0);
     }
     switch (p.output_dtype) {
-        case DType::u8: return store_pixels<uint8_t>(p, n, values, image, y, x0, c0, n0);
-        case DType::f16: return store_pixels<Half>(p, n, values, image, y, x0, c0, n0);
-        case DType::bf16: return store_pixels<BFloat16>(p, n, values, image, y, x0, c0, n0);
-        default: return store_pixels<float>(p, n, values, image, y, x0, c0, n0);
+        case DType::u8: return store_pixels<uint8_t>(p, n, values, run, n0);
+        case DType::f16: return store_pixels<Half>(p, n, values, run, n0);
+        case DType::bf16: return store_pixels<BFloat16>(p, n, values, run, n0);
+        default: return store_pixels<float>(p, n, values, run, n0);
     }
 }
 
@@ -252,75 +272,171 @@ __device__ inline void finish_pixels(const AffineWarp& p, const WarpNumbers<R>& 
 // C channels at once; with C = 1 any number, one after the other, numbers[0] being channel `first`.
 struct WarpCall {
     AffineWarp p;
-    const ImagePlan* plans;
+    MatrixView matrix, color;  // color.data is null where there is none
+    const ImagePlan* plans;    // where there is a box filter, else null
     const void* boxed;
     int64_t boxed_stride;
     int64_t first, count;  // channels of this launch
-    bool colored;
 };
 
-// Interleaved uint8 pixels under an affine map, if all taps of all of them are inside: then nothing is folded, and
-// without branches the loads of all pixels are under way together. `lane` is the first pixel's place in its block of
-// columns.
-template <int C>
-__device__ inline bool sample_packed_pixels(const Pixels<uint8_t>& s, const Base<float>& base, int lane,
-                                            float (&values)[kPixels][C]) {
-    Point<float> points[kPixels];
-    bool inside = base.finite;
-#pragma unroll
-    for (int i = 0; i < kPixels; ++i) {
-        points[i] = affine_point(base, lane + i);
-        inside = inside && is_inside(s, points[i].x, points[i].y);
+// By the first warp.
+template <class T, class R, int C, Interpolation interpolation>
+__device__ inline void prepare_tile(const WarpCall& call, int64_t image, int64_t x0, int64_t y0, Tile<T, R>& tile) {
+    const AffineWarp& p = call.p;
+    const int lane = static_cast<int>(threadIdx.x);
+    const ImagePlan* plan = call.plans ? call.plans + image : nullptr;
+    if (lane < 9) tile.map.m[lane] = plan ? plan->map.m[lane] : matrix_entry(call.matrix, image, lane);
+    if (lane < 12 && call.color.data) tile.color[lane] = static_cast<R>(call.color.at(image, lane / 4, lane % 4));
+    __syncwarp();
+    if (lane == 0) {
+        tile.map.affine = is_affine(tile.map.m);
+        tile.map.box_x = plan ? plan->map.box_x : 1;
+        tile.map.box_y = plan ? plan->map.box_y : 1;
+        tile.source = sampled_pixels(p, tile.map, static_cast<const T*>(call.boxed), call.boxed_stride, image);
+        tile.output = image * p.output_stride[0] + y0 * p.output_stride[2] + x0 * p.output_stride[3];
     }
-    if (!inside) return false;
-    const PackedPixels packed = packed_pixels(s);
-#pragma unroll
-    for (int i = 0; i < kPixels; ++i)
-        sample_packed(packed, points[i].x, points[i].y, split_weights(points[i].fx, points[i].fy), values[i]);
-    return true;
+    __syncwarp();
+    Base<R> base{};
+    if (tile.map.affine) base = affine_base<R>(tile.map.m, x0 / kBlock * kBlock, y0 + lane);
+    tile.rows[lane] = base;
+    if constexpr (can_be_staged<T, R, C>()) {
+        Region region{};
+        const bool fits = plan_region<interpolation>(base, static_cast<int>(x0 % kBlock), tile.source.height,
+                                                     tile.source.width, p.padding, region);
+        if (lane == 0) {
+            tile.region = region;
+            tile.staged = fits && tile.map.affine;
+        }
+    }
 }
 
-// Arrays here stay in registers: every index is a constant once the loops are unrolled. The general samples are too
-// long to be written out four times; their loop puts its result where a comparison says.
-template <class T, class R, int C, Interpolation interpolation>
-__global__ void __launch_bounds__(kWarpThreads) warp_images(const WarpCall call, const WarpNumbers<R> n) {
-    const AffineWarp& p = call.p;
-    const int64_t x0 = int64_t{blockIdx.x} * kTileSide + threadIdx.x % (kTileSide / kPixels) * kPixels;
-    if (x0 >= p.output_width) return;
-    const int64_t first_row = blockIdx.y * int64_t{kTileSide} + threadIdx.x / (kTileSide / kPixels);
-    for (int64_t image = blockIdx.z; image < p.batch; image += gridDim.z) {
-        const ImagePlan& plan = call.plans[image];
-        const Pixels<T> s = sampled_pixels(p, plan.map, static_cast<const T*>(call.boxed), call.boxed_stride, image);
-        bool packed = false;
-        if constexpr (can_be_packed<T, R, C>()) packed = is_packed<C>(s) && plan.map.affine;
-        for (int64_t y = first_row; y < p.output_height; y += gridDim.y * int64_t{kTileSide}) {
-            Base<R> base{};
-            if (plan.map.affine) base = affine_base<R>(plan.map.m, x0 / kBlock * kBlock, y);
-            const auto point = [&](int i) {
-                return sampling_point<R, interpolation>(plan.map, base, x0 + i, y, s.height, s.width, p.padding);
-            };
-            for (int64_t c = call.first; c < call.first + call.count; c += C) {
-                const int channel = static_cast<int>(c), number = static_cast<int>(c - call.first);
-                R values[kPixels][C];
-                bool done = false;
-                if constexpr (can_be_packed<T, R, C>() && interpolation == Interpolation::bilinear)
-                    done = packed && sample_packed_pixels(s, base, static_cast<int>(x0 % kBlock), values);
-                if (!done) {
-#pragma unroll 1
-                    for (int i = 0; i < kPixels; ++i) {
-                        R one[C];
-                        const Point<R> at = point(i);
-                        if (interpolation == Interpolation::bilinear && at.finite && is_inside(s, at.x, at.y))
-                            sample_inside(s, at, channel, one);
-                        else
-                            sample_anywhere<T, R, C, interpolation>(s, at, p.padding, n, channel, number, one);
+// A thread's pixels: those from (x, y) of the output on, which is row `row` and column `column` of the tile.
+struct Place {
+    int64_t x, y;
+    int row, column;
+};
+
+// Its pixels from the staged region.
+template <Interpolation interpolation, int pixels, int C>
+__device__ inline void sample_region(const Region& region, const Base<float>& base, int lane, int32_t height,
+                                     int32_t width, Padding padding, const uint32_t* staged,
+                                     float (&values)[pixels][C]) {
+    const float first = static_cast<float>(lane);
 #pragma unroll
-                        for (int k = 0; k < kPixels * C; ++k)
-                            if (i == k / C) values[k / C][k % C] = one[k % C];
-                    }
-                }
-                finish_pixels(p, n, call.colored ? plan.color : nullptr, values, image, y, x0, c, number);
+    for (int half = 0; half < pixels; half += 4) {  // what four need at once stays in registers
+        Point<float> at[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            at[i] = near_point(base, first + static_cast<float>(half + i));
+            round_nearest<interpolation>(at[i]);
+        }
+        if (region.folds)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                fold(at[i].x, at[i].fx, width, padding);
+                fold(at[i].y, at[i].fy, height, padding);
             }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int place = (at[i].y - region.y) * kRegionPitch + (at[i].x - region.x);
+            sample_staged<interpolation>(staged + place, at[i].fx, at[i].fy, values[half + i]);
+        }
+    }
+}
+
+__device__ inline Run run_at(const AffineWarp& p, int64_t tile, const Place& at, int channel) {
+    return {tile + at.row * p.output_stride[2] + at.column * p.output_stride[3] + channel * p.output_stride[1],
+            p.output_width - at.x};
+}
+
+// A thread's pixels from the image, four at a time. The general samples are too long to be written out four times;
+// their loop puts its result where a comparison says, so that every index of an array is a constant and the array stays
+// in registers.
+template <class T, class R, int C, Interpolation interpolation>
+__device__ inline void warp_from_image(const WarpCall& call, const WarpNumbers<R>& n, const Tile<T, R>& tile, Place at,
+                                       int channel, int number) {
+    const AffineWarp& p = call.p;
+    const Pixels<T> s = tile.source;
+    const Base<R> base = tile.rows[at.row];
+#pragma unroll 1
+    for (int from = 0; from < kPixels<T, R, C> && at.x < p.output_width; from += 4, at.x += 4, at.column += 4) {
+        R values[4][C];
+#pragma unroll 1
+        for (int i = 0; i < 4; ++i) {
+            R one[C];
+            const Point<R> point =
+                sampling_point<R, interpolation>(tile.map, base, at.x + i, at.y, s.height, s.width, p.padding);
+            if (interpolation == Interpolation::bilinear && point.finite && is_inside(s, point.x, point.y))
+                sample_inside(s, point, channel, one);
+            else
+                sample_anywhere<T, R, C, interpolation>(s, point, p.padding, n, channel, number, one);
+#pragma unroll
+            for (int k = 0; k < 4 * C; ++k)
+                if (i == k / C) values[k / C][k % C] = one[k % C];
+        }
+        finish_pixels(p, n, call.color.data ? tile.color : nullptr, values, run_at(p, tile.output, at, channel), number);
+    }
+}
+
+// The same where it is the exception: out of line, so that its registers are not the rule's.
+template <class T, class R, int C, Interpolation interpolation>
+__device__ __noinline__ void warp_by_exception(const WarpCall& call, const WarpNumbers<R>& n, const Tile<T, R>& tile,
+                                               Place at, int channel, int number) {
+    warp_from_image<T, R, C, interpolation>(call, n, tile, at, channel, number);
+}
+
+// By all threads of a block; `mine`: this one's pixels are in the output.
+template <class T, int C, Interpolation interpolation>
+__device__ inline void warp_from_region(const WarpCall& call, const WarpNumbers<float>& n, const Tile<T, float>& tile,
+                                        const Place& at, int channel, int number, bool mine) {
+    constexpr int pixels = kPixels<T, float, C>;
+    uint32_t* staged = dynamic_shared<uint32_t>();
+    const AffineWarp& p = call.p;
+    Pixels<T> s = tile.source;
+    s.data += channel * s.channel;
+    if (s.table) s.table += channel * 256;
+    uint32_t fill = 0;
+#pragma unroll
+    for (int k = 0; k < C; ++k) fill |= static_cast<uint32_t>(n.fill[number + k]) << (8 * k);
+    stage_region<C, kTileThreads<T, float, C>>(s, tile.region, p.padding, fill, staged);
+    __syncthreads();
+    if (!mine) return;
+    float values[pixels][C];
+    sample_region<interpolation>(tile.region, tile.rows[at.row], static_cast<int>(at.x % kBlock), s.height, s.width,
+                                 p.padding, staged, values);
+    finish_pixels(p, n, call.color.data ? tile.color : nullptr, values, run_at(p, tile.output, at, channel), number);
+}
+
+template <class T, class R, int C, Interpolation interpolation>
+__global__ void __launch_bounds__(kTileThreads<T, R, C>, can_be_staged<T, R, C>() ? 8 : 1)
+    warp_images(const __grid_constant__ WarpCall call, const __grid_constant__ WarpNumbers<R> n) {
+    __shared__ Tile<T, R> tile;
+    constexpr int across = kTileSide / kPixels<T, R, C>;  // threads
+    const AffineWarp& p = call.p;
+    const int row = static_cast<int>(threadIdx.x) / across, column = static_cast<int>(threadIdx.x) % across;
+    const int64_t tile_x = int64_t{blockIdx.x} * kTileSide;
+    for (int64_t image = blockIdx.z; image < p.batch; image += gridDim.z) {
+        for (int64_t tile_y = int64_t{blockIdx.y} * kTileSide; tile_y < p.output_height;
+             tile_y += gridDim.y * int64_t{kTileSide}) {
+            __syncthreads();  // the tile before is done with
+            if (threadIdx.x < 32) prepare_tile<T, R, C, interpolation>(call, image, tile_x, tile_y, tile);
+            __syncthreads();
+            const int first = column * kPixels<T, R, C>;
+            const Place at{tile_x + first, tile_y + row, row, first};
+            const bool mine = at.x < p.output_width && at.y < p.output_height;
+            int number = 0;
+            do {
+                const int channel = static_cast<int>(call.first) + number;
+                if constexpr (can_be_staged<T, R, C>()) {
+                    if (number > 0) __syncthreads();  // the channel before is done with
+                    if (tile.staged)
+                        warp_from_region<T, C, interpolation>(call, n, tile, at, channel, number, mine);
+                    else if (mine)
+                        warp_by_exception<T, R, C, interpolation>(call, n, tile, at, channel, number);
+                } else if (mine) {
+                    warp_from_image<T, R, C, interpolation>(call, n, tile, at, channel, number);
+                }
+            } while (C == 1 && ++number < call.count);
         }
     }
 }

@@ -1,10 +1,6 @@
 // affine_warp on CUDA, pixel by pixel: what a kernel knows of one image, and one sample of it. Coordinates, borders and
-// weights are arithmetic.h's, so uint8 bilinear sums are the CPU's, bit for bit.
-//
-// A row of two interleaved RGB pixels costs two aligned words instead of six bytes, and with its integer weights split
-// into two signed bytes a channel is two dot products. With everything fused that is about 140 instructions per RGB
-// pixel in nvcc 13.0's code for sm_90, of which an H100 issues 120 in the time that it needs to move the pixel's 9
-// bytes (counted, not timed): the next gain is fewer instructions, not fewer bytes.
+// weights are arithmetic.h's, so uint8 bilinear sums are the CPU's, bit for bit. This serves floating images, and what
+// cuda_tile.h does not stage.
 #pragma once
 
 #include "../cuda.h"
@@ -146,83 +142,6 @@ __device__ inline void sample_anywhere(const Pixels<T>& s, const Point<R>& at, P
         }
         for (int c = 0; c < count; ++c) to[c] = bicubic_sample(s, t, wx, wy, first + c, n.fill[first_number + c]);
     }
-}
-
-// --- bilinear, interleaved uint8 -------------------------------------------------------------
-
-// The weights of bilinear_weights() as signed bytes, w = 256 high + low, in the order 00, 01, 10, 11.
-struct SplitWeights {
-    uint32_t low, high;
-};
-__device__ inline SplitWeights split_weights(float fx, float fy) {
-    const BilinearWeights w = bilinear_weights(fx, fy);
-    const uint32_t above = bytes_of(static_cast<uint32_t>(w.w00), static_cast<uint32_t>(w.w01), 0x5410);
-    const uint32_t below = bytes_of(static_cast<uint32_t>(w.w10), static_cast<uint32_t>(w.w11), 0x5410);
-    return {bytes_of(above, below, 0x6420), bytes_of(above + 0x00800080u, below + 0x00800080u, 0x7531)};
-}
-__device__ inline float weighted(uint32_t taps, const SplitWeights& w) {
-    const int32_t high = dot4(taps, w.high, 0);
-    return static_cast<float>(dot4(taps, w.low, high * 256));
-}
-
-// An image of packed pixels in words, whose addresses take 32-bit arithmetic.
-struct PackedPixels {
-    const uint32_t* words;
-    uint32_t first, row;  // bytes: where the image starts in the first word, and from row to row
-};
-
-// Bytes `at` to `at` + 5: four in `first`, two in `second`. Reads only words that hold one of them.
-__device__ inline void load_6(const uint32_t* words, uint32_t at, uint32_t& first, uint32_t& second) {
-    const uint32_t* from = words + (at >> 2);
-    const uint32_t bits = (at & 3) * 8;
-    const uint32_t w0 = load_cached(from), w1 = load_cached(from + 1);
-    const uint32_t w2 = bits == 24 ? load_cached(from + 2) : 0;
-    first = shift_pair(w0, w1, bits);
-    second = shift_pair(w1, w2, bits);
-}
-
-__device__ inline void sample_packed(const PackedPixels& s, int32_t x, int32_t y, const SplitWeights& w,
-                                     float (&to)[3]) {
-    const uint32_t at = s.first + static_cast<uint32_t>(y) * s.row + static_cast<uint32_t>(x) * 3;
-    uint32_t a0, a1, b0, b1;  // R G B R | G B of two pixels, above and below
-    load_6(s.words, at, a0, a1);
-    load_6(s.words, at + s.row, b0, b1);
-    const uint32_t a = bytes_of(a0, a1, 0x5241), b = bytes_of(b0, b1, 0x5241);  // G G B B
-    to[0] = weighted(bytes_of(a0, b0, 0x7430), w);
-    to[1] = weighted(bytes_of(a, b, 0x5410), w);
-    to[2] = weighted(bytes_of(a, b, 0x7632), w);
-}
-__device__ inline void sample_packed(const PackedPixels& s, int32_t x, int32_t y, const SplitWeights& w,
-                                     float (&to)[4]) {
-    const uint32_t* above = s.words + (static_cast<uint32_t>(y) * s.row / 4 + static_cast<uint32_t>(x));
-    const uint32_t* below = above + s.row / 4;
-    const uint32_t p00 = load_cached(above), p01 = load_cached(above + 1);
-    const uint32_t p10 = load_cached(below), p11 = load_cached(below + 1);
-    const uint32_t a = bytes_of(p00, p01, 0x5140), b = bytes_of(p10, p11, 0x5140);  // channels 0 0 1 1
-    to[0] = weighted(bytes_of(a, b, 0x5410), w);
-    to[1] = weighted(bytes_of(a, b, 0x7632), w);
-    const uint32_t c = bytes_of(p00, p01, 0x7362), d = bytes_of(p10, p11, 0x7362);  // 2 2 3 3
-    to[2] = weighted(bytes_of(c, d, 0x5410), w);
-    to[3] = weighted(bytes_of(c, d, 0x7632), w);
-}
-
-template <class T, class R, int C>
-constexpr __host__ __device__ bool can_be_packed() {
-    return sizeof(T) == 1 && sizeof(R) == 4 && C >= 3;
-}
-
-// Whether the functions above serve an image: the same for all its pixels.
-template <int C>
-__device__ inline bool is_packed(const Pixels<uint8_t>& s) {
-    constexpr int64_t kMost = int64_t{1} << 31;
-    if (s.table || s.channel != 1 || s.column != C || s.row < 0 || s.row * s.height >= kMost) return false;
-    return C == 3 || ((reinterpret_cast<uintptr_t>(s.data) | static_cast<uintptr_t>(s.row)) & 3) == 0;
-}
-
-__device__ inline PackedPixels packed_pixels(const Pixels<uint8_t>& s) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(s.data);
-    return {reinterpret_cast<const uint32_t*>(address & ~uintptr_t{3}), static_cast<uint32_t>(address & 3),
-            static_cast<uint32_t>(s.row)};
 }
 
 // --- bilinear, all four taps inside the image ----------------------------------------------------------------------

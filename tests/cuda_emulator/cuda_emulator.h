@@ -21,6 +21,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
+#define __grid_constant__
 #define __shared__ static
 #define __launch_bounds__(...)
 
@@ -336,6 +338,13 @@ inline int32_t dot4(uint32_t u, uint32_t s, int32_t sum) {
     return static_cast<int32_t>(total);
 }
 
+inline int32_t dot2_low(uint32_t two, uint32_t bytes, int32_t sum) {
+    for (int i = 0; i < 2; ++i)
+        sum += static_cast<int16_t>(two >> (16 * i)) * static_cast<int32_t>(bytes >> (8 * i) & 0xff);
+    return sum;
+}
+inline int32_t dot2_high(uint32_t two, uint32_t bytes, int32_t sum) { return dot2_low(two, bytes >> 16, sum); }
+
 inline void multiply_u8_s8(int32_t (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     multiply_fragments(sum, a, b0, b1, [](int32_t& to, uint32_t u, uint32_t s) { to = dot4(u, s, to); });
 }
@@ -396,6 +405,29 @@ inline uint16_t bfloat16_of_float(float v) {
     std::memcpy(&bits, &v, 4);
     if (v != v) return 0x7fff;
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline uint32_t halves_of_floats(float low, float high) {
+    return half_of_float(low) | static_cast<uint32_t>(half_of_float(high)) << 16;
+}
+inline uint32_t bfloat16s_of_floats(float low, float high) {
+    return bfloat16_of_float(low) | static_cast<uint32_t>(bfloat16_of_float(high)) << 16;
+}
+
+template <class T, class Better>
+T warp_best(T value, const Better& better) {
+    for (int mask = 16; mask > 0; mask /= 2) {
+        const T other = __shfl_xor_sync(~0u, value, mask);
+        value = better(other, value) ? other : value;
+    }
+    return value;
+}
+inline int32_t warp_min(int32_t v) { return warp_best(v, std::less<int32_t>{}); }
+inline int32_t warp_max(int32_t v) { return warp_best(v, std::greater<int32_t>{}); }
+
+inline float sum_rounded_down(float a, float b) {  // of numbers whose sum is exact in float64
+    const double exact = static_cast<double>(a) + b;
+    const float near = static_cast<float>(exact);
+    return near > exact ? std::nextafter(near, -__builtin_inff()) : near;
 }
 
 }  // namespace imgopt
