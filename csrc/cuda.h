@@ -215,11 +215,11 @@ __device__ __forceinline__ uint32_t shift_pair(uint32_t low, uint32_t high, uint
     return __funnelshift_r(low, high, bits);
 }
 
-// Of all lanes.
-__device__ __forceinline__ int32_t warp_min(int32_t v) { return __reduce_min_sync(~0u, v); }
-__device__ __forceinline__ int32_t warp_max(int32_t v) { return __reduce_max_sync(~0u, v); }
+__device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
 __device__ __forceinline__ float sum_rounded_down(float a, float b) { return __fadd_rd(a, b); }
+__device__ __forceinline__ double sum_rounded_down(double a, double b) { return __dadd_rd(a, b); }
+__device__ __forceinline__ int32_t low_word(double v) { return __double2loint(v); }
 
 __device__ __forceinline__ float float_of_half(uint16_t bits) {
     float v;

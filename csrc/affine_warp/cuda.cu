@@ -26,19 +26,22 @@ DType pixel_dtype(const Tensor& t, const char* name) {
     return dtype;
 }
 
-MatrixView matrix_view(const Tensor& t, int64_t batch, int64_t columns, const char* name) {
-    check_device(t, name);
-    STD_TORCH_CHECK(t.dim() == 3 && (t.size(0) == batch || t.size(0) == 1) && t.size(2) == columns &&
-                        (t.size(1) == 3 || (columns == 3 && t.size(1) == 2)),
-                    name, ": wrong shape");
-    const bool wide = t.scalar_type() == ScalarType::Double;
-    STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Float, name, ": expected float32 or float64");
-    const auto strides = t.strides();
-    return {t.const_data_ptr(),
-            {t.size(0) > 1 ? strides[0] : 0, strides[1], strides[2]},
-            static_cast<int>(t.size(1)),
-            wide};
-}
+// A matrix per image, and what keeps its memory.
+struct Matrices {
+    Tensor memory;
+    MatrixView view;
+
+    Matrices(const Tensor& t, int64_t batch, int64_t columns, const char* name)
+        : memory(torch::stable::contiguous(t)) {
+        check_device(t, name);
+        STD_TORCH_CHECK(t.dim() == 3 && (t.size(0) == batch || t.size(0) == 1) && t.size(2) == columns &&
+                            (t.size(1) == 3 || (columns == 3 && t.size(1) == 2)),
+                        name, ": wrong shape");
+        const bool wide = t.scalar_type() == ScalarType::Double;
+        STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Float, name, ": expected float32 or float64");
+        view = {memory.const_data_ptr(), t.size(0) > 1 ? t.size(1) * t.size(2) : 0, static_cast<int>(t.size(1)), wide};
+    }
+};
 
 // What forward and backward share.
 AffineWarp describe(const Tensor& images, const std::string& interpolation, const std::string& padding_mode,
@@ -72,14 +75,17 @@ void check_factors(const std::vector<double>& mean, const std::vector<double>& s
 }
 
 struct ColorAndMatrix {
-    MatrixView color, matrix;
-};
+    Matrices matrices;
+    std::optional<Matrices> colors;
+    MatrixView matrix, color;  // color.data is null where there is none
 
-ColorAndMatrix matrix_views(const AffineWarp& p, const Tensor& matrix, const std::optional<Tensor>& color_matrix) {
-    STD_TORCH_CHECK(!color_matrix || p.channels == 3, "color_matrix: expected three channels");
-    return {color_matrix ? matrix_view(*color_matrix, p.batch, 4, "color_matrix") : MatrixView{},
-            matrix_view(matrix, p.batch, 3, "matrix")};
-}
+    ColorAndMatrix(const AffineWarp& p, const Tensor& m, const std::optional<Tensor>& c) : matrices(m, p.batch, 3, "matrix") {
+        STD_TORCH_CHECK(!c || p.channels == 3, "color_matrix: expected three channels");
+        if (c) colors.emplace(*c, p.batch, 4, "color_matrix");
+        matrix = matrices.view;
+        color = colors ? colors->view : MatrixView{};
+    }
+};
 
 Tensor make_plans(const Launcher& launch, const AffineWarp& p, const Tensor& images, const ColorAndMatrix& views) {
     Tensor plans = device_bytes(images, p.batch * static_cast<int64_t>(sizeof(ImagePlan)));
@@ -192,7 +198,7 @@ Tensor affine_warp(Tensor images, Tensor matrix, std::vector<int64_t> size, std:
     set_strides(output, p.output_stride);
     if (output.numel() == 0) return output;
 
-    const ColorAndMatrix views = matrix_views(p, matrix, color_matrix);
+    const ColorAndMatrix views(p, matrix, color_matrix);
     const Tensor plans = antialias ? make_plans(launch, p, images, views) : Tensor();
     const ImagePlan* plan_data = antialias ? static_cast<const ImagePlan*>(plans.const_data_ptr()) : nullptr;
     const Tensor boxed = filter_boxes(launch, p, images, plan_data);
@@ -350,7 +356,7 @@ std::tuple<Tensor, Tensor> affine_warp_backward(Tensor grad, Tensor images, Tens
         if (needs_images) torch::stable::zero_(grad_images);
         return {grad_images, grad_matrix};
     }
-    const Tensor plans = make_plans(launch, p, images, matrix_views(p, matrix, color_matrix));
+    const Tensor plans = make_plans(launch, p, images, ColorAndMatrix(p, matrix, color_matrix));
     const ImagePlan* plan_data = static_cast<const ImagePlan*>(plans.const_data_ptr());
     const Tensor boxed = filter_boxes(launch, p, images, plan_data);
     const BackwardCall call{p, plan_data, boxed.const_data_ptr(), boxed_elements(p), color_matrix.has_value()};

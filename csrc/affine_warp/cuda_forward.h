@@ -1,6 +1,6 @@
 // affine_warp on CUDA, forward: one kernel reads the images and writes what the network takes. A block has a tile of
-// 32 × 32 output pixels: its first warp reads the matrix and computes the float64 part of each row's coordinates, then
-// a thread has four neighbouring pixels, which leave as one vector store per channel.
+// 32 × 32 output pixels, a thread four or eight neighbours in a row, which share the float64 part of their coordinates
+// and leave as vector stores.
 //
 // A box filter (antialias) is a pass of its own before it, over the images that have one: its size is known on the
 // device only, so the launches are always the same.
@@ -15,22 +15,25 @@ namespace {
 
 // --- plans ---------------------------------------------------------------------------------------------------------
 
-// A small float32 or float64 matrix per image, as torch has it.
+// A small float32 or float64 matrix per image, contiguous.
 struct MatrixView {
     const void* data;  // or null
-    int64_t stride[3];
+    int64_t step;      // from image to image
     int rows;
     bool wide;
 
-    __device__ double at(int64_t image, int row, int column) const {
-        const int64_t i = image * stride[0] + row * stride[1] + column * stride[2];
-        return wide ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i];
+    __device__ double at(int64_t image, int i) const {
+        const int64_t from = image * step + i;
+        return wide ? static_cast<const double*>(data)[from] : static_cast<const float*>(data)[from];
     }
 };
 
-// Entry i of a matrix that may lack its last row.
-__device__ inline double matrix_entry(const MatrixView& matrix, int64_t image, int i) {
-    return i < 3 * matrix.rows ? matrix.at(image, i / 3, i % 3) : i == 8 ? 1 : 0;
+// All nine entries of a matrix that may lack its last row.
+__device__ inline void read_matrix(const MatrixView& matrix, int64_t image, double (&m)[9]) {
+#pragma unroll
+    for (int i = 0; i < 6; ++i) m[i] = matrix.at(image, i);
+#pragma unroll
+    for (int i = 6; i < 9; ++i) m[i] = matrix.rows == 3 ? matrix.at(image, i) : i == 8;
 }
 
 // By the adjugate; every entry NaN where the determinant vanishes or is not finite.
@@ -47,14 +50,14 @@ __global__ void plan_images(AffineWarp p, const MatrixView matrix, const MatrixV
     const int64_t step = int64_t{gridDim.x} * blockDim.x;
     for (int64_t image = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; image < p.batch; image += step) {
         double m[9];
-        for (int i = 0; i < 9; ++i) m[i] = matrix_entry(matrix, image, i);
+        read_matrix(matrix, image, m);
         AffineWarp own = p;
         own.matrix = m;
         own.matrix_stride = 0;
         ImagePlan plan{};
         plan.map = map_of(own, 0);
         invert(plan.map.m, plan.inverse);
-        for (int i = 0; color.data && i < 12; ++i) plan.color[i] = color.at(image, i / 4, i % 4);
+        for (int i = 0; color.data && i < 12; ++i) plan.color[i] = color.at(image, i);
         plans[image] = plan;
     }
 }
@@ -151,6 +154,23 @@ __device__ inline void color_pixel(const M* m, const R (&rgb)[3], R (&to)[3]) {
     }
 }
 
+// Samples through an image's matrix, and clamped.
+template <class R, int pixels>
+__device__ inline void color_pixels(const MatrixView& color, R unit, int64_t image, R (&values)[pixels][3]) {
+    R m[12];
+#pragma unroll
+    for (int i = 0; i < 12; ++i) m[i] = static_cast<R>(color.at(image, i));
+#pragma unroll
+    for (int i = 0; i < pixels; ++i) {
+        R rgb[3], to[3];
+#pragma unroll
+        for (int c = 0; c < 3; ++c) rgb[c] = values[i][c] * unit;
+        color_pixel(m, rgb, to);
+#pragma unroll
+        for (int c = 0; c < 3; ++c) values[i][c] = clamped<R>(to[c], 0, 1);
+    }
+}
+
 template <class R>
 __device__ inline void put(R v, uint8_t& to) {
     to = level(v);
@@ -170,27 +190,29 @@ __device__ inline void put(R v, Out& to) {
         to = static_cast<Out>(v);
 }
 
-// Up to eight elements as one store.
-template <class Out, int count>
-struct alignas(count * sizeof(Out)) Vector {
-    Out of[count];
-};
+// Elements as one store of 4, 8 or 16 bytes. As words: a compiler takes a store of small elements apart again.
 template <class Out, int count, class R>
 __device__ inline void put_vector(const R (&v)[count], Out* to) {
-    Vector<Out, count> vector;
+    constexpr int bytes = count * sizeof(Out);
+    uint32_t words[bytes / 4];
     if constexpr (sizeof(Out) == 2) {
-        uint32_t words[count / 2];
 #pragma unroll
         for (int i = 0; i < count / 2; ++i) {
             const float low = static_cast<float>(v[2 * i]), high = static_cast<float>(v[2 * i + 1]);
             words[i] = std::is_same_v<Out, Half> ? halves_of_floats(low, high) : bfloat16s_of_floats(low, high);
         }
-        __builtin_memcpy(&vector, words, sizeof(words));
     } else {
+        Out made[count];
 #pragma unroll
-        for (int e = 0; e < count; ++e) put(v[e], vector.of[e]);
+        for (int e = 0; e < count; ++e) put(v[e], made[e]);
+        __builtin_memcpy(words, made, bytes);
     }
-    *reinterpret_cast<Vector<Out, count>*>(to) = vector;
+    if constexpr (bytes == 16)
+        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    else if constexpr (bytes == 8)
+        *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
+    else
+        *reinterpret_cast<uint32_t*>(to) = words[0];
 }
 
 // A run of pixels of a row: where its first element goes, and how many pixels of it there are.
@@ -242,20 +264,8 @@ __device__ inline void store_pixels(const AffineWarp& p, const WarpNumbers<R>& n
 }
 
 template <class R, int pixels, int count>
-__device__ inline void finish_pixels(const AffineWarp& p, const WarpNumbers<R>& n, const R* color,
-                                     R (&values)[pixels][count], const Run& run, int n0) {
-    if constexpr (count == 3)
-        if (color) {
-#pragma unroll
-            for (int i = 0; i < pixels; ++i) {
-                R rgb[3], to[3];
-#pragma unroll
-                for (int c = 0; c < 3; ++c) rgb[c] = values[i][c] * n.unit;
-                color_pixel(color, rgb, to);
-#pragma unroll
-                for (int c = 0; c < 3; ++c) values[i][c] = clamped<R>(to[c], 0, 1);
-            }
-        }
+__device__ inline void finish_pixels(const AffineWarp& p, const WarpNumbers<R>& n, const R (&values)[pixels][count],
+                                     const Run& run, int n0) {
     if constexpr (sizeof(R) == 8) {
         if (p.output_dtype == DType::f64) return store_pixels<double>(p, n, values, run, n0);
     }
@@ -279,42 +289,50 @@ struct WarpCall {
     int64_t first, count;  // channels of this launch
 };
 
-// By the first warp.
-template <class T, class R, int C, Interpolation interpolation>
-__device__ inline void prepare_tile(const WarpCall& call, int64_t image, int64_t x0, int64_t y0, Tile<T, R>& tile) {
-    const AffineWarp& p = call.p;
-    const int lane = static_cast<int>(threadIdx.x);
-    const ImagePlan* plan = call.plans ? call.plans + image : nullptr;
-    if (lane < 9) tile.map.m[lane] = plan ? plan->map.m[lane] : matrix_entry(call.matrix, image, lane);
-    if (lane < 12 && call.color.data) tile.color[lane] = static_cast<R>(call.color.at(image, lane / 4, lane % 4));
-    __syncwarp();
-    if (lane == 0) {
-        tile.map.affine = is_affine(tile.map.m);
-        tile.map.box_x = plan ? plan->map.box_x : 1;
-        tile.map.box_y = plan ? plan->map.box_y : 1;
-        tile.source = sampled_pixels(p, tile.map, static_cast<const T*>(call.boxed), call.boxed_stride, image);
-        tile.output = image * p.output_stride[0] + y0 * p.output_stride[2] + x0 * p.output_stride[3];
+// One image as a thread sees it.
+template <class T>
+struct Source {
+    Map map;
+    Pixels<T> pixels;
+};
+
+template <class T>
+__device__ inline Source<T> source_of(const WarpCall& call, int64_t image) {
+    Source<T> s;
+    if (call.plans) {
+        s.map = call.plans[image].map;
+    } else {
+        read_matrix(call.matrix, image, s.map.m);
+        s.map.affine = is_affine(s.map.m);
+        s.map.box_x = s.map.box_y = 1;
     }
-    __syncwarp();
-    Base<R> base{};
-    if (tile.map.affine) base = affine_base<R>(tile.map.m, x0 / kBlock * kBlock, y0 + lane);
-    tile.rows[lane] = base;
-    if constexpr (can_be_staged<T, R, C>()) {
-        Region region{};
-        const bool fits = plan_region<interpolation>(base, static_cast<int>(x0 % kBlock), tile.source.height,
-                                                     tile.source.width, p.padding, region);
-        if (lane == 0) {
-            tile.region = region;
-            tile.staged = fits && tile.map.affine;
-        }
-    }
+    s.pixels = sampled_pixels(call.p, s.map, static_cast<const T*>(call.boxed), call.boxed_stride, image);
+    return s;
 }
 
-// A thread's pixels: those from (x, y) of the output on, which is row `row` and column `column` of the tile.
+// A thread's pixels: those from (x, y) of the output on.
 struct Place {
-    int64_t x, y;
-    int row, column;
+    int64_t image, x, y;
 };
+
+template <class R>
+__device__ inline Base<R> base_at(const Map& map, const Place& at) {
+    return map.affine ? affine_base<R>(map.m, at.x / kBlock * kBlock, at.y) : Base<R>{};
+}
+
+// Through the epilogue, to where they belong.
+template <class R, int pixels, int count>
+__device__ inline void put_pixels(const WarpCall& call, const WarpNumbers<R>& n, R (&values)[pixels][count],
+                                  const Place& at, int channel, int number) {
+    const AffineWarp& p = call.p;
+    if constexpr (count == 3)
+        if (call.color.data) color_pixels(call.color, n.unit, at.image, values);
+    const int64_t* stride = p.output_stride;
+    finish_pixels(p, n, values,
+                  Run{at.image * stride[0] + channel * stride[1] + at.y * stride[2] + at.x * stride[3],
+                      p.output_width - at.x},
+                  number);
+}
 
 // Its pixels from the staged region.
 template <Interpolation interpolation, int pixels, int C>
@@ -344,28 +362,23 @@ __device__ inline void sample_region(const Region& region, const Base<float>& ba
     }
 }
 
-__device__ inline Run run_at(const AffineWarp& p, int64_t tile, const Place& at, int channel) {
-    return {tile + at.row * p.output_stride[2] + at.column * p.output_stride[3] + channel * p.output_stride[1],
-            p.output_width - at.x};
-}
-
 // A thread's pixels from the image, four at a time. The general samples are too long to be written out four times;
 // their loop puts its result where a comparison says, so that every index of an array is a constant and the array stays
 // in registers.
 template <class T, class R, int C, Interpolation interpolation>
-__device__ inline void warp_from_image(const WarpCall& call, const WarpNumbers<R>& n, const Tile<T, R>& tile, Place at,
+__device__ inline void warp_from_image(const WarpCall& call, const WarpNumbers<R>& n, const Source<T>& source, Place at,
                                        int channel, int number) {
     const AffineWarp& p = call.p;
-    const Pixels<T> s = tile.source;
-    const Base<R> base = tile.rows[at.row];
+    const Pixels<T>& s = source.pixels;
+    const Base<R> base = base_at<R>(source.map, at);
 #pragma unroll 1
-    for (int from = 0; from < kPixels<T, R, C> && at.x < p.output_width; from += 4, at.x += 4, at.column += 4) {
+    for (int from = 0; from < kPixels<T, R, C> && at.x < p.output_width; from += 4, at.x += 4) {
         R values[4][C];
 #pragma unroll 1
         for (int i = 0; i < 4; ++i) {
             R one[C];
             const Point<R> point =
-                sampling_point<R, interpolation>(tile.map, base, at.x + i, at.y, s.height, s.width, p.padding);
+                sampling_point<R, interpolation>(source.map, base, at.x + i, at.y, s.height, s.width, p.padding);
             if (interpolation == Interpolation::bilinear && point.finite && is_inside(s, point.x, point.y))
                 sample_inside(s, point, channel, one);
             else
@@ -374,43 +387,43 @@ __device__ inline void warp_from_image(const WarpCall& call, const WarpNumbers<R
             for (int k = 0; k < 4 * C; ++k)
                 if (i == k / C) values[k / C][k % C] = one[k % C];
         }
-        finish_pixels(p, n, call.color.data ? tile.color : nullptr, values, run_at(p, tile.output, at, channel), number);
+        put_pixels(call, n, values, at, channel, number);
     }
 }
 
 // The same where it is the exception: out of line, so that its registers are not the rule's.
 template <class T, class R, int C, Interpolation interpolation>
-__device__ __noinline__ void warp_by_exception(const WarpCall& call, const WarpNumbers<R>& n, const Tile<T, R>& tile,
-                                               Place at, int channel, int number) {
-    warp_from_image<T, R, C, interpolation>(call, n, tile, at, channel, number);
+__device__ __noinline__ void warp_by_exception(const WarpCall& call, const WarpNumbers<R>& n, Place at, int channel,
+                                               int number) {
+    warp_from_image<T, R, C, interpolation>(call, n, source_of<T>(call, at.image), at, channel, number);
 }
 
 // By all threads of a block; `mine`: this one's pixels are in the output.
 template <class T, int C, Interpolation interpolation>
-__device__ inline void warp_from_region(const WarpCall& call, const WarpNumbers<float>& n, const Tile<T, float>& tile,
-                                        const Place& at, int channel, int number, bool mine) {
+__device__ inline void warp_from_region(const WarpCall& call, const WarpNumbers<float>& n, const Source<T>& source,
+                                        const Region& region, const Place& at, int channel, int number, bool mine) {
     constexpr int pixels = kPixels<T, float, C>;
     uint32_t* staged = dynamic_shared<uint32_t>();
     const AffineWarp& p = call.p;
-    Pixels<T> s = tile.source;
+    Pixels<T> s = source.pixels;
     s.data += channel * s.channel;
     if (s.table) s.table += channel * 256;
     uint32_t fill = 0;
 #pragma unroll
     for (int k = 0; k < C; ++k) fill |= static_cast<uint32_t>(n.fill[number + k]) << (8 * k);
-    stage_region<C, kTileThreads<T, float, C>>(s, tile.region, p.padding, fill, staged);
+    const Base<float> base = near_base(source.map.m, at.x / kBlock * kBlock, at.y);
+    stage_region<C, kTileThreads<T, float, C>>(s, region, p.padding, fill, staged);
     __syncthreads();
     if (!mine) return;
     float values[pixels][C];
-    sample_region<interpolation>(tile.region, tile.rows[at.row], static_cast<int>(at.x % kBlock), s.height, s.width,
-                                 p.padding, staged, values);
-    finish_pixels(p, n, call.color.data ? tile.color : nullptr, values, run_at(p, tile.output, at, channel), number);
+    sample_region<interpolation>(region, base, static_cast<int>(at.x % kBlock), s.height, s.width, p.padding, staged,
+                                 values);
+    put_pixels(call, n, values, at, channel, number);
 }
 
 template <class T, class R, int C, Interpolation interpolation>
 __global__ void __launch_bounds__(kTileThreads<T, R, C>, can_be_staged<T, R, C>() ? 8 : 1)
     warp_images(const __grid_constant__ WarpCall call, const __grid_constant__ WarpNumbers<R> n) {
-    __shared__ Tile<T, R> tile;
     constexpr int across = kTileSide / kPixels<T, R, C>;  // threads
     const AffineWarp& p = call.p;
     const int row = static_cast<int>(threadIdx.x) / across, column = static_cast<int>(threadIdx.x) % across;
@@ -418,23 +431,27 @@ __global__ void __launch_bounds__(kTileThreads<T, R, C>, can_be_staged<T, R, C>(
     for (int64_t image = blockIdx.z; image < p.batch; image += gridDim.z) {
         for (int64_t tile_y = int64_t{blockIdx.y} * kTileSide; tile_y < p.output_height;
              tile_y += gridDim.y * int64_t{kTileSide}) {
-            __syncthreads();  // the tile before is done with
-            if (threadIdx.x < 32) prepare_tile<T, R, C, interpolation>(call, image, tile_x, tile_y, tile);
-            __syncthreads();
-            const int first = column * kPixels<T, R, C>;
-            const Place at{tile_x + first, tile_y + row, row, first};
+            const Source<T> source = source_of<T>(call, image);  // not kept from tile to tile: few blocks have two
+            const Place at{image, tile_x + column * kPixels<T, R, C>, tile_y + row};
             const bool mine = at.x < p.output_width && at.y < p.output_height;
+            bool staged = false;
+            Region region{};
+            if constexpr (can_be_staged<T, R, C>())
+                staged = source.map.affine &&
+                         plan_region<interpolation>(source.map.m, tile_x, tile_y, source.pixels.height,
+                                                    source.pixels.width, p.padding, region);
             int number = 0;
             do {
                 const int channel = static_cast<int>(call.first) + number;
                 if constexpr (can_be_staged<T, R, C>()) {
-                    if (number > 0) __syncthreads();  // the channel before is done with
-                    if (tile.staged)
-                        warp_from_region<T, C, interpolation>(call, n, tile, at, channel, number, mine);
-                    else if (mine)
-                        warp_by_exception<T, R, C, interpolation>(call, n, tile, at, channel, number);
+                    if (staged) {
+                        warp_from_region<T, C, interpolation>(call, n, source, region, at, channel, number, mine);
+                        __syncthreads();  // done with for all
+                    } else if (mine) {
+                        warp_by_exception<T, R, C, interpolation>(call, n, at, channel, number);
+                    }
                 } else if (mine) {
-                    warp_from_image<T, R, C, interpolation>(call, n, tile, at, channel, number);
+                    warp_from_image<T, R, C, interpolation>(call, n, source, at, channel, number);
                 }
             } while (C == 1 && ++number < call.count);
         }

@@ -15,8 +15,7 @@ namespace {
 constexpr int kTileSide = 32;
 constexpr int kRegionSide = 80;                // pixels
 constexpr int kRegionPitch = kRegionSide + 1;  // words; odd, so that neighbours in any direction lie in different banks
-constexpr float kSteepest = 1 << 15;           // steps of a staged map: coordinates inside a block stay below 2^22
-constexpr int32_t kFarthest = 1 << 28;         // bases of a staged map: sums of coordinates fit in int32
+constexpr float kFarthest = 1 << 28;           // coordinates of a staged tile: their sums fit in int32
 constexpr float kOnes = 12582912.0f;           // 1.5 · 2^23: one unit in the last place is 1
 
 constexpr size_t kRegionBytes = size_t{kRegionSide} * kRegionPitch * 4;
@@ -37,19 +36,23 @@ struct Region {
     bool folds;  // coordinates have to be brought into a mirrored image
 };
 
-// What the threads of a tile share; made by the first warp.
-template <class T, class R>
-struct Tile {
-    Map map;
-    Pixels<T> source;
-    Base<R> rows[kTileSide];  // for the block of columns that the tile lies in
-    R color[12];
-    int64_t output;  // elements from the output's start to the tile's first
-    Region region;
-    bool staged;
-};
-
 // --- coordinates ---------------------------------------------------------------------------------------------------
+
+// affine_base() for the rows of a tile that can be staged: nothing to clamp, and a sum rounded down is the floor.
+__device__ inline Base<float> near_base(const double* m, int64_t x0, int64_t y) {
+    constexpr double ones = 6755399441055744.0;  // 1.5 · 2^52: one unit in the last place is 1
+    Base<float> base;
+    const double x = m[0] * x0 + (m[1] * y + m[2]), yy = m[3] * x0 + (m[4] * y + m[5]);
+    const double wx = sum_rounded_down(x, ones), wy = sum_rounded_down(yy, ones);
+    base.x = low_word(wx);
+    base.y = low_word(wy);
+    base.fx = static_cast<float>(x - (wx - ones));
+    base.fy = static_cast<float>(yy - (wy - ones));
+    base.step_x = static_cast<float>(m[0]);
+    base.step_y = static_cast<float>(m[3]);
+    base.finite = true;
+    return base;
+}
 
 // affine_point() for coordinates inside the block below 2^22, where a sum rounded down is the floor: no conversions.
 __device__ inline Point<float> near_point(const Base<float>& base, float lane) {
@@ -66,6 +69,8 @@ __device__ inline void round_nearest(Point<R>& at) {
     at.y += at.fy >= static_cast<R>(0.5);
     at.fx = at.fy = 0;
 }
+
+__device__ inline float smaller_of(float a, float b) { return a < b ? a : b; }
 
 struct Span {
     int32_t first, last;
@@ -87,23 +92,29 @@ __device__ inline Span folded(const Span& s, int32_t n, Padding padding, bool& f
     return {to.first < -1 ? -1 : to.first, to.last < n ? to.last : n - 1};
 }
 
-// By a whole warp, lane i having the base of the tile's row i: whether the tile can be staged, and what it needs then.
+// Whether the tile from (x0, y0) on can be staged, and what it needs then. A map takes its corners to those of the
+// pixels that it samples; every thread computes the same.
 template <Interpolation interpolation>
-__device__ inline bool plan_region(const Base<float>& base, int first_lane, int32_t height, int32_t width,
+__device__ inline bool plan_region(const double* m, int64_t x0, int64_t y0, int32_t height, int32_t width,
                                    Padding padding, Region& region) {
     constexpr int before = interpolation == Interpolation::bicubic ? 1 : 0;
     constexpr int after = interpolation == Interpolation::bicubic ? 2 : interpolation == Interpolation::bilinear ? 1 : 0;
-    const auto size = [](auto v) { return v < 0 ? -v : v; };
-    const bool near = base.finite && size(base.step_x) < kSteepest && size(base.step_y) < kSteepest &&
-                      size(base.x) < kFarthest && size(base.y) < kFarthest;
-    if (warp_min(near) == 0) return false;
-    Point<float> a = near_point(base, static_cast<float>(first_lane));
-    Point<float> b = near_point(base, static_cast<float>(first_lane + kTileSide - 1));
-    round_nearest<interpolation>(a);
-    round_nearest<interpolation>(b);
-    const auto span = [](int32_t p, int32_t q) { return Span{warp_min(p < q ? p : q), warp_max(p < q ? q : p)}; };
+    constexpr float rounding = interpolation == Interpolation::nearest ? 0.5f : 0;
+    bool fits = true;
+    Span spans[2];
+#pragma unroll
+    for (int axis = 0; axis < 2; ++axis, m += 3) {  // in float32, with more room than its rounding takes
+        const float corner = static_cast<float>(m[0] * x0 + (m[1] * y0 + m[2]));
+        const float across = static_cast<float>(m[0]) * (kTileSide - 1), down = static_cast<float>(m[1]) * (kTileSide - 1);
+        const float slack = fused(corner < 0 ? -corner : corner, 0x1p-21f, 0x1p-7f);
+        const float low = corner + smaller_of(across, 0.0f) + smaller_of(down, 0.0f) - slack + rounding;
+        const float high = corner - smaller_of(-across, 0.0f) - smaller_of(-down, 0.0f) + slack + rounding;
+        fits = fits && low > -kFarthest && high < kFarthest && high - low < kRegionSide;
+        spans[axis] = {static_cast<int32_t>(floor_of(low)), static_cast<int32_t>(floor_of(high))};
+    }
+    if (!fits) return false;
     bool folds = false;
-    const Span x = folded(span(a.x, b.x), width, padding, folds), y = folded(span(a.y, b.y), height, padding, folds);
+    const Span x = folded(spans[0], width, padding, folds), y = folded(spans[1], height, padding, folds);
     const int32_t left = (x.first - before) & ~3;
     region = {left, y.first - before, (x.last + after - left) / 4 + 1, y.last + after - (y.first - before) + 1, folds};
     return region.groups <= kRegionSide / 4 && region.rows <= kRegionSide;
@@ -180,58 +191,112 @@ __device__ inline uint32_t bordered_pixel(const Pixels<uint8_t>& s, int32_t x, i
     return s.table ? through_table<C>(s.table, pixel) : pixel;
 }
 
-// Four words that hold them, where their rows and channels start at whole words.
+// The words of four pixels, where rows and channels start at whole words, and their pixels.
 template <int C>
-__device__ inline void load_aligned(const uint8_t* at, int64_t plane, bool planar, uint32_t (&to)[4]) {
+__device__ inline void load_words(const uint8_t* at, uint32_t plane, bool planar, uint32_t (&to)[4]) {
     const uint32_t* from = reinterpret_cast<const uint32_t*>(at);
     if (planar) {
-        uint32_t w[4] = {};
 #pragma unroll
-        for (int c = 0; c < C; ++c) w[c] = load_cached(reinterpret_cast<const uint32_t*>(at + c * plane));
-        split_planes<C>(w, to);
-    } else if constexpr (C == 3) {
-        split_interleaved(load_cached(from), load_cached(from + 1), load_cached(from + 2), to);
+        for (int c = 0; c < C; ++c) to[c] = load_cached(from + c * plane / 4);
     } else {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) to[k] = load_cached(from + k);
+        for (int c = 0; c < C; ++c) to[c] = load_cached(from + c);
+    }
+}
+template <int C>
+__device__ inline void split_words(const uint32_t (&w)[4], bool planar, uint32_t (&to)[4]) {
+    if (planar) {
+        split_planes<C>(w, to);
+    } else if constexpr (C == 3) {
+        split_interleaved(w[0], w[1], w[2], to);
+    } else {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) to[k] = w[k];
     }
 }
 
-// By all threads. `s` starts at the first of the C channels, its table too; `fill` has a byte for each.
+__device__ inline void put_pixels(const uint32_t (&pixels)[4], uint32_t* to) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) to[k] = pixels[k];
+}
+
+// Four pixels anywhere.
+template <int C>
+__device__ inline void stage_group(const Pixels<uint8_t>& s, int32_t x, int32_t y, bool packed, bool planar,
+                                   Padding padding, uint32_t fill, uint32_t* to) {
+    const bool in_row = y >= 0 && y < s.height;
+    if (in_row && packed && x >= 0 && x <= s.width - 4) {
+        uint32_t pixels[4];
+        load_anywhere<C>(s, s.data + y * s.row + x * s.column, planar, pixels);
+        put_pixels(pixels, to);
+    } else if (padding == Padding::constant && (!in_row || x <= -4 || x >= s.width)) {
+        put_pixels({fill, fill, fill, fill}, to);
+    } else {
+#pragma unroll 1
+        for (int k = 0; k < 4; ++k) to[k] = bordered_pixel<C>(s, x + k, y, padding, fill);
+    }
+}
+
+// The groups of four pixels of a region, row by row, and the first of them of a thread.
+struct Groups {
+    int across, count;
+    uint32_t reciprocal;
+
+    __device__ explicit Groups(const Region& region)
+        : across(region.groups), count(region.groups * region.rows),
+          reciprocal(65536 / static_cast<uint32_t>(region.groups) + 1) {}
+    // Exact below 65536 / 20 with at most 20 groups to a row: the error of i · reciprocal is less than 1 / across.
+    __device__ int row(int i) const { return static_cast<int>(static_cast<uint32_t>(i) * reciprocal >> 16); }
+};
+
+// By all threads. `s` starts at the first of the C channels, its table too; `fill` has a byte for each. First the
+// groups inside the image, several at a time so that their loads are under way together, then those that are not.
 template <int C, int threads>
 __device__ inline void stage_region(const Pixels<uint8_t>& s, const Region& region, Padding padding, uint32_t fill,
                                     uint32_t* staged) {
+    constexpr int batch = 4;
     const bool planar = s.column == 1, packed = planar || (C > 1 && s.channel == 1 && s.column == C);
     const uint64_t starts = reinterpret_cast<uintptr_t>(s.data) | static_cast<uint64_t>(s.row) |
                             static_cast<uint64_t>(planar && C > 1 ? s.channel : 0);
-    const bool aligned = packed && !s.table && (starts & 3) == 0;
-    const uint8_t* origin = s.data + region.y * s.row + region.x * s.column;
-    const int32_t step = static_cast<int32_t>(4 * s.column);
-    const uint32_t groups = static_cast<uint32_t>(region.groups), reciprocal = 65536 / groups + 1;
-    const int count = region.groups * region.rows;
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += threads) {
-        // Exact below 65536 / 20 with at most 20 groups: the error of i · reciprocal is less than 1 / groups.
-        const int row = static_cast<int>(static_cast<uint32_t>(i) * reciprocal >> 16), group = i - row * region.groups;
-        const int32_t x = region.x + 4 * group, y = region.y + row;
-        uint32_t* to = staged + row * kRegionPitch + 4 * group;
-        const bool in_row = static_cast<uint32_t>(y) < static_cast<uint32_t>(s.height);
-        const uint8_t* at = origin + row * s.row + group * step;
-        uint32_t pixels[4];
-        if (in_row && packed && x >= 0 && x <= s.width - 4) {
-            if (aligned)
-                load_aligned<C>(at, s.channel, planar, pixels);
-            else
-                load_anywhere<C>(s, at, planar, pixels);
-        } else if (padding == Padding::constant && (!in_row || x <= -4 || x >= s.width)) {
+    const bool aligned = packed && !s.table && (starts & 3) == 0 && s.row < (1 << 24) && s.row >= 0 &&
+                         (!planar || (s.channel < (1 << 30) && s.channel >= 0));
+    const Groups groups(region);
+    const int first = static_cast<int>(threadIdx.x);
+    const auto inside = [&](int row, int group) {
+        const int32_t x = region.x + 4 * group;
+        return static_cast<uint32_t>(region.y + row) < static_cast<uint32_t>(s.height) && x >= 0 && x <= s.width - 4;
+    };
+    if (aligned) {
+        const uint8_t* origin = s.data + region.y * s.row + region.x * s.column;
+        const uint32_t step = planar ? 4 : 4 * C, down = static_cast<uint32_t>(s.row);
+        const uint32_t plane = static_cast<uint32_t>(s.channel);
+        for (int from = first; from < groups.count; from += batch * threads) {
+            uint32_t words[batch][4] = {};
+            uint32_t* to[batch];
 #pragma unroll
-            for (int k = 0; k < 4; ++k) pixels[k] = fill;
-        } else {
-#pragma unroll 1
-            for (int k = 0; k < 4; ++k) to[k] = bordered_pixel<C>(s, x + k, y, padding, fill);
-            continue;
+            for (int k = 0; k < batch; ++k) {
+                const int i = from + k * threads, row = groups.row(i), group = i - row * groups.across;
+                const bool now = i < groups.count && inside(row, group);
+                to[k] = now ? staged + row * kRegionPitch + 4 * group : nullptr;
+                const uint32_t offset = static_cast<uint32_t>(row) * down + static_cast<uint32_t>(group) * step;
+                if (now) load_words<C>(origin + offset, plane, planar, words[k]);
+            }
+#pragma unroll
+            for (int k = 0; k < batch; ++k) {
+                if (!to[k]) continue;
+                uint32_t pixels[4];
+                split_words<C>(words[k], planar, pixels);
+                put_pixels(pixels, to[k]);
+            }
         }
-#pragma unroll
-        for (int k = 0; k < 4; ++k) to[k] = pixels[k];
+        if (inside(0, 0) && inside(region.rows - 1, region.groups - 1)) return;
+    }
+#pragma unroll 1
+    for (int i = first; i < groups.count; i += threads) {
+        const int row = groups.row(i), group = i - row * groups.across;
+        if (!aligned || !inside(row, group))
+            stage_group<C>(s, region.x + 4 * group, region.y + row, packed, planar, padding, fill,
+                           staged + row * kRegionPitch + 4 * group);
     }
 }
 

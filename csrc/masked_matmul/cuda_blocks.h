@@ -1,8 +1,11 @@
 // masked_matmul on CUDA where the mask consists of 16 × 16 blocks, in float16 or bfloat16 on tensor cores, sums in
-// float32. A block of threads has 128 samples and 256 outputs, 32 of them per warp, and walks all of x through a ring
-// of shared memory as a dense product would; a warp multiplies where its bits say so. So x is read once per 256
-// outputs, whatever the mask, and at 80 % sparsity about 25 multiply-adds go with every byte of it. The weights come
-// from where they are, as fragments: the values of a mask in training need no packing.
+// float32. A block of threads has 128 samples and 384 outputs and walks all of x through a ring of shared memory as a
+// dense product would, with those blocks of the weight that exist beside it; a warp has 64 samples and six rows of
+// blocks, and multiplies where its bits say so. The weights come from where they are: the values of a mask in training
+// need no packing.
+//
+// What bounds it is the way from the second-level cache: x goes there once per 384 outputs, whatever the mask, hence
+// as many outputs as registers hold. 4096^3 at 80 % sparsity is 0.6 GB that way.
 #pragma once
 
 #include "../cuda.h"
@@ -13,11 +16,17 @@ namespace {
 
 constexpr int kBlockSide = 16;
 constexpr int kBlockThreads = 256;
-constexpr int kBlockSamples = 128;
-constexpr int kBlockRows = 256;  // outputs; 32 of a warp, two blocks' sides
-constexpr int kBlockDepth = 64;  // elements of x per stage and sample: four blocks' sides
-constexpr int kBlockStages = 4;
-constexpr int kBlockStageBytes = kBlockSamples * kBlockDepth * 2;
+constexpr int kBlockSamples = 128, kWarpSamples = 64;
+constexpr int kWarpBlocks = 6;                           // rows of blocks
+constexpr int kBlockRows = 4 * kWarpBlocks * kBlockSide;  // outputs
+constexpr int kBlockDepth = 64;                          // elements of x per stage and sample
+constexpr int kStageSteps = kBlockDepth / kBlockSide;
+constexpr int kBlockStages = 3;
+constexpr int kBlockBytes = kBlockSide * kBlockSide * 2;
+constexpr int kInputBytes = kBlockSamples * kBlockDepth * 2;
+constexpr int kLoadBlocks = kBlockRows / kBlockSide / (kBlockThreads / 32);  // rows of blocks whose loads a warp issues
+constexpr int kBitsAt = kInputBytes + kBlockRows / kBlockSide * kStageSteps * kBlockBytes;
+constexpr int kStageBytes = kBitsAt + 128;  // a word of bits per warp
 constexpr int kOutputPitch = kBlockRows + 8;  // 16-bit elements: rows stay aligned and off each other's banks
 
 // The transposed product (the input's gradient) reads the same weight.
@@ -31,120 +40,136 @@ struct BlockMatmul {
 };
 
 constexpr size_t block_shared() {
-    constexpr size_t ring = size_t{kBlockStages} * kBlockStageBytes, output = size_t{kBlockSamples} * kOutputPitch * 2;
+    constexpr size_t ring = size_t{kBlockStages} * kStageBytes, output = size_t{kBlockSamples} * kOutputPitch * 2;
     return ring > output ? ring : output;
 }
 
-// Eight chunks of 16 bytes to a row; eight rows of one chunk hit different banks.
+// Of x, eight chunks of 16 bytes to a row: eight rows of one chunk hit different banks. Of a block, two chunks.
 __device__ inline int swizzled_chunk(int row, int chunk) { return row * kBlockDepth * 2 + (chunk ^ (row & 7)) * 16; }
+__device__ inline int swizzled_half(int row, int half) { return row * kBlockSide * 2 + (half ^ (row >> 2 & 1)) * 16; }
 
-// The fragment of 16 outputs from `row` by 16 of the common axis from `k`.
+// The fragment of 16 outputs by 16 of the common axis: words 0 and 1 for the first eight outputs. A block of the
+// transposed weight lies with the common axis down.
 template <bool transposed>
-__device__ inline void load_weight(const BlockMatmul& p, int64_t row, int64_t k, int lane, uint32_t (&a)[4]) {
-    const int64_t pitch = transposed ? p.rows : p.depth;
-    const uint16_t* from = p.weight + (transposed ? k * pitch + row : row * pitch + k);
-    from += lane / 4 * pitch + lane % 4 * 2;
-    const auto word = [&](int down, int across) {
-        return load_cached(reinterpret_cast<const uint32_t*>(from + down * 8 * pitch + across * 8));
-    };
-    if constexpr (transposed) {
-        a[0] = transposed_matrix(word(0, 0));
-        a[1] = transposed_matrix(word(0, 1));
-        a[2] = transposed_matrix(word(1, 0));
-        a[3] = transposed_matrix(word(1, 1));
-    } else {
-        a[0] = word(0, 0);
-        a[1] = word(1, 0);
-        a[2] = word(0, 1);
-        a[3] = word(1, 1);
-    }
+__device__ inline void load_block(const uint8_t* block, int lane, uint32_t (&b)[4]) {
+    const int row = lane % 8 + (transposed ? lane / 8 % 2 : lane / 16) * 8, half = transposed ? lane / 16 : lane / 8 % 2;
+    load_matrices(b, block + swizzled_half(row, half));
+    if constexpr (transposed)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) b[i] = transposed_matrix(b[i]);
 }
 
 template <bool brain>
 __device__ inline float widened_half(uint16_t bits) {
     return brain ? widen(BFloat16{bits}) : float_of_half(bits);
 }
-template <bool brain>
-__device__ inline uint16_t narrowed_half(float v) {
-    return brain ? bfloat16_of_float(v) : half_of_float(v);
+// A bit for each of a stage's steps, of a row of blocks.
+__device__ inline uint32_t block_bits(const BlockMatmul& p, int64_t block_row, int stage) {
+    if (block_row >= p.rows / kBlockSide) return 0;
+    return load_cached(p.blocks + block_row * p.words + stage / 8) >> (stage % 8 * kStageSteps) & 15u;
 }
 
 template <bool brain, bool transposed>
-__global__ void __launch_bounds__(kBlockThreads) block_product(const BlockMatmul p) {
+__global__ void __launch_bounds__(kBlockThreads, 1) block_product(const BlockMatmul p) {
     uint8_t* shared = dynamic_shared<uint8_t>();
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int64_t across = (p.rows + kBlockRows - 1) / kBlockRows;
     const int64_t row0 = blockIdx.x % across * kBlockRows, sample0 = blockIdx.x / across * kBlockSamples;
-    const int64_t block_rows = p.rows / kBlockSide, first = row0 / kBlockSide + warp * 2;
+    const int64_t block_row0 = row0 / kBlockSide;
     const int stages = static_cast<int>((p.depth + kBlockDepth - 1) / kBlockDepth);
 
+    // Of x four chunks per thread, of the weight the existing blocks of three rows per warp, a chunk per lane. Their
+    // bits are read a stage ahead and left beside them.
+    const int chunk = thread % 8, x_row = thread / 8;
+    const int64_t x_step = kBlockThreads / 8 * p.depth;
+    const uint16_t* x_from = p.x + (sample0 + x_row) * p.depth + chunk * 8;
+    const int there = static_cast<int>(p.samples - sample0 < kBlockSamples ? p.samples - sample0 : kBlockSamples);
+    const int64_t load_row = block_row0 + warp * kLoadBlocks, pitch = transposed ? p.rows : p.depth;
+    const uint16_t* w_from =
+        p.weight + (transposed ? lane / 2 * pitch + load_row * kBlockSide : (load_row * kBlockSide + lane / 2) * pitch) +
+        lane % 2 * 8;
+    const auto bits_of = [&](int stage) {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int i = 0; i < kLoadBlocks; ++i) bits |= block_bits(p, load_row + i, stage) << (kStageSteps * i);
+        return bits;
+    };
+    uint32_t ahead = bits_of(0);
     const auto load_stage = [&](int stage) {
         if (stage < stages) {
-            uint8_t* to = shared + stage % kBlockStages * kBlockStageBytes;
-            const int chunk = thread % 8;
-            const int64_t k = int64_t{stage} * kBlockDepth + chunk * 8;
+            uint8_t* to = shared + stage % kBlockStages * kStageBytes;
+            const bool inside = stage * kBlockDepth + chunk * 8 < p.depth;
 #pragma unroll
             for (int i = 0; i < kBlockSamples * 8 / kBlockThreads; ++i) {
-                const int row = thread / 8 + i * (kBlockThreads / 8);
-                const bool there = sample0 + row < p.samples && k < p.depth;
-                copy_16_async(to + swizzled_chunk(row, chunk), there ? p.x + (sample0 + row) * p.depth + k : p.x,
-                              there ? 16 : 0);
+                const bool valid = inside && x_row + i * (kBlockThreads / 8) < there;
+                copy_16_async(to + swizzled_chunk(x_row, chunk) + i * (kBlockThreads / 8) * kBlockDepth * 2,
+                              valid ? x_from + i * x_step + stage * kBlockDepth : p.x, valid ? 16 : 0);
             }
+            if (lane == 0) *reinterpret_cast<uint32_t*>(to + kBitsAt + warp * 4) = ahead;
+            to += kInputBytes + warp * kLoadBlocks * kStageSteps * kBlockBytes + swizzled_half(lane / 2, lane % 2);
+            for (uint32_t bits = ahead; bits; bits &= bits - 1) {
+                const int block = lowest_bit(bits), step = block % kStageSteps, down = block / kStageSteps * kBlockSide;
+                const int64_t k = stage * kBlockDepth + step * kBlockSide;
+                copy_16_async(to + block * kBlockBytes, w_from + (transposed ? k * pitch + down : down * pitch + k), 16);
+            }
+            if (stage + 1 < stages) ahead = bits_of(stage + 1);
         }
         commit_copies();
     };
-    // A bit for each of the stage's four blocks, of the warp's row of blocks `side`.
-    const auto bits_of = [&](int stage, int side) {
-        if (first + side >= block_rows) return 0u;
-        return load_cached(p.blocks + (first + side) * p.words + stage / 8) >> (stage % 8 * 4) & 15u;
-    };
 
-    float sums[2][kBlockSamples / 8][4] = {};
+    const int first_block = warp % 4 * kWarpBlocks, first_sample = warp / 4 * kWarpSamples;
+    float sums[kWarpBlocks][kWarpSamples / 16][2][4] = {};
     for (int stage = 0; stage < kBlockStages - 1; ++stage) load_stage(stage);
     for (int stage = 0; stage < stages; ++stage) {
-        const uint32_t bits[2] = {bits_of(stage, 0), bits_of(stage, 1)};
         wait_copies<kBlockStages - 2>();
         __syncthreads();  // this stage is there for all, and all are done with the one that is loaded next
         load_stage(stage + kBlockStages - 1);
-        const uint8_t* x = shared + stage % kBlockStages * kBlockStageBytes;
+        const uint8_t* x = shared + stage % kBlockStages * kStageBytes;
+        const uint8_t* blocks = x + kInputBytes + first_block * kStageSteps * kBlockBytes;
+        const uint32_t* words = reinterpret_cast<const uint32_t*>(x + kBitsAt + warp % 4 * 8);
+        const uint32_t bits = words[0] | words[1] << (kLoadBlocks * kStageSteps);
+#pragma unroll 1
+        for (int step = 0; step < kStageSteps; ++step) {
+            const uint32_t mine = bits >> step & 0x111111u;
+            if (!mine) continue;
+            uint32_t a[kWarpSamples / 16][4];
 #pragma unroll
-        for (int step = 0; step < kBlockDepth / kBlockSide; ++step) {
-            const bool has[2] = {(bits[0] >> step & 1) != 0, (bits[1] >> step & 1) != 0};
-            if (!has[0] && !has[1]) continue;
-            uint32_t a[2][4] = {};
+            for (int m = 0; m < kWarpSamples / 16; ++m)
+                load_matrices(a[m], x + swizzled_chunk(first_sample + lane % 16, step * 2 + lane / 16) +
+                                        m * 16 * kBlockDepth * 2);
 #pragma unroll
-            for (int side = 0; side < 2; ++side)
-                if (has[side])
-                    load_weight<transposed>(p, (first + side) * kBlockSide,
-                                            int64_t{stage} * kBlockDepth + step * kBlockSide, lane, a[side]);
-#pragma unroll
-            for (int pair = 0; pair < kBlockSamples / 16; ++pair) {
+            for (int j = 0; j < kWarpBlocks; ++j) {
+                if (!(mine >> (kStageSteps * j) & 1)) continue;
                 uint32_t b[4];
-                load_matrices(b, x + swizzled_chunk(pair * 16 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+                load_block<transposed>(blocks + (j * kStageSteps + step) * kBlockBytes, lane, b);
 #pragma unroll
-                for (int side = 0; side < 2; ++side) {
-                    if (!has[side]) continue;
-                    multiply_half<brain>(sums[side][2 * pair], a[side], b[0], b[1]);
-                    multiply_half<brain>(sums[side][2 * pair + 1], a[side], b[2], b[3]);
+                for (int m = 0; m < kWarpSamples / 16; ++m) {
+                    multiply_half<brain>(sums[j][m][0], a[m], b[0], b[1]);
+                    multiply_half<brain>(sums[j][m][1], a[m], b[2], b[3]);
                 }
             }
         }
     }
 
-    // Through shared memory: a lane holds an output of neighbouring samples, memory wants the outputs of a sample.
+    // Through shared memory: memory wants sixteen bytes of a sample, a lane holds four.
     wait_copies<0>();
     __syncthreads();
     uint16_t* staged = reinterpret_cast<uint16_t*>(shared);
 #pragma unroll
-    for (int side = 0; side < 2; ++side)
+    for (int j = 0; j < kWarpBlocks; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int row = warp * 32 + side * kBlockSide + lane / 4 + i / 2 * 8;
-            const float offset = p.bias && row0 + row < p.rows ? widened_half<brain>(p.bias[row0 + row]) : 0.0f;
+        for (int n = 0; n < 2; ++n) {
+            const int row = (first_block + j) * kBlockSide + n * 8 + lane % 4 * 2;
+            const bool offset = p.bias && row0 + row < p.rows;
+            const float low = offset ? widened_half<brain>(p.bias[row0 + row]) : 0.0f;
+            const float high = offset ? widened_half<brain>(p.bias[row0 + row + 1]) : 0.0f;
 #pragma unroll
-            for (int n = 0; n < kBlockSamples / 8; ++n)
-                staged[(n * 8 + lane % 4 * 2 + i % 2) * kOutputPitch + row] =
-                    narrowed_half<brain>(sums[side][n][i] + offset);
+            for (int i = 0; i < kWarpSamples / 8; ++i) {
+                const float* sum = &sums[j][i / 2][n][i % 2 * 2];
+                *reinterpret_cast<uint32_t*>(staged + (first_sample + i * 8 + lane / 4) * kOutputPitch + row) =
+                    brain ? bfloat16s_of_floats(sum[0] + low, sum[1] + high)
+                          : halves_of_floats(sum[0] + low, sum[1] + high);
+            }
         }
     __syncthreads();
     for (int i = thread; i < kBlockSamples * kBlockRows / 8; i += kBlockThreads) {

@@ -8,7 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <cmath>
+#include <cfenv>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -413,21 +413,21 @@ inline uint32_t bfloat16s_of_floats(float low, float high) {
     return bfloat16_of_float(low) | static_cast<uint32_t>(bfloat16_of_float(high)) << 16;
 }
 
-template <class T, class Better>
-T warp_best(T value, const Better& better) {
-    for (int mask = 16; mask > 0; mask /= 2) {
-        const T other = __shfl_xor_sync(~0u, value, mask);
-        value = better(other, value) ? other : value;
-    }
-    return value;
-}
-inline int32_t warp_min(int32_t v) { return warp_best(v, std::less<int32_t>{}); }
-inline int32_t warp_max(int32_t v) { return warp_best(v, std::greater<int32_t>{}); }
+inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 
-inline float sum_rounded_down(float a, float b) {  // of numbers whose sum is exact in float64
-    const double exact = static_cast<double>(a) + b;
-    const float near = static_cast<float>(exact);
-    return near > exact ? std::nextafter(near, -__builtin_inff()) : near;
+template <class T>
+T sum_rounded_down(T a, T b) {
+    const int before = std::fegetround();
+    std::fesetround(FE_DOWNWARD);
+    volatile T x = a;
+    volatile T sum = x + b;
+    std::fesetround(before);
+    return sum;
+}
+inline int32_t low_word(double v) {
+    int32_t word;
+    std::memcpy(&word, &v, sizeof(word));
+    return word;
 }
 
 }  // namespace imgopt

@@ -6,6 +6,7 @@ not measured: benchmarks/cuda_check.py measures them on the first GPU at hand. T
 dtype alone.
 """
 
+import warnings
 from typing import Any, Literal, cast
 
 import torch
@@ -87,7 +88,9 @@ def pack(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         return kept, *bits
     empty = torch.empty(0, dtype=torch.int32, device=weight.device)
     if form == "2:4":
-        kept = torch.sparse.to_sparse_semi_structured(kept)
+        with warnings.catch_warnings():  # torch announces the interface as a prototype
+            warnings.simplefilter("ignore", UserWarning)
+            kept = torch.sparse.to_sparse_semi_structured(kept)
     return kept, empty, empty
 
 
