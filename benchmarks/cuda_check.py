@@ -115,7 +115,10 @@ class Report:
                 case[peer] = {"error": str(error)}
         self.cases.append(case)
         ratios = "  ".join(f"{k[9:]} {v:.2f}x" for k, v in case.items() if k.startswith("ratio to "))
-        time = f"{case['ours']['median']:9.1f} us  {case['floor_share']:6.1%}" if "ours" in case else case["error"]
+        time = case.get("error", "")
+        if "ours" in case:
+            middle, low, high = (case["ours"][key] for key in ("median", "low", "high"))
+            time = f"{middle:9.1f} us ({low:.1f}-{high:.1f})  {case['floor_share']:6.1%}"
         print(f"{name:56} {time}  {ratios}", flush=True)
 
 
@@ -223,24 +226,37 @@ def network_cases(report: Report) -> None:
 
 
 def masked_cases(report: Report) -> None:
-    from imgopt_fast import masked_matmul, pack_masked_weight
+    """Every form that can serve a mask, and 2:4; ops/masked_matmul/cuda.py chooses between them by these figures."""
+    from imgopt_fast.ops.masked_matmul import cuda
 
+    chosen = dict(cuda.LARGEST_DENSITY)
     side = 4096
-    for block, dtype in ((16, torch.bfloat16), (32, torch.bfloat16), (1, torch.float32)):
-        x, weight = (torch.randn(side, side, device="cuda", dtype=dtype) for _ in range(2))
+    for form, block, dtype in (("blocks", 16, torch.bfloat16), ("blocks", 32, torch.bfloat16),
+                               ("quads", 1, torch.float32)):  # fmt: skip
+        cuda.LARGEST_DENSITY = {(form, dtype): 1.0}
         for sparsity in (0.5, 0.8, 0.9, 0.95, 0.99):
             tiles = torch.rand(side // block, side // block, device="cuda") >= sparsity
             mask = tiles.repeat_interleave(block, 0).repeat_interleave(block, 1)
-            packed, dense = pack_masked_weight(weight, mask), torch.where(mask, weight, 0)
-            form = "quads" if packed.values.dim() == 1 else "blocks" if packed.quads.dim() == 2 else "dense"
-            kept = int(mask.sum())
-            report.add(
-                f"masked 4096^3 {str(dtype)[6:]}, blocks of {block}, {sparsity:.0%} sparse: {form}",
-                lambda x=x, packed=packed: masked_matmul(x, packed),
-                {"dense": lambda x=x, dense=dense: F.linear(x, dense)},
-                moved=2 * x.numel() * x.element_size() + kept * x.element_size(),
-                operations=2 * side * kept,
-            )
+            masked_case(report, f"blocks of {block}, {sparsity:.0%} sparse: {form}", mask, dtype)
+    cuda.LARGEST_DENSITY = {}
+    mask = torch.tensor([True, False, False, True], device="cuda").repeat(side, side // 4)
+    masked_case(report, "2:4", mask, torch.bfloat16)
+    cuda.LARGEST_DENSITY = chosen
+
+
+def masked_case(report: Report, name: str, mask: torch.Tensor, dtype: torch.dtype) -> None:
+    from imgopt_fast import masked_matmul, pack_masked_weight
+
+    side = len(mask)
+    x, weight = (torch.randn(side, side, device="cuda", dtype=dtype) for _ in range(2))
+    packed, dense, kept = pack_masked_weight(weight, mask), torch.where(mask, weight, 0), int(mask.sum())
+    report.add(
+        f"masked {side}^3 {str(dtype)[6:]}, {name}",
+        lambda: masked_matmul(x, packed),
+        {"dense": lambda: F.linear(x, dense)},
+        moved=2 * x.numel() * x.element_size() + kept * x.element_size(),
+        operations=2 * side * kept,
+    )
 
 
 # --- all of it ------------------------------------------------------------------------------------------------------

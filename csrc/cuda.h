@@ -250,6 +250,16 @@ __device__ __forceinline__ uint32_t bfloat16s_of_floats(float low, float high) {
 
 #endif
 
+// i = quotient · by + rest, neither negative; 32-bit numbers take a fifth of the instructions that others do.
+struct Split {
+    int64_t quotient, rest;
+};
+__device__ inline Split split(int64_t i, int64_t by) {
+    if ((i | by) >> 32 != 0) return {i / by, i % by};
+    const uint32_t quotient = static_cast<uint32_t>(i) / static_cast<uint32_t>(by);
+    return {quotient, static_cast<uint32_t>(i) - quotient * static_cast<uint32_t>(by)};
+}
+
 // Workspace on the device of `like`; it lives as long as the tensor, and torch hands it on in stream order.
 inline Tensor device_bytes(const Tensor& like, int64_t bytes) {
     return torch::stable::new_empty(like, {bytes < 1 ? 1 : bytes}, ScalarType::Byte);

@@ -279,6 +279,23 @@ IMGOPT_HD inline void bicubic_slopes(R f, R d[4]) {
     d[3] = a * f * (2 * g - f);
 }
 
+// Weights of an axis and their slopes, for the gradients.
+template <int taps, class R>
+IMGOPT_HD inline void axis_weights(R f, R (&w)[taps], R (&slope)[taps]) {
+    if constexpr (taps == 1) {
+        w[0] = 1;
+        slope[0] = 0;
+    } else if constexpr (taps == 2) {
+        w[0] = 1 - f;
+        w[1] = f;
+        slope[0] = -1;
+        slope[1] = 1;
+    } else {
+        bicubic_weights(f, w);
+        bicubic_slopes(f, slope);
+    }
+}
+
 template <class R>
 IMGOPT_HD inline void bicubic_integer_weights(R f, int32_t w[4]) {
     R real[4];

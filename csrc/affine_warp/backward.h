@@ -8,22 +8,6 @@
 namespace imgopt {
 namespace {
 
-template <int taps, class R>
-inline void axis_weights(R f, R w[taps], R slope[taps]) {
-    if constexpr (taps == 1) {
-        w[0] = 1;
-        slope[0] = 0;
-    } else if constexpr (taps == 2) {
-        w[0] = 1 - f;
-        w[1] = f;
-        slope[0] = -1;
-        slope[1] = 1;
-    } else {
-        bicubic_weights(f, w);
-        bicubic_slopes(f, slope);
-    }
-}
-
 // Sums over one image for the matrix that was sampled with, then carried back through the box filter's part of it.
 struct MatrixGradient {
     double of[9] = {};

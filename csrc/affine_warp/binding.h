@@ -39,6 +39,26 @@ inline std::optional<Padding> padding_named(const std::string& name) {
     return std::nullopt;
 }
 
+// Whether both modes have a name that exists.
+inline bool set_modes(AffineWarp& p, const std::string& interpolation, const std::string& padding_mode) {
+    const auto found = interpolation_named(interpolation);
+    const auto padding = padding_named(padding_mode);
+    if (!found || !padding) return false;
+    p.interpolation = *found;
+    p.padding = *padding;
+    return true;
+}
+constexpr char kUnknownMode[] = "interpolation, padding_mode: unknown name";
+
+// Whether `mean` and `std` have one value per channel, or none.
+inline bool factors_fit(const std::vector<double>& mean, const std::vector<double>& std, int64_t channels) {
+    const auto fits = [&](const std::vector<double>& v) {
+        return v.empty() || static_cast<int64_t>(v.size()) == channels;
+    };
+    return fits(mean) && fits(std);
+}
+constexpr char kWrongFactors[] = "mean, std: expected one value per channel";
+
 // A thread is worth about 20 microseconds of work, 16 thousand output values.
 inline int64_t row_grain(const AffineWarp& p) {
     return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.output_width * p.channels));

@@ -31,8 +31,7 @@ struct Matrices {
     Tensor memory;
     MatrixView view;
 
-    Matrices(const Tensor& t, int64_t batch, int64_t columns, const char* name)
-        : memory(torch::stable::contiguous(t)) {
+    Matrices(const Tensor& t, int64_t batch, int64_t columns, const char* name) : memory(torch::stable::contiguous(t)) {
         check_device(t, name);
         STD_TORCH_CHECK(t.dim() == 3 && (t.size(0) == batch || t.size(0) == 1) && t.size(2) == columns &&
                             (t.size(1) == 3 || (columns == 3 && t.size(1) == 2)),
@@ -58,20 +57,9 @@ AffineWarp describe(const Tensor& images, const std::string& interpolation, cons
     p.images = images.const_data_ptr();
     p.images_dtype = pixel_dtype(images, "images");
     set_strides(images, p.images_stride);
-    const auto found = interpolation_named(interpolation);
-    const auto padding = padding_named(padding_mode);
-    STD_TORCH_CHECK(found && padding, "interpolation, padding_mode: unknown name");
-    p.interpolation = *found;
-    p.padding = *padding;
+    STD_TORCH_CHECK(set_modes(p, interpolation, padding_mode), kUnknownMode);
     p.antialias = antialias;
     return p;
-}
-
-void check_factors(const std::vector<double>& mean, const std::vector<double>& std, int64_t channels) {
-    const auto fits = [&](const std::vector<double>& v) {
-        return v.empty() || static_cast<int64_t>(v.size()) == channels;
-    };
-    STD_TORCH_CHECK(fits(mean) && fits(std), "mean, std: expected one value per channel");
 }
 
 struct ColorAndMatrix {
@@ -79,7 +67,8 @@ struct ColorAndMatrix {
     std::optional<Matrices> colors;
     MatrixView matrix, color;  // color.data is null where there is none
 
-    ColorAndMatrix(const AffineWarp& p, const Tensor& m, const std::optional<Tensor>& c) : matrices(m, p.batch, 3, "matrix") {
+    ColorAndMatrix(const AffineWarp& p, const Tensor& m, const std::optional<Tensor>& c)
+        : matrices(m, p.batch, 3, "matrix") {
         STD_TORCH_CHECK(!c || p.channels == 3, "color_matrix: expected three channels");
         if (c) colors.emplace(*c, p.batch, 4, "color_matrix");
         matrix = matrices.view;
@@ -175,7 +164,7 @@ Tensor affine_warp(Tensor images, Tensor matrix, std::vector<int64_t> size, std:
                     "images, size: expected (N, C, H, W) and (height, width)");
     const Launcher launch(images);
     const int64_t batch = images.size(0), channels = images.size(1);
-    check_factors(mean, std, channels);
+    STD_TORCH_CHECK(factors_fit(mean, std, channels), kWrongFactors);
     const ChannelFactors factors(mean, std, channels);
     AffineWarp p = describe(images, interpolation, padding_mode, fill.size(), antialias);
     Tensor levels;
@@ -340,7 +329,7 @@ std::tuple<Tensor, Tensor> affine_warp_backward(Tensor grad, Tensor images, Tens
                     "grad, images: expected (N, C, H, W) of as many images and channels");
     const Launcher launch(images);
     check_device(grad, "grad");
-    check_factors({}, std, images.size(1));
+    STD_TORCH_CHECK(factors_fit({}, std, images.size(1)), kWrongFactors);
     const ChannelFactors factors({}, std, images.size(1));
     AffineWarp p = describe(images, interpolation, padding_mode, fill.size(), antialias);
     p.output_height = grad.size(2);

@@ -33,7 +33,8 @@ struct BackwardCall {
 // Output pixel i of an image.
 struct OutputPixel {
     int64_t x, y;
-    __device__ OutputPixel(const AffineWarp& p, int64_t i) : x(i % p.output_width), y(i / p.output_width) {}
+    __device__ OutputPixel(const AffineWarp& p, int64_t i) : OutputPixel(split(i, p.output_width)) {}
+    __device__ explicit OutputPixel(const Split& s) : x(s.rest), y(s.quotient) {}
 };
 
 template <class R, int taps>
@@ -48,23 +49,7 @@ __device__ inline Point<R> backward_point(const Map& map, const Base<R>& base, i
 }
 template <class R>
 __device__ inline Base<R> backward_base(const Map& map, int64_t x, int64_t y) {
-    return map.affine ? affine_base<R>(map.m, x / kBlock * kBlock, y) : Base<R>{};
-}
-
-template <int taps, class R>
-__device__ inline void axis_weights(R f, R (&w)[taps], R (&slope)[taps]) {
-    if constexpr (taps == 1) {
-        w[0] = 1;
-        slope[0] = 0;
-    } else if constexpr (taps == 2) {
-        w[0] = 1 - f;
-        w[1] = f;
-        slope[0] = -1;
-        slope[1] = 1;
-    } else {
-        bicubic_weights(f, w);
-        bicubic_slopes(f, slope);
-    }
+    return map.affine ? base_of<R>(map.m, x / kBlock * kBlock, y) : Base<R>{};
 }
 
 // The entry of a small array at a place that only the device knows, without sending the array through memory.
@@ -161,20 +146,28 @@ __device__ inline Candidates candidates(const AffineWarp& p, const ImagePlan& pl
     const double steep = __builtin_fabs(m[0]) + __builtin_fabs(m[3]);
     const double reach = (taps == 1 ? 0.5 : taps == 2 ? 1.0 : 2.0) + kReachSlack * (1 + steep);
     const double* v = plan.inverse;
+    const auto size_of = [](double a) { return __builtin_fabs(a); };
     double low[2] = {__builtin_inf(), __builtin_inf()}, high[2] = {-__builtin_inf(), -__builtin_inf()};
     bool positive = true, negative = true, usable = steep < kSteep || !plan.map.affine;
-    for (int corner = 0; corner < 4; ++corner) {
+    for (int axis = 0; axis < 2 && plan.map.affine; ++axis, v += 3) {
+        const double at = v[0] * qx + v[1] * qy + v[2];
+        const double spread = reach * (size_of(v[0]) + size_of(v[1])) +
+                              1e-9 * (size_of(v[0]) * (qx + reach) + size_of(v[1]) * (qy + reach) + size_of(v[2]));
+        usable = usable && finite(at) && finite(spread);
+        low[axis] = at - spread;
+        high[axis] = at + spread;
+    }
+    for (int corner = 0; corner < 4 && !plan.map.affine; ++corner) {
         const double x = qx + (corner & 1 ? reach : -reach), y = qy + (corner & 2 ? reach : -reach);
         const double w = v[6] * x + v[7] * y + v[8];
-        const double size = 1e-9 * (__builtin_fabs(v[6] * x) + __builtin_fabs(v[7] * y) + __builtin_fabs(v[8]));
+        const double size = 1e-9 * (size_of(v[6] * x) + size_of(v[7] * y) + size_of(v[8]));
         positive = positive && w > size;
         negative = negative && -w > size;
         for (int axis = 0; axis < 2; ++axis) {
             const double at = (v[3 * axis] * x + v[3 * axis + 1] * y + v[3 * axis + 2]) / w;
             const double slack = 1e-9 *
-                                 (__builtin_fabs(v[3 * axis] * x) + __builtin_fabs(v[3 * axis + 1] * y) +
-                                  __builtin_fabs(v[3 * axis + 2])) /
-                                 __builtin_fabs(w);
+                                 (size_of(v[3 * axis] * x) + size_of(v[3 * axis + 1] * y) + size_of(v[3 * axis + 2])) /
+                                 size_of(w);
             usable = usable && finite(at) && finite(slack);
             low[axis] = at - slack < low[axis] ? at - slack : low[axis];
             high[axis] = at + slack > high[axis] ? at + slack : high[axis];
@@ -197,7 +190,7 @@ __global__ void __launch_bounds__(kBackwardThreads) gather_flow(const BackwardCa
         const int64_t width = boxes(p.width, plan.map.box_x), height = boxes(p.height, plan.map.box_y);
         const R* flow_image = flow + image * p.output_height * p.output_width * p.channels;
         for (int64_t i = int64_t{blockIdx.y} * kBackwardThreads + threadIdx.x; i < width * height; i += step) {
-            const int64_t qx = i % width, qy = i / width;
+            const auto [qy, qx] = split(i, width);
             const Candidates box = candidates<taps>(p, plan, qx, qy);
             for (int64_t c0 = 0; c0 < p.channels; c0 += kGatherChannels) {
                 R sums[kGatherChannels] = {};
@@ -275,6 +268,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
 // --- images: out of the workspace ----------------------------------------------------------------------------------
 
 __device__ inline int64_t covered(int64_t i, int64_t box, int64_t side) {
+    if (box == 1) return 1;
     const int64_t first = i / box * box;
     return (first + box < side ? first + box : side) - first;
 }
@@ -291,8 +285,10 @@ __global__ void __launch_bounds__(kBackwardThreads)
         const int64_t width = boxes(p.width, map.box_x);
         const double scale = sums ? fixed_scale(largest[image], p.output_height * p.output_width) : 1;
         for (int64_t i = int64_t{blockIdx.y} * kBackwardThreads + threadIdx.x; i < count; i += step) {
-            const int64_t c = i % p.channels, x = i / p.channels % p.width, y = i / p.channels / p.width;
-            const int64_t from = (image * p.height * p.width + y / map.box_y * width + x / map.box_x) * p.channels + c;
+            const auto [pixel, c] = split(i, p.channels);
+            const auto [y, x] = split(pixel, p.width);
+            const int64_t box = map.box_x == 1 && map.box_y == 1 ? pixel : y / map.box_y * width + x / map.box_x;
+            const int64_t from = (image * p.height * p.width + box) * p.channels + c;
             R value;
             if (source)
                 value = source[from];

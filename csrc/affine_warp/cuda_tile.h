@@ -62,6 +62,19 @@ __device__ inline Point<float> near_point(const Base<float>& base, float lane) {
     return {base.x + whole(wx), base.y + whole(wy), x - (wx - kOnes), y - (wy - kOnes), true};
 }
 
+// affine_base(), by that shorter way where coordinates and steps allow it.
+template <class R>
+__device__ inline Base<R> base_of(const double* m, int64_t x0, int64_t y) {
+    if constexpr (sizeof(R) == 4) {
+        constexpr double steepest = 1 << 15;  // offsets inside a block stay below 2^22
+        const auto within = [](double v, double most) { return v > -most && v < most; };
+        if (within(m[0] * x0 + (m[1] * y + m[2]), kFarthest) && within(m[3] * x0 + (m[4] * y + m[5]), kFarthest) &&
+            within(m[0], steepest) && within(m[3], steepest))
+            return near_base(m, x0, y);
+    }
+    return affine_base<R>(m, x0, y);
+}
+
 template <Interpolation interpolation, class R>
 __device__ inline void round_nearest(Point<R>& at) {
     if (interpolation != Interpolation::nearest) return;
@@ -98,14 +111,17 @@ template <Interpolation interpolation>
 __device__ inline bool plan_region(const double* m, int64_t x0, int64_t y0, int32_t height, int32_t width,
                                    Padding padding, Region& region) {
     constexpr int before = interpolation == Interpolation::bicubic ? 1 : 0;
-    constexpr int after = interpolation == Interpolation::bicubic ? 2 : interpolation == Interpolation::bilinear ? 1 : 0;
+    constexpr int after = interpolation == Interpolation::bicubic    ? 2
+                          : interpolation == Interpolation::bilinear ? 1
+                                                                     : 0;
     constexpr float rounding = interpolation == Interpolation::nearest ? 0.5f : 0;
     bool fits = true;
     Span spans[2];
 #pragma unroll
     for (int axis = 0; axis < 2; ++axis, m += 3) {  // in float32, with more room than its rounding takes
         const float corner = static_cast<float>(m[0] * x0 + (m[1] * y0 + m[2]));
-        const float across = static_cast<float>(m[0]) * (kTileSide - 1), down = static_cast<float>(m[1]) * (kTileSide - 1);
+        const float across = static_cast<float>(m[0]) * (kTileSide - 1),
+                    down = static_cast<float>(m[1]) * (kTileSide - 1);
         const float slack = fused(corner < 0 ? -corner : corner, 0x1p-21f, 0x1p-7f);
         const float low = corner + smaller_of(across, 0.0f) + smaller_of(down, 0.0f) - slack + rounding;
         const float high = corner - smaller_of(-across, 0.0f) - smaller_of(-down, 0.0f) + slack + rounding;
@@ -243,7 +259,8 @@ struct Groups {
     uint32_t reciprocal;
 
     __device__ explicit Groups(const Region& region)
-        : across(region.groups), count(region.groups * region.rows),
+        : across(region.groups),
+          count(region.groups * region.rows),
           reciprocal(65536 / static_cast<uint32_t>(region.groups) + 1) {}
     // Exact below 65536 / 20 with at most 20 groups to a row: the error of i · reciprocal is less than 1 / across.
     __device__ int row(int i) const { return static_cast<int>(static_cast<uint32_t>(i) * reciprocal >> 16); }
@@ -258,35 +275,36 @@ __device__ inline void stage_region(const Pixels<uint8_t>& s, const Region& regi
     const bool planar = s.column == 1, packed = planar || (C > 1 && s.channel == 1 && s.column == C);
     const uint64_t starts = reinterpret_cast<uintptr_t>(s.data) | static_cast<uint64_t>(s.row) |
                             static_cast<uint64_t>(planar && C > 1 ? s.channel : 0);
-    const bool aligned = packed && !s.table && (starts & 3) == 0 && s.row < (1 << 24) && s.row >= 0 &&
+    // Then offsets take 32 bits, and the image's first words are there to be read instead of what lies outside.
+    const bool aligned = packed && !s.table && (starts & 3) == 0 && s.width >= 4 && s.row >= 0 &&
+                         s.row * s.height < (int64_t{1} << 31) &&
                          (!planar || (s.channel < (1 << 30) && s.channel >= 0));
     const Groups groups(region);
     const int first = static_cast<int>(threadIdx.x);
+    const uint32_t height = static_cast<uint32_t>(s.height), last_x = static_cast<uint32_t>(s.width - 4);
     const auto inside = [&](int row, int group) {
-        const int32_t x = region.x + 4 * group;
-        return static_cast<uint32_t>(region.y + row) < static_cast<uint32_t>(s.height) && x >= 0 && x <= s.width - 4;
+        return static_cast<uint32_t>(region.y + row) < height && static_cast<uint32_t>(region.x + 4 * group) <= last_x;
     };
     if (aligned) {
-        const uint8_t* origin = s.data + region.y * s.row + region.x * s.column;
-        const uint32_t step = planar ? 4 : 4 * C, down = static_cast<uint32_t>(s.row);
-        const uint32_t plane = static_cast<uint32_t>(s.channel);
+        const uint32_t down = static_cast<uint32_t>(s.row), plane = static_cast<uint32_t>(s.channel);
         for (int from = first; from < groups.count; from += batch * threads) {
             uint32_t words[batch][4] = {};
-            uint32_t* to[batch];
+            int to[batch];  // or -1
 #pragma unroll
             for (int k = 0; k < batch; ++k) {
                 const int i = from + k * threads, row = groups.row(i), group = i - row * groups.across;
                 const bool now = i < groups.count && inside(row, group);
-                to[k] = now ? staged + row * kRegionPitch + 4 * group : nullptr;
-                const uint32_t offset = static_cast<uint32_t>(row) * down + static_cast<uint32_t>(group) * step;
-                if (now) load_words<C>(origin + offset, plane, planar, words[k]);
+                const uint32_t y = static_cast<uint32_t>(region.y + row),
+                               x = static_cast<uint32_t>(region.x + 4 * group);
+                to[k] = now ? row * kRegionPitch + 4 * group : -1;
+                load_words<C>(s.data + (now ? y * down + x * (planar ? 1 : C) : 0), plane, planar, words[k]);
             }
 #pragma unroll
             for (int k = 0; k < batch; ++k) {
-                if (!to[k]) continue;
+                if (to[k] < 0) continue;
                 uint32_t pixels[4];
                 split_words<C>(words[k], planar, pixels);
-                put_pixels(pixels, to[k]);
+                put_pixels(pixels, staged + to[k]);
             }
         }
         if (inside(0, 0) && inside(region.rows - 1, region.groups - 1)) return;

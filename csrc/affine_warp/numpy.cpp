@@ -79,11 +79,7 @@ void affine_warp(const py::array& images, py::array output, const Doubles& matri
     const ChannelFactors factors(mean, std, p.channels);
     p.scale = factors.scale.data();
     p.offset = factors.offset.data();
-    const auto found = interpolation_named(interpolation);
-    const auto padding = padding_named(padding_mode);
-    require(found && padding, "interpolation, padding_mode: unknown name");
-    p.interpolation = *found;
-    p.padding = *padding;
+    require(set_modes(p, interpolation, padding_mode), kUnknownMode);
     p.antialias = antialias;
     if (output.size() == 0) return;
     const KernelTable& kernels_of_isa = kernels();

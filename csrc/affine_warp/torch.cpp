@@ -85,20 +85,9 @@ AffineWarp describe(const Tensor& images, const std::vector<double>& matrix, con
     p.color_stride = colors.size() > 12 ? 12 : 0;
     p.scale = factors.scale.data();
     p.offset = factors.offset.data();
-    const auto found = interpolation_named(interpolation);
-    const auto padding = padding_named(padding_mode);
-    STD_TORCH_CHECK(found && padding, "interpolation, padding_mode: unknown name");
-    p.interpolation = *found;
-    p.padding = *padding;
+    STD_TORCH_CHECK(set_modes(p, interpolation, padding_mode), kUnknownMode);
     p.antialias = antialias;
     return p;
-}
-
-void check_factors(const std::vector<double>& mean, const std::vector<double>& std, int64_t channels) {
-    const auto fits = [&](const std::vector<double>& v) {
-        return v.empty() || static_cast<int64_t>(v.size()) == channels;
-    };
-    STD_TORCH_CHECK(fits(mean) && fits(std), "mean, std: expected one value per channel");
 }
 
 Tensor affine_warp(Tensor images, Tensor matrix, std::vector<int64_t> size, std::string interpolation,
@@ -109,7 +98,7 @@ Tensor affine_warp(Tensor images, Tensor matrix, std::vector<int64_t> size, std:
                         size[1] < (1 << 30),
                     "images, size: expected (N, C, H, W) and (height, width)");
     const int64_t batch = images.size(0), channels = images.size(1);
-    check_factors(mean, std, channels);
+    STD_TORCH_CHECK(factors_fit(mean, std, channels), kWrongFactors);
     const ChannelFactors factors(mean, std, channels);
     const std::vector<double> matrices = homographies(matrix, batch);
     const std::vector<double> colors =
@@ -162,7 +151,7 @@ std::tuple<Tensor, Tensor> affine_warp_backward(Tensor grad, Tensor images, Tens
                         grad.size(1) == images.size(1) && grad.size(2) < (1 << 30) && grad.size(3) < (1 << 30),
                     "grad, images: expected (N, C, H, W) of as many images and channels");
     const int64_t batch = images.size(0);
-    check_factors({}, std, images.size(1));
+    STD_TORCH_CHECK(factors_fit({}, std, images.size(1)), kWrongFactors);
     const ChannelFactors factors({}, std, images.size(1));
     const std::vector<double> matrices = homographies(matrix, batch);
     const std::vector<double> colors =

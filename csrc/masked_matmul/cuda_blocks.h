@@ -17,16 +17,16 @@ namespace {
 constexpr int kBlockSide = 16;
 constexpr int kBlockThreads = 256;
 constexpr int kBlockSamples = 128, kWarpSamples = 64;
-constexpr int kWarpBlocks = 6;                           // rows of blocks
+constexpr int kWarpBlocks = 6;                            // rows of blocks
 constexpr int kBlockRows = 4 * kWarpBlocks * kBlockSide;  // outputs
-constexpr int kBlockDepth = 64;                          // elements of x per stage and sample
+constexpr int kBlockDepth = 64;                           // elements of x per stage and sample
 constexpr int kStageSteps = kBlockDepth / kBlockSide;
 constexpr int kBlockStages = 3;
 constexpr int kBlockBytes = kBlockSide * kBlockSide * 2;
 constexpr int kInputBytes = kBlockSamples * kBlockDepth * 2;
 constexpr int kLoadBlocks = kBlockRows / kBlockSide / (kBlockThreads / 32);  // rows of blocks whose loads a warp issues
 constexpr int kBitsAt = kInputBytes + kBlockRows / kBlockSide * kStageSteps * kBlockBytes;
-constexpr int kStageBytes = kBitsAt + 128;  // a word of bits per warp
+constexpr int kStageBytes = kBitsAt + 128;    // a word of bits per warp
 constexpr int kOutputPitch = kBlockRows + 8;  // 16-bit elements: rows stay aligned and off each other's banks
 
 // The transposed product (the input's gradient) reads the same weight.
@@ -52,7 +52,8 @@ __device__ inline int swizzled_half(int row, int half) { return row * kBlockSide
 // transposed weight lies with the common axis down.
 template <bool transposed>
 __device__ inline void load_block(const uint8_t* block, int lane, uint32_t (&b)[4]) {
-    const int row = lane % 8 + (transposed ? lane / 8 % 2 : lane / 16) * 8, half = transposed ? lane / 16 : lane / 8 % 2;
+    const int row = lane % 8 + (transposed ? lane / 8 % 2 : lane / 16) * 8,
+              half = transposed ? lane / 16 : lane / 8 % 2;
     load_matrices(b, block + swizzled_half(row, half));
     if constexpr (transposed)
 #pragma unroll
@@ -63,12 +64,6 @@ template <bool brain>
 __device__ inline float widened_half(uint16_t bits) {
     return brain ? widen(BFloat16{bits}) : float_of_half(bits);
 }
-// A bit for each of a stage's steps, of a row of blocks.
-__device__ inline uint32_t block_bits(const BlockMatmul& p, int64_t block_row, int stage) {
-    if (block_row >= p.rows / kBlockSide) return 0;
-    return load_cached(p.blocks + block_row * p.words + stage / 8) >> (stage % 8 * kStageSteps) & 15u;
-}
-
 template <bool brain, bool transposed>
 __global__ void __launch_bounds__(kBlockThreads, 1) block_product(const BlockMatmul p) {
     uint8_t* shared = dynamic_shared<uint8_t>();
@@ -86,12 +81,20 @@ __global__ void __launch_bounds__(kBlockThreads, 1) block_product(const BlockMat
     const int there = static_cast<int>(p.samples - sample0 < kBlockSamples ? p.samples - sample0 : kBlockSamples);
     const int64_t load_row = block_row0 + warp * kLoadBlocks, pitch = transposed ? p.rows : p.depth;
     const uint16_t* w_from =
-        p.weight + (transposed ? lane / 2 * pitch + load_row * kBlockSide : (load_row * kBlockSide + lane / 2) * pitch) +
+        p.weight +
+        (transposed ? lane / 2 * pitch + load_row * kBlockSide : (load_row * kBlockSide + lane / 2) * pitch) +
         lane % 2 * 8;
-    const auto bits_of = [&](int stage) {
+    const int64_t along = transposed ? kBlockSide * pitch : kBlockSide,
+                  down = transposed ? kBlockSide : kBlockSide * pitch;
+    const uint32_t* bits_from = p.blocks + load_row * p.words;
+    const int64_t rows_left = p.rows / kBlockSide - load_row;
+    const auto bits_of = [&](int stage) {  // four for the stage's steps, of each row
         uint32_t bits = 0;
 #pragma unroll
-        for (int i = 0; i < kLoadBlocks; ++i) bits |= block_bits(p, load_row + i, stage) << (kStageSteps * i);
+        for (int i = 0; i < kLoadBlocks; ++i)
+            if (i < rows_left)
+                bits |= (load_cached(bits_from + i * p.words + stage / 8) >> (stage % 8 * kStageSteps) & 15u)
+                        << (kStageSteps * i);
         return bits;
     };
     uint32_t ahead = bits_of(0);
@@ -107,10 +110,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1) block_product(const BlockMat
             }
             if (lane == 0) *reinterpret_cast<uint32_t*>(to + kBitsAt + warp * 4) = ahead;
             to += kInputBytes + warp * kLoadBlocks * kStageSteps * kBlockBytes + swizzled_half(lane / 2, lane % 2);
+            const uint16_t* from = w_from + stage * kStageSteps * along;
             for (uint32_t bits = ahead; bits; bits &= bits - 1) {
-                const int block = lowest_bit(bits), step = block % kStageSteps, down = block / kStageSteps * kBlockSide;
-                const int64_t k = stage * kBlockDepth + step * kBlockSide;
-                copy_16_async(to + block * kBlockBytes, w_from + (transposed ? k * pitch + down : down * pitch + k), 16);
+                const int block = lowest_bit(bits);
+                copy_16_async(to + block * kBlockBytes, from + block % kStageSteps * along + block / kStageSteps * down,
+                              16);
             }
             if (stage + 1 < stages) ahead = bits_of(stage + 1);
         }

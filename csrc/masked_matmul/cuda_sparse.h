@@ -65,6 +65,12 @@ __device__ inline void load_tile(const MaskedInput& x, int64_t sample0, int64_t 
         const int64_t n = sample0 + half + lane;
         const bool there = n < x.samples;
         const Position at = position(x, there ? n : 0);
+        if (x.taps[0] == 1 && x.taps[1] == 1) {  // a row of x: no divisions
+            const Storage* from = there ? pixel<Storage>(x, at, 0, 0) : nullptr;
+            for (int k = warp * per_warp; k < end; ++k)
+                tile[k * kSamples + half + lane] = from ? static_cast<Sum>(widen(from[first + k])) : Sum(0);
+            continue;
+        }
         for (int k = warp * per_warp; k < end; ++k)
             tile[k * kSamples + half + lane] = there ? x_at<Storage, Sum>(x, at, first + k) : Sum(0);
     }

@@ -19,7 +19,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) hue_pixels(const Hues p, const T* images, T* output) {
     const int64_t step = int64_t{gridDim.x} * kThreads;
     for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.batch * p.pixels; i += step) {
-        const int64_t image = i / p.pixels, at = image * 3 * p.pixels + i % p.pixels * p.pixel;
+        const auto [image, pixel] = split(i, p.pixels);
+        const int64_t at = image * 3 * p.pixels + pixel * p.pixel;
         const double turns = p.shift[image];
         float rgb[3];
         for (int c = 0; c < 3; ++c) rgb[c] = static_cast<float>(load_cached(images + at + c * p.channel));
@@ -36,13 +37,14 @@ __global__ void __launch_bounds__(kThreads)
     const T* images = static_cast<const T*>(p.images);
     T* output = static_cast<T*>(p.output);
     for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += step) {
-        const int64_t x = i % p.row, y = i / p.row % p.height;
+        const auto [row, x] = split(i, p.row);
+        const auto [plane_of, y] = split(row, p.height);
         const T* at = images + i;
         if (y == 0 || y == p.height - 1 || x < p.step || x >= p.row - p.step) {
             output[i] = *at;
             continue;
         }
-        const float weight = static_cast<float>((1.0 - factor[i / plane / p.planes]) / 13.0);
+        const float weight = static_cast<float>((1.0 - factor[split(plane_of, p.planes).quotient]) / 13.0);
         const float change = weight * static_cast<float>(excess(at - p.row, at, at + p.row, p.step));
         store(smaller(larger(static_cast<float>(*at) + change, 0.0f), most), output + i);
     }
