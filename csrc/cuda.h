@@ -74,12 +74,9 @@ class Launcher {
     }
 
     // Multiprocessors of the device.
-    int64_t processors() const {
-        int device = 0, count = 0;
-        check(cudaGetDevice(&device));
-        check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-        return count;
-    }
+    int64_t processors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+    // Shared memory that a block can have.
+    size_t shared_bytes() const { return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)); }
 
     // Blocks of a kernel without dynamic shared memory that the device runs at once.
     template <class... P>
@@ -95,6 +92,12 @@ class Launcher {
         if (shared > (48 << 10))  // more than every device grants unasked
             check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    }
+    static int attribute(cudaDeviceAttr which) {
+        int device = 0, value = 0;
+        check(cudaGetDevice(&device));
+        check(cudaDeviceGetAttribute(&value, which, device));
+        return value;
     }
 
     torch::stable::accelerator::DeviceGuard guard_;

@@ -1,5 +1,7 @@
 // masked_matmul for torch on CUDA: checks and launches. Which of the kernels serves a layer, or whether a dense product
 // does, is decided in ops/masked_matmul/cuda.py.
+#include <type_traits>
+
 #include "binding.h"
 #include "cuda_blocks.h"
 #include "cuda_sparse.h"
@@ -207,10 +209,17 @@ Tensor block_matmul(const Tensor& input, const Tensor& weight, const std::option
                         blocks.size(1)};
     const int64_t count = ceil_div(p.samples, kBlockSamples) * ceil_div(rows, kBlockRows);
     STD_TORCH_CHECK(count <= kMostBlocks, "input: too large");
-    const auto kernel = dtype == DType::bf16 ? transposed ? block_product<true, true> : block_product<true, false>
-                        : transposed         ? block_product<false, true>
-                                             : block_product<false, false>;
-    launch(kernel, static_cast<unsigned>(count), kSparseThreads, block_shared(), p);
+    const auto run_ring = [&]<int ring>(std::integral_constant<int, ring>) {
+        const auto kernel = dtype == DType::bf16
+                                ? transposed ? block_product<true, true, ring> : block_product<true, false, ring>
+                            : transposed ? block_product<false, true, ring>
+                                         : block_product<false, false, ring>;
+        launch(kernel, static_cast<unsigned>(count), kBlockThreads, block_shared(ring), p);
+    };
+    if (block_shared(3) <= launch.shared_bytes())
+        run_ring(std::integral_constant<int, 3>{});
+    else
+        run_ring(std::integral_constant<int, 2>{});
     return output;
 }
 

@@ -21,7 +21,6 @@ constexpr int kWarpBlocks = 6;                            // rows of blocks
 constexpr int kBlockRows = 4 * kWarpBlocks * kBlockSide;  // outputs
 constexpr int kBlockDepth = 64;                           // elements of x per stage and sample
 constexpr int kStageSteps = kBlockDepth / kBlockSide;
-constexpr int kBlockStages = 3;
 constexpr int kBlockBytes = kBlockSide * kBlockSide * 2;
 constexpr int kInputBytes = kBlockSamples * kBlockDepth * 2;
 constexpr int kLoadBlocks = kBlockRows / kBlockSide / (kBlockThreads / 32);  // rows of blocks whose loads a warp issues
@@ -39,8 +38,10 @@ struct BlockMatmul {
     int64_t samples, rows, depth, words;
 };
 
-constexpr size_t block_shared() {
-    constexpr size_t ring = size_t{kBlockStages} * kStageBytes, output = size_t{kBlockSamples} * kOutputPitch * 2;
+// `stages` of the ring: three on sm_90, two where that is more shared memory than a block can have.
+constexpr size_t block_shared(int stages) {
+    const size_t ring = size_t{kStageBytes} * static_cast<size_t>(stages),
+                 output = size_t{kBlockSamples} * kOutputPitch * 2;
     return ring > output ? ring : output;
 }
 
@@ -64,7 +65,7 @@ template <bool brain>
 __device__ inline float widened_half(uint16_t bits) {
     return brain ? widen(BFloat16{bits}) : float_of_half(bits);
 }
-template <bool brain, bool transposed>
+template <bool brain, bool transposed, int ring>
 __global__ void __launch_bounds__(kBlockThreads, 1) block_product(const BlockMatmul p) {
     uint8_t* shared = dynamic_shared<uint8_t>();
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) block_product(const BlockMat
     uint32_t ahead = bits_of(0);
     const auto load_stage = [&](int stage) {
         if (stage < stages) {
-            uint8_t* to = shared + stage % kBlockStages * kStageBytes;
+            uint8_t* to = shared + stage % ring * kStageBytes;
             const bool inside = stage * kBlockDepth + chunk * 8 < p.depth;
 #pragma unroll
             for (int i = 0; i < kBlockSamples * 8 / kBlockThreads; ++i) {
@@ -123,12 +124,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1) block_product(const BlockMat
 
     const int first_block = warp % 4 * kWarpBlocks, first_sample = warp / 4 * kWarpSamples;
     float sums[kWarpBlocks][kWarpSamples / 16][2][4] = {};
-    for (int stage = 0; stage < kBlockStages - 1; ++stage) load_stage(stage);
+    for (int stage = 0; stage < ring - 1; ++stage) load_stage(stage);
     for (int stage = 0; stage < stages; ++stage) {
-        wait_copies<kBlockStages - 2>();
+        wait_copies<ring - 2>();
         __syncthreads();  // this stage is there for all, and all are done with the one that is loaded next
-        load_stage(stage + kBlockStages - 1);
-        const uint8_t* x = shared + stage % kBlockStages * kStageBytes;
+        load_stage(stage + ring - 1);
+        const uint8_t* x = shared + stage % ring * kStageBytes;
         const uint8_t* blocks = x + kInputBytes + first_block * kStageSteps * kBlockBytes;
         const uint32_t* words = reinterpret_cast<const uint32_t*>(x + kBitsAt + warp % 4 * 8);
         const uint32_t bits = words[0] | words[1] << (kLoadBlocks * kStageSteps);

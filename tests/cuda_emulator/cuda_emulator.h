@@ -246,6 +246,7 @@ class Launcher {
         (*this)(kernel, grid, block, shared, arguments...);
     }
     void copy(void* to, const void* from, int64_t bytes) const { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+    size_t shared_bytes() const { return 227 << 10; }
     int64_t processors() const { return 4; }  // few, so that small problems reach every tile size
     template <class... P>
     int64_t resident_blocks(void (*)(P...), int) const {
