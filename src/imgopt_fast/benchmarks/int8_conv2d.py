@@ -42,8 +42,8 @@ NOTES = (
     "1.5 times oneDNN's 416 us would be 277. 353 us are the kernel's, the rest is the call and its output.",
     "Depthwise 3 x 3: 15 cycles per 64 channels of a pixel, of which the 12 vpdpbusd need 6; with stride 2 no output "
     "row shares its input rows. At N = 8 some lose half of that again: 144 channels at 56 x 56, stride 2, take 205 us "
-    "in a loop of the kernel alone, 377 to 405 as calls beside the others. Keeping the memory of such outputs of 0.1 to "
-    "2 MB took off 13 %, prefetching input rows nothing; the rest is not explained.",
+    "in a loop of the kernel alone, 377 to 405 as calls beside the others. Keeping the memory of such outputs, 0.1 to "
+    "2 MB, took off 13 %, prefetching input rows nothing; the rest is not explained.",
     "AVX2: exact products need words, vpmaddwd and vpaddd: four vector instructions for 32 products on four pipes. "
     "fbgemm's vpmaddubsw needs three, but saturates pairs at 16 bits, which is why torch halves the range of its "
     "activations for it (reduce_range); the results here are exact for all 8 bits.",
