@@ -2,12 +2,13 @@
 
     python benchmarks/tune_masked_matmul.py                  # every table for the active instruction set
     IMGOPT_ISA=avx2 python benchmarks/tune_masked_matmul.py  # another that the processor has
-    python benchmarks/tune_masked_matmul.py blocks           # one of: blocks, copy, form, int8
+    python benchmarks/tune_masked_matmul.py blocks           # one of: blocks, copy, form, conv, int8
 
 blocks  the block of columns per density: packed forward of 1024 × 1024 at batch 256, a uniform mask and one of blocks
         of four rows
 copy    the density from which a dense copy is faster for one sample by what its memory is worth, 1024 × 1024
-form    the density from which torch's dense product is faster in 16 bits, 1024 × 1024 at batch 256
+form    the density from which torch's dense product is faster in bfloat16, 1024 × 1024 at batch 256
+conv    the density up to which a 3 × 3 convolution trains faster on the sparse kernels, by its channels
 int8    the share of groups of four up to which the sparse product is faster than the dense one, by the number of
         inputs, at the least and at a large number of images
 
@@ -18,6 +19,7 @@ block that gains less than 2 % over that of the density before is not worth a li
 import argparse
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import groupby
 from unittest import mock
 
@@ -27,9 +29,12 @@ from imgopt_fast import _native
 from imgopt_fast.nn.int8_sparse import FEWEST_IMAGES
 from imgopt_fast.ops.int8_conv2d import int8_conv2d, pack_int8_weight
 from imgopt_fast.ops.masked_matmul import (
+    MaskLayout,
     PackedMaskedWeight,
     int8_masked_matmul,
     layout,
+    mask_layout,
+    masked_conv2d,
     masked_matmul,
     pack_int8_masked_weight,
     pack_masked_weight,
@@ -39,6 +44,9 @@ CANDIDATES = (64, 96, 128, 192, 256, 512, 1024)
 DENSITIES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.85, 1.0)
 LIKELY_DENSE = (0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 1.0)
 INT8_DENSITIES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
+CONV_CHANNELS = (16, 32, 64, 128, 256, 512)
+CONV_DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+CONV_VALUES = 1 << 20  # of the input: a batch whose activations fill a second-level cache
 INT8_INPUTS = (256, 512, 1024, 2048, 4096)
 MANY_IMAGES = 256
 WORTH_A_LINE = 0.98
@@ -107,24 +115,52 @@ def copy(rounds: int) -> None:
 
 
 def form(rounds: int) -> None:
-    for dtype in (torch.bfloat16, torch.float16):
-        weight, x = torch.randn(1024, 1024).to(dtype), torch.randn(256, 1024).to(dtype)
-        faster = []
-        for density in LIKELY_DENSE:
-            mask = random_mask(density)
-            with mock.patch.object(layout, "is_dense_form", return_value=False):
-                packed = pack_masked_weight(weight, mask)
-            dense = torch.where(mask, weight, 0)
-            best = fastest(
-                {
-                    "dense": lambda x=x, dense=dense: torch.nn.functional.linear(x, dense),
-                    "packed": lambda x=x, packed=packed: masked_matmul(x, packed),
-                },
-                rounds,
-            )
-            report(f"{dtype}, density {density:.2f}", best)
-            faster.append((density, best["dense"] < best["packed"]))
-        print(f'DENSE_FORM: "{_native.active_isa()}", {str(dtype).removeprefix("torch.")}: {_limit(faster)},')
+    weight, x = torch.randn(1024, 1024).bfloat16(), torch.randn(256, 1024).bfloat16()
+    faster = []
+    for density in LIKELY_DENSE:
+        mask = random_mask(density)
+        with mock.patch.object(layout, "_dense_in_bfloat16", return_value=False):
+            packed = pack_masked_weight(weight, mask)
+        dense = torch.where(mask, weight, 0)
+        best = fastest(
+            {
+                "dense": lambda dense=dense: torch.nn.functional.linear(x, dense),
+                "packed": lambda packed=packed: masked_matmul(x, packed),
+            },
+            rounds,
+        )
+        report(f"density {density:.2f}", best)
+        faster.append((density, best["dense"] < best["packed"]))
+    print(f'DENSE_BFLOAT16: "{_native.active_isa()}": {_limit(faster)},')
+
+
+def conv(rounds: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        limits: list[tuple[int, float]] = [(0, 0.0)]
+        for channels in CONV_CHANNELS:
+            images = max(4, CONV_VALUES // (channels * 16 * 16))
+            x = torch.randn(images, channels, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            weight = torch.randn(channels, channels, 3, 3, dtype=dtype)
+            limit = 0.0
+            for density in CONV_DENSITIES:
+                mask = torch.rand(weight.shape) < density
+                ways = {"sparse": mask_layout(mask), "dense": mask}
+                best = fastest({name: partial(step, x, weight, way) for name, way in ways.items()}, max(3, rounds // 8))
+                report(f"{str(dtype)[6:]}, {channels} channels, density {density:.2f}", best)
+                if best["sparse"] >= best["dense"]:
+                    break
+                limit = density
+            if limit > limits[-1][1]:
+                limits.append((channels, limit))
+        print(f'SPARSE_TRAINING: ("{_native.active_isa()}", "{str(dtype)[6:]}"): {tuple(limits)},')
+
+
+@torch.enable_grad()
+def step(x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | MaskLayout) -> None:
+    """Forward and both gradients of a convolution."""
+    given, learned = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    result = masked_conv2d(given, learned, mask, padding=1)
+    result.backward(torch.ones_like(result))
 
 
 def _limit(faster: list[tuple[float, bool]]) -> float:
@@ -167,7 +203,7 @@ def int8(rounds: int) -> None:
     print(f'LARGEST_SHARE: "{_native.active_isa()}": {table},')
 
 
-TABLES = {"blocks": blocks, "copy": copy, "form": form, "int8": int8}
+TABLES = {"blocks": blocks, "copy": copy, "form": form, "conv": conv, "int8": int8}
 
 
 def main() -> None:
@@ -177,7 +213,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    with torch.inference_mode():
+    with torch.no_grad():
         for name in arguments.table or TABLES:
             TABLES[name](arguments.rounds)
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from imgopt_fast.nn import MaskedConv2d, MaskedLinear
+from imgopt_fast._mask_blocks import trains_sparse
+from imgopt_fast.nn import MaskedConv2d, MaskedLinear, masked
+from imgopt_fast.ops.masked_matmul import MaskLayout
 
 
 def linear(density: float = 0.4) -> MaskedLinear:
@@ -124,6 +126,27 @@ def test_compiles() -> None:
     other = nn.Sequential(conv(), nn.ReLU(), nn.Flatten(), MaskedLinear(6 * 5 * 9, 3))
     network.load_state_dict(other.state_dict())
     torch.testing.assert_close(compiled(x), other(x))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_convolutions_train_as_the_table_says(monkeypatch: pytest.MonkeyPatch, sparse: bool) -> None:
+    monkeypatch.setattr(masked, "trains_sparse", lambda *_: sparse)
+    layer = conv()
+    assert isinstance(layer.mask_or_layout(), MaskLayout) == sparse
+    input, grad = torch.randn(2, 8, 9, 7), torch.randn(2, 6, 5, 9)
+    twin = dense_twin(layer)
+    layer(input).backward(grad)
+    twin(input).backward(grad)
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, torch.where(layer.weight_mask, twin.weight.grad, 0))
+
+
+def test_few_channels_train_dense() -> None:
+    assert not trains_sparse(16, 0.05, "avx512", "float32")
+    assert trains_sparse(64, 0.1, "avx512", "float32")
+    assert trains_sparse(64, 0.1, "avx512", "bfloat16")
+    assert not trains_sparse(64, 0.2, "avx512", "bfloat16")
+    assert trains_sparse(4, 0.9, "scalar", "float32")
 
 
 def test_same_padding() -> None:

@@ -61,6 +61,14 @@ DENSE_BFLOAT16: dict[str | None, float] = {
     "cuda": math.inf,
 }
 
+# Density up to which a 3 × 3 convolution trains faster on the sparse kernels than on torch's dense ones, forward and
+# both gradients, by the fewer of its input and output channels per group: the row of the largest number that is not
+# above it. Few channels do not pay for finding the windows. In bfloat16 where the processor has instructions for it.
+SPARSE_TRAINING: dict[tuple[str | None, str], tuple[tuple[int, float], ...]] = {
+    ("avx512", "float32"): ((0, 0.0), (32, 0.4), (64, 0.5), (128, 0.6)),
+    ("avx512", "bfloat16"): ((0, 0.0), (64, 0.1), (128, 0.2), (256, 0.3), (512, 0.4)),
+}
+
 # Blocks (rows, columns) that a mask is recognised to consist of, the largest first; and how many of four neighbours.
 SQUARES_AND_COLUMNS = ((16, 16), (4, 4), (16, 1), (8, 1), (4, 1))
 OF_FOUR = (1, 2)
@@ -112,3 +120,12 @@ def keeps_dense_copy(density: float, isa: str | None) -> bool:
 def dense_in_bfloat16(density: float, isa: str | None) -> bool:
     """Whether torch's dense product serves a bfloat16 linear of this density, on a processor with bfloat16 products."""
     return density >= DENSE_BFLOAT16[isa]
+
+
+def trains_sparse(channels: int, density: float, isa: str | None, dtype: str) -> bool:
+    """Whether a convolution of so many channels and this density trains faster on the sparse kernels than dense.
+
+    Without a table for the instruction set and the dtype the sparse kernels serve everything.
+    """
+    table = SPARSE_TRAINING.get((isa, dtype), ((0, 1.0),))
+    return density <= next(limit for least, limit in reversed(table) if channels >= least)

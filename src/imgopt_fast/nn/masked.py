@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from imgopt_fast import _native
+from imgopt_fast._mask_blocks import trains_sparse
 from imgopt_fast.ops.masked_matmul import (
     MaskLayout,
     PackedMaskedWeight,
@@ -207,6 +209,21 @@ class MaskedConv2d(_Masked):
         self.weight = cast(nn.Parameter, module.weight)
         self.bias = cast(nn.Parameter | None, module.bias)
         self._init_mask()
+
+    def mask_or_layout(self) -> Tensor | MaskLayout:
+        """What the operation takes for a mask: the layout, or the mask itself where dense arithmetic trains faster."""
+        found = super().mask_or_layout()
+        if isinstance(found, Tensor) or torch.compiler.is_compiling() or self.trains_sparse(found.kept):
+            return found
+        return self.weight_mask
+
+    def trains_sparse(self, kept: int) -> bool:
+        """Whether the sparse kernels train the layer with so many weights kept, in the present dtype; by a table."""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
+        if self.weight.is_cuda or (dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported()):
+            return True  # the operation chooses itself; without instructions dense bfloat16 is slow
+        channels = min(self.in_channels, self.out_channels) // self.groups
+        return trains_sparse(channels, kept / self.weight.numel(), _native.active_isa(), str(dtype)[6:])
 
     def forward(self, input: Tensor) -> Tensor:
         weight, mask = self._weight_and_mask()
