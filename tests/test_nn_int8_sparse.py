@@ -9,11 +9,19 @@ import torch
 from conftest import BACKEND
 from torch import Tensor, nn
 
+from imgopt_fast import _native
 from imgopt_fast.compress import Int8Config, PruneConfig, prune, quantize
 from imgopt_fast.nn import Int8Segment
 from imgopt_fast.nn import int8_sparse as sparse
 
 pytestmark = pytest.mark.skipif(BACKEND != "native", reason="zeros are skipped by the compiled kernels only")
+
+
+@pytest.fixture(autouse=True)
+def _one_rule_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of every instruction set are tested, those too that no rule would choose."""
+    rule = sparse.LARGEST_SHARE["avx512"]
+    monkeypatch.setattr(sparse, "LARGEST_SHARE", dict.fromkeys(_native.supported_isas(), rule))
 
 
 class Mixed(nn.Module):
