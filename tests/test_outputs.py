@@ -84,6 +84,7 @@ def test_masked_products_and_the_gradients_of_their_weights_too() -> None:
 
 
 def _in_child(parent: torch.Tensor) -> None:
+    torch.set_num_threads(1)  # as in a worker of a DataLoader: OpenMP's threads do not come along
     child = warped(3)
     os._exit(0 if (child == 3).all() and (parent == 2).all() else 1)
 
@@ -92,7 +93,7 @@ def _in_child(parent: torch.Tensor) -> None:
 def test_blocks_survive_a_fork() -> None:
     warped(1)
     kept = warped(2)
-    process = multiprocessing.get_context("fork").Process(target=_in_child, args=(kept,))
+    process = multiprocessing.get_context("fork").Process(target=_in_child, args=(kept,), daemon=True)
     process.start()
     process.join(30)
     assert process.exitcode == 0
