@@ -69,6 +69,17 @@ def check_scale(name: str, scale: float) -> None:
         raise ValueError(f"{name}: expected a positive finite number in [2^-48, 2^24], got {scale}")
 
 
+def check_packed_alone(
+    bias: object, input_scale: object, input_zero_point: int, weight_scale: object, groups: int
+) -> None:
+    """ValueError for an argument of `int8_conv2d` that a packed weight brings along."""
+    if bias is not None or input_scale is not None or weight_scale is not None or groups != 1 or input_zero_point:
+        raise ValueError(
+            "weight: is packed, so bias, input_scale, input_zero_point, weight_scale and groups come from it; "
+            "leave them out"
+        )
+
+
 def check_zero_point(name: str, zero_point: int, low: int, high: int) -> None:
     """ValueError unless `zero_point` is an integer in [low, high]."""
     if zero_point != int(zero_point) or not low <= zero_point <= high:

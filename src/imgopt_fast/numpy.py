@@ -18,6 +18,7 @@ from imgopt_fast._arguments import (
     as_pair,
     as_sides,
     check_clamp,
+    check_packed_alone,
     check_scale,
     check_shift_scales,
     check_shift_span,
@@ -374,11 +375,7 @@ def int8_conv2d(
     if not isinstance(input, np.ndarray) or input.dtype.name not in _RANGES:
         raise TypeError(f"input: expected a uint8 or int8 array, got {getattr(input, 'dtype', type(input).__name__)}")
     if isinstance(weight, PackedInt8Weight):
-        if bias is not None or input_scale is not None or weight_scale is not None or groups != 1 or input_zero_point:
-            raise ValueError(
-                "weight: is packed, so bias, input_scale, input_zero_point, weight_scale and groups come from it; "
-                "leave them out"
-            )
+        check_packed_alone(bias, input_scale, input_zero_point, weight_scale, groups)
         layer = weight
         check_zero_point("input_zero_point", layer.input_zero_point, *_RANGES[input.dtype.name])
     elif input_scale is None or weight_scale is None:

@@ -223,7 +223,7 @@ class MaskedConv2d(_Masked):
         if self.weight.is_cuda or (dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported()):
             return True  # the operation chooses itself; without instructions dense bfloat16 is slow
         channels = min(self.in_channels, self.out_channels) // self.groups
-        return trains_sparse(channels, kept / self.weight.numel(), _native.active_isa(), str(dtype)[6:])
+        return trains_sparse(channels, kept / max(1, self.weight.numel()), _native.active_isa(), str(dtype)[6:])
 
     def forward(self, input: Tensor) -> Tensor:
         weight, mask = self._weight_and_mask()

@@ -20,6 +20,7 @@ from imgopt_fast._arguments import (
     as_pair,
     as_sides,
     check_clamp,
+    check_packed_alone,
     check_scale,
     check_shift_scales,
     check_shift_span,
@@ -149,11 +150,7 @@ def int8_conv2d(
         TypeError: a wrong dtype. ValueError: anything else that is out of range; the message names the argument.
     """
     if isinstance(weight, PackedInt8Weight):
-        if bias is not None or input_scale is not None or weight_scale is not None or groups != 1 or input_zero_point:
-            raise ValueError(
-                "weight: is packed, so bias, input_scale, input_zero_point, weight_scale and groups come from it; "
-                "leave them out"
-            )
+        check_packed_alone(bias, input_scale, input_zero_point, weight_scale, groups)
         layer = weight
     else:
         layer = _layer_of(weight, bias, weight_scale, input_scale, input_zero_point, groups)
