@@ -20,6 +20,13 @@
 #define IMGOPT_API __attribute__((visibility("default")))
 #endif
 
+// For the arithmetic that CPU and CUDA kernels share.
+#if defined(__CUDACC__)
+#define IMGOPT_HD __host__ __device__
+#else
+#define IMGOPT_HD
+#endif
+
 namespace imgopt {
 
 enum class DType : int32_t { u8, i8, i32, f16, bf16, f32, f64 };

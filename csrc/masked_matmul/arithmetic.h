@@ -6,70 +6,10 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "../kernels.h"
-
-#if defined(__CUDACC__)
-#define IMGOPT_HD __host__ __device__
-#else
-#define IMGOPT_HD
-#endif
+#include "../element_types.h"
 
 namespace imgopt {
 namespace {
-
-// --- storage types ---------------------------------------------------------------------------------------------------
-struct Half {
-    uint16_t bits;
-};
-struct BFloat16 {
-    uint16_t bits;
-};
-
-IMGOPT_HD inline float bits_to_float(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-IMGOPT_HD inline uint32_t float_to_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-
-IMGOPT_HD inline float widen(uint8_t x) { return x; }
-IMGOPT_HD inline float widen(int8_t x) { return x; }
-IMGOPT_HD inline double widen(double x) { return x; }
-IMGOPT_HD inline float widen(float x) { return x; }
-IMGOPT_HD inline float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
-IMGOPT_HD inline float widen(Half x) {
-    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
-    if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // infinite, not a number
-    // The exponent bias differs by 112; a multiplication by 2^112 corrects it, for subnormals as well.
-    return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
-}
-
-IMGOPT_HD inline void narrow(double x, double& out) { out = x; }
-IMGOPT_HD inline void narrow(float x, float& out) { out = x; }
-IMGOPT_HD inline void narrow(float x, BFloat16& out) {
-    const uint32_t bits = float_to_bits(x);
-    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    out.bits = static_cast<uint16_t>(nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-IMGOPT_HD inline void narrow(float x, Half& out) {
-    const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-    uint32_t half;
-    if (rest > 0x7f800000) {
-        half = 0x7e00;
-    } else if (rest >= 0x477ff000) {  // 65520 and more round to infinity
-        half = 0x7c00;
-    } else if (rest < 0x38800000) {  // below 2^-14: adding 0.5 leaves the subnormal's bits, rounded, at the bottom
-        half = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000;
-    } else {
-        half = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
-    }
-    out.bits = static_cast<uint16_t>(sign | half);
-}
 
 // --- where the rows of x lie -----------------------------------------------------------------------------------------
 IMGOPT_HD inline int64_t columns_of(const MaskedInput& x) { return x.channels * x.taps[0] * x.taps[1]; }
@@ -116,7 +56,7 @@ void gather_row(const MaskedInput& x, int64_t n, Sum* row) {
     for (int64_t ty = 0; ty < x.taps[0]; ++ty)
         for (int64_t tx = 0; tx < x.taps[1]; ++tx, row += x.channels) {
             const Storage* from = pixel<Storage>(x, at, ty, tx);
-            for (int64_t c = 0; c < x.channels; ++c) row[c] = from ? widen(from[c]) : Sum(0);
+            for (int64_t c = 0; c < x.channels; ++c) row[c] = from ? widened(from[c]) : Sum(0);
         }
 }
 
@@ -172,7 +112,7 @@ void plain_matmul(const MaskedMatmul& p, int64_t begin, int64_t end) {
             gather_row<Storage>(p.x, n, row);
             Sum sums[RowQuads::kWindow];
             for (int64_t o = first; o < last; ++o)
-                sums[o - first] = p.bias ? widen(static_cast<const Storage*>(p.bias)[o]) : Sum(0);
+                sums[o - first] = p.bias ? widened(static_cast<const Storage*>(p.bias)[o]) : Sum(0);
             for (int64_t b = 0; b < p.weight.blocks; ++b)
                 for (int64_t q = window * kQuads; q < min_of(quads, (window + 1) * kQuads); ++q)
                     for_each_value(p.weight, Quad(p.weight, b, q), [&](int64_t i, int64_t o, int64_t column) {
@@ -180,7 +120,7 @@ void plain_matmul(const MaskedMatmul& p, int64_t begin, int64_t end) {
                         sums[o - first] += value * row[b * p.weight.block + column];
                     });
             Storage* output = static_cast<Storage*>(p.output) + n * p.weight.rows;
-            for (int64_t o = first; o < last; ++o) narrow(clamped(p, sums[o - first]), output[o]);
+            for (int64_t o = first; o < last; ++o) narrow(clamped(p, sums[o - first]), &output[o]);
         }
     }
 }
@@ -201,7 +141,7 @@ void write_gradients(const MaskedWeightGrad& p, int64_t begin, int64_t end) {
                 const int64_t from = quad.first_step * 4;
                 const int64_t to = from + (quad.steps[0] + quad.steps[1] + quad.steps[2]) * 4;
                 for (int64_t i = from; i < to; ++i)
-                    if (p.source[i] >= 0) narrow(sums[i], gradient[p.source[i]]);
+                    if (p.source[i] >= 0) narrow(sums[i], &gradient[p.source[i]]);
             }
     }
 }
@@ -218,7 +158,7 @@ void plain_weight_grad(const MaskedWeightGrad& p, int64_t begin, int64_t end) {
         for (int64_t b = 0; b < p.weight.blocks; ++b)
             for (int64_t q = begin * kQuads; q < quads; ++q)
                 for_each_value(p.weight, Quad(p.weight, b, q), [&](int64_t i, int64_t o, int64_t column) {
-                    const Sum g = o < p.weight.rows ? widen(grad[o]) : Sum(0);
+                    const Sum g = o < p.weight.rows ? widened(grad[o]) : Sum(0);
                     const Sum product = g * row[b * p.weight.block + column];
                     sums[i] = n == 0 ? product : sums[i] + product;
                 });
@@ -232,7 +172,7 @@ void plain_values(const MaskedValues& p, int64_t begin, int64_t end) {
     Sum* values = static_cast<Sum*>(p.values);
     for (int64_t i = begin; i < end; ++i) {
         const int64_t at = p.source ? p.source[i] : i;
-        values[i] = at < 0 ? Sum(0) : widen(weight[at]);
+        values[i] = at < 0 ? Sum(0) : widened(weight[at]);
     }
 }
 

@@ -63,7 +63,7 @@ __device__ inline void load_block(const uint8_t* block, int lane, uint32_t (&b)[
 
 template <bool brain>
 __device__ inline float widened_half(uint16_t bits) {
-    return brain ? widen(BFloat16{bits}) : float_of_half(bits);
+    return brain ? widened(BFloat16{bits}) : float_of_half(bits);
 }
 template <bool brain, bool transposed, int ring>
 __global__ void __launch_bounds__(kBlockThreads, 1) block_product(const BlockMatmul p) {

@@ -51,7 +51,7 @@ template <class Storage, class Sum>
 __device__ inline Sum x_at(const MaskedInput& x, const Position& at, int64_t column) {
     const int64_t tap = column / x.channels;
     const Storage* from = pixel<Storage>(x, at, tap / x.taps[1], tap % x.taps[1]);
-    return from ? static_cast<Sum>(widen(from[column % x.channels])) : Sum(0);
+    return from ? static_cast<Sum>(widened(from[column % x.channels])) : Sum(0);
 }
 
 // tile[column][sample] for the columns [first, first + count). Neighbouring lanes have neighbouring samples, a warp
@@ -68,7 +68,7 @@ __device__ inline void load_tile(const MaskedInput& x, int64_t sample0, int64_t 
         if (x.taps[0] == 1 && x.taps[1] == 1) {  // a row of x: no divisions
             const Storage* from = there ? pixel<Storage>(x, at, 0, 0) : nullptr;
             for (int k = warp * per_warp; k < end; ++k)
-                tile[k * kSamples + half + lane] = from ? static_cast<Sum>(widen(from[first + k])) : Sum(0);
+                tile[k * kSamples + half + lane] = from ? static_cast<Sum>(widened(from[first + k])) : Sum(0);
             continue;
         }
         for (int k = warp * per_warp; k < end; ++k)
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kSparseThreads) sparse_matmul(const MaskedMatm
         const int row = i / kSamples;
         const bool offset = p.bias && row < rows;
         sums[row * kSumPitch + i % kSamples] =
-            offset ? static_cast<Sum>(widen(static_cast<const Storage*>(p.bias)[row0 + row])) : Sum(0);
+            offset ? static_cast<Sum>(widened(static_cast<const Storage*>(p.bias)[row0 + row])) : Sum(0);
     }
     const Position places[2] = {position(p.x, min_of_two(sample0 + 2 * lane, p.x.samples - 1)),
                                 position(p.x, min_of_two(sample0 + 2 * lane + 1, p.x.samples - 1))};
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kSparseThreads) sparse_matmul(const MaskedMatm
     for (int i = thread; i < kRows * kSamples; i += kSparseThreads) {
         const int row = i % kRows, n = i / kRows;
         if (row < rows && sample0 + n < p.x.samples)
-            narrow(sums[row * kSumPitch + n], static_cast<Storage*>(p.output)[(sample0 + n) * w.rows + row0 + row]);
+            narrow(sums[row * kSumPitch + n], &static_cast<Storage*>(p.output)[(sample0 + n) * w.rows + row0 + row]);
     }
 }
 
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kSparseThreads) sparse_weight_grad(const Maske
             const bool there = sample0 + n < p.x.samples && row0 + row < w.rows;
             grads[row * kGradPitch + n] =
                 there ? static_cast<Sum>(
-                            widen(static_cast<const Storage*>(p.grad)[(sample0 + n) * p.grad_stride + row0 + row]))
+                            widened(static_cast<const Storage*>(p.grad)[(sample0 + n) * p.grad_stride + row0 + row]))
                       : Sum(0);
         }
         if (tiled)
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kSparseThreads) sparse_weight_grad(const Maske
                 }
                 sums[i] = sum;
                 const bool done = sample0 + kSamples >= p.x.samples;
-                if (done && p.source[i] >= 0) narrow(sum, static_cast<Storage*>(p.gradient)[p.source[i]]);
+                if (done && p.source[i] >= 0) narrow(sum, &static_cast<Storage*>(p.gradient)[p.source[i]]);
             });
     }
 }
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kSparseThreads) widen_values(const MaskedValue
     for (int64_t i = int64_t{blockIdx.x} * kSparseThreads + threadIdx.x; i < count; i += step) {
         const int64_t at = p.source ? p.source[i] : i;
         static_cast<Sum*>(p.values)[i] =
-            at < 0 ? Sum(0) : static_cast<Sum>(widen(static_cast<const Storage*>(p.weight)[at]));
+            at < 0 ? Sum(0) : static_cast<Sum>(widened(static_cast<const Storage*>(p.weight)[at]));
     }
 }
 

@@ -134,10 +134,10 @@ struct FewSamples {
         for (int64_t n = first; n < last; ++n) {
             gather_row<Storage>(p.x, n, x);
             for (int64_t o = first_row; o < last_row; ++o)
-                sums[o - first_row] = p.bias ? widen(static_cast<const Storage*>(p.bias)[o]) : 0.0f;
+                sums[o - first_row] = p.bias ? widened(static_cast<const Storage*>(p.bias)[o]) : 0.0f;
             add<Storage>(p, x, sums, first_row, last_row);
             Storage* output = static_cast<Storage*>(p.output) + n * w.rows;
-            for (int64_t o = first_row; o < last_row; ++o) narrow(clamped(p, sums[o - first_row]), output[o]);
+            for (int64_t o = first_row; o < last_row; ++o) narrow(clamped(p, sums[o - first_row]), &output[o]);
         }
     }
 };

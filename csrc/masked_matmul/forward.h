@@ -22,7 +22,7 @@ struct ForwardKernel : Panels<Lanes> {
     template <class Storage>
     static Reg bias_of(const MaskedMatmul& p, int64_t row) {
         const bool present = p.bias && row < p.weight.rows;
-        return Lanes::splat(present ? widen(static_cast<const Storage*>(p.bias)[row]) : 0.0f);
+        return Lanes::splat(present ? widened(static_cast<const Storage*>(p.bias)[row]) : 0.0f);
     }
 
     // The sums of the first block start from the bias.

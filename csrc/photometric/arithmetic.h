@@ -8,12 +8,6 @@
 
 #include "../kernels.h"
 
-#if defined(__CUDACC__)
-#define IMGOPT_HD __host__ __device__
-#else
-#define IMGOPT_HD
-#endif
-
 namespace imgopt {
 namespace {
 
