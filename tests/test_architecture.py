@@ -9,7 +9,7 @@ PACKAGE = next(Path(folder) for folder in imgopt_fast.__path__ if (Path(folder) 
 
 # A module may import from its own floor's package and from the floors below.
 FLOORS = [
-    {"_native", "_parallel", "_arguments", "_mask_blocks"},
+    {"_native", "_parallel", "_arguments", "_mask_blocks", "_prepared"},
     {"ops"},
     {"nn", "numpy", "jax"},
     {"data", "models", "augment", "compress"},

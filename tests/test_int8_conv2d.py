@@ -17,6 +17,7 @@ from conftest import BACKEND
 
 import imgopt_fast
 from imgopt_fast import _native
+from imgopt_fast._prepared import MOST_CALLS
 from imgopt_fast.ops import int8_conv2d as op
 from imgopt_fast.ops.int8_conv2d import fallback, reference
 
@@ -157,7 +158,8 @@ def check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sett
         input_zero_point=settings["input_zero_point"], groups=settings.get("groups", 1),
     )  # fmt: skip
     rest = {name: value for name, value in settings.items() if name not in own}
-    np.testing.assert_array_equal(imgopt_fast.int8_conv2d(x, packed, **rest).numpy(), expected)
+    for _ in range(2):  # the second call finds what the first one prepared
+        np.testing.assert_array_equal(imgopt_fast.int8_conv2d(x, packed, **rest).numpy(), expected)
     return found
 
 
@@ -362,7 +364,7 @@ def test_numpy_face(rng: np.random.Generator) -> None:
             about_weight = {name: settings.pop(name) for name in own}
             packed = face.pack_int8_weight(weight.numpy(), bias=bias.numpy(), **about_weight)
             moved = packed._replace(packed=np.concatenate([packed.packed[:1], packed.packed])[1:])  # not aligned
-            for layer_weight in (packed, pickle.loads(pickle.dumps(packed)), moved):
+            for layer_weight in (packed, packed, pickle.loads(pickle.dumps(packed)), moved):
                 found = face.int8_conv2d(x.permute(0, 2, 3, 1).numpy(), layer_weight, **settings)
                 np.testing.assert_array_equal(found, expected)
     with pytest.raises(ValueError, match="weight: is packed"):
@@ -430,6 +432,93 @@ def test_opcheck_compile_and_export(rng: np.random.Generator) -> None:
     exported = torch.export.export(Layer(), (x,), dynamic_shapes={"x": {0: torch.export.Dim("n")}})
     more = torch.cat([x, x.flip(0)])
     assert torch.equal(exported.module()(more), Layer()(more))
+
+
+def test_a_call_that_was_made_before_is_found_by_all_of_its_arguments(rng: np.random.Generator) -> None:
+    """Calls that differ in one argument, twice in turns, each against the unpacked weight, which remembers nothing."""
+    x, weight, bias, _ = layer(rng, c=8, o=16, h=9, w=9)
+    own = {"input_scale": 0.25, "input_zero_point": 3, "weight_scale": 2.0**-6}
+    packed = imgopt_fast.pack_int8_weight(weight, own["weight_scale"], bias, input_scale=0.25, input_zero_point=3)
+    usual: dict[str, Any] = {"output_scale": 1.0, "padding": 1}
+    extra = {"residual_scale": 0.5, "residual": random_bytes(rng, (2, 16, 9, 9), torch.uint8)}
+    calls: list[tuple[torch.Tensor, dict[str, Any]]] = [
+        (x, usual),
+        (random_bytes(rng, (1, 8, 5, 6), torch.uint8), usual),
+        (random_bytes(rng, (2, 8, 9, 9), torch.int8), usual),
+        *((x, usual | change) for change in (
+            {"output_scale": 0.5}, {"output_scale": None}, {"output_zero_point": 7}, {"output_dtype": torch.int8},
+            {"stride": 2}, {"stride": [2, 1]}, {"padding": 0}, {"padding": ((1, 0), (2, 1))}, {"dilation": (1, 2)},
+            {"output_min": 0.5}, {"output_max": 4.0}, {"requantize": "shift"}, extra,
+            extra | {"residual_scale": 2.0}, extra | {"residual_zero_point": 9},
+            extra | {"residual": extra["residual"].view(torch.int8)}, extra | {"requantize": "shift"},
+        )),
+    ]  # fmt: skip
+    expected = [imgopt_fast.int8_conv2d(images, weight, bias, **own, **call) for images, call in calls]
+    for _ in range(2):
+        for (images, call), right in zip(calls, expected, strict=True):
+            found = imgopt_fast.int8_conv2d(images, packed, **call)
+            assert found.dtype == right.dtype
+            assert torch.equal(found, right), call
+
+
+@pytest.mark.skipif(BACKEND != "native", reason="only the compiled kernels prepare calls")
+def test_prepared_calls_live_as_long_as_the_packed_weight(rng: np.random.Generator) -> None:
+    x, weight, bias, _ = layer(rng, c=8, o=16)
+    packed = imgopt_fast.pack_int8_weight(weight, 0.5, bias, input_scale=0.25)
+    layers, number = op._CALLS._layers, id(packed.packed)
+    for scale in range(1, 40):
+        imgopt_fast.int8_conv2d(x, packed, output_scale=float(scale))
+    assert 0 < len(layers[number].calls) <= MOST_CALLS
+    # Another layer with the same packed bytes is another layer.
+    other = packed._replace(bias=packed.bias + 100)
+    for _ in range(2):
+        assert torch.equal(imgopt_fast.int8_conv2d(x, other), imgopt_fast.int8_conv2d(x, packed) + 100 * 0.125)
+    del packed, other
+    assert number not in layers
+
+
+def test_errors_of_a_call_that_was_made_before() -> None:
+    packed = imgopt_fast.pack_int8_weight(torch.ones(4, 8, 3, 3, dtype=torch.int8), 0.5, input_scale=0.5)
+    x = torch.zeros(1, 8, 5, 5, dtype=torch.uint8)
+    residual = torch.zeros(1, 4, 3, 3, dtype=torch.uint8)
+    given = {"output_scale": 1.0, "residual": residual, "residual_scale": 1.0}
+    for _ in range(2):
+        imgopt_fast.int8_conv2d(x, packed, output_scale=1.0)
+        imgopt_fast.int8_conv2d(x, packed, **given)
+        with pytest.raises(ValueError, match="input: expected at least 3 rows"):
+            imgopt_fast.int8_conv2d(x[:, :, :2], packed, output_scale=1.0)
+        with pytest.raises(ValueError, match=r"input: expected \(N, 8, H, W\)"):
+            imgopt_fast.int8_conv2d(x[:, :7], packed, output_scale=1.0)
+        with pytest.raises(ValueError, match=r"input: expected \(N, 8, H, W\)"):
+            imgopt_fast.int8_conv2d(x[0], packed, output_scale=1.0)
+        with pytest.raises(ValueError, match="residual: expected the output's shape"):
+            imgopt_fast.int8_conv2d(x, packed, **given | {"residual": residual[:, :, :2]})
+        with pytest.raises(ValueError, match="weight: is packed, so bias"):
+            imgopt_fast.int8_conv2d(x, packed, output_scale=1.0, input_scale=0.5)
+
+
+@pytest.mark.skipif(BACKEND != "native", reason="the operation has compiled kernels only")
+def test_prepared_bytes_of_another_origin_are_refused(rng: np.random.Generator) -> None:
+    x, weight, bias, _ = layer(rng, c=8, o=16)
+    packed = imgopt_fast.pack_int8_weight(weight, 0.5, bias, input_scale=0.25)
+    imgopt_fast.int8_conv2d(x, packed)
+    (call,) = op._CALLS._layers[id(packed.packed)].calls.values()
+    run = torch.ops.imgopt_fast.int8_conv2d_prepared
+    run(x, packed.packed, call, None)
+    longer = torch.cat([call, call[:64]])
+    for broken in (call[:100], call[:-64], longer, longer[8:-56], torch.zeros_like(call), call.float()):
+        with pytest.raises(RuntimeError, match="prepared"):
+            run(x, packed.packed, broken, None)
+    for at in range(16, 120, 8):  # geometry: a huge or negative number in every place
+        for value in (-1, 2**40):
+            broken = call.clone()
+            broken[at : at + 8].view(torch.int64)[0] = value
+            with pytest.raises(RuntimeError, match=r"prepared|packed"):
+                run(x, packed.packed, broken, None)
+    with pytest.raises(RuntimeError, match="packed"):
+        run(x, packed.packed[:-1], call, None)
+    with pytest.raises(RuntimeError, match="residual"):
+        run(x, packed.packed, call, x)
 
 
 GOOD: dict[str, Any] = {"input_scale": 0.5, "weight_scale": 0.5, "output_scale": 1.0}

@@ -1,10 +1,8 @@
-// What the bindings share about a layer: the packed bytes with their header, and the per-channel numbers of one call.
-// Host code, never included by a kernel.
+// What the bindings share about a layer: the packed bytes with their header, and its quantization in the caller's
+// terms. Host code, never included by a kernel.
 #pragma once
 
-#include <cmath>
 #include <cstring>
-#include <vector>
 
 #include "../kernels.h"
 
@@ -72,76 +70,6 @@ struct Quantization {
     bool shift;
 };
 
-// The per-channel numbers that Int8Conv2d points to.
-struct ChannelNumbers {
-    std::vector<int32_t> offset;
-    std::vector<float> multiplier;
-    std::vector<Int8Shift> shift;
-};
-
 inline uint8_t flip_of(DType dtype) { return dtype == DType::i8 ? 0x80 : 0; }
-
-// p of scale = 2^-p.
-inline int exponent_of(double scale) {
-    int exponent;
-    std::frexp(scale, &exponent);
-    return 1 - exponent;
-}
-
-inline int clamp_shift(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
-
-inline Int8Shift channel_shift(double sum_scale, double residual_scale, bool residual, double output_scale) {
-    const int fine = exponent_of(sum_scale);
-    const int residual_fine = residual ? exponent_of(residual_scale) : fine;
-    const int finest = fine > residual_fine ? fine : residual_fine;
-    return {static_cast<int8_t>(clamp_shift(finest - exponent_of(output_scale), -31, 62)),
-            static_cast<int8_t>(clamp_shift(finest - fine, 0, 29)),
-            static_cast<int8_t>(clamp_shift(finest - residual_fine, 0, 51)), 0};
-}
-
-// Fills everything in `conv` that follows from the packed weight (with its header) and the quantization; the geometry,
-// input_flip, residual and output_flip are set before. `numbers` must outlive the call of the kernel.
-inline void set_layer(Int8Conv2d& conv, ChannelNumbers& numbers, const Quantization& q, const uint8_t* packed,
-                      const int32_t* bias, const float* weight_scale) {
-    const int64_t channels = conv.weight.out_channels;
-    conv.packed = packed + kernel_bytes_at(conv.weight);
-    conv.input_zero_point = static_cast<uint8_t>(q.input_zero_point + conv.input_flip);
-    conv.residual_zero_point = static_cast<uint8_t>(q.residual_zero_point + conv.residual_flip);
-    conv.output_zero_point = static_cast<uint8_t>(q.output_zero_point + conv.output_flip);
-    conv.residual_multiplier = static_cast<float>(q.residual_scale / q.output_scale);
-    conv.float_output = q.float_output;
-
-    numbers.offset.assign(static_cast<size_t>(channels + kChannelSlack), 0);
-    numbers.multiplier.assign(static_cast<size_t>(channels + kChannelSlack), 0.0f);
-    for (int64_t o = 0; o < channels; ++o) {
-        int32_t sum;
-        std::memcpy(&sum, packed + kPackedHeaderBytes + 4 * o, 4);
-        numbers.offset[o] = static_cast<int32_t>(static_cast<uint32_t>(bias[o] - int64_t{conv.input_zero_point} * sum));
-        numbers.multiplier[o] =
-            static_cast<float>(q.input_scale * static_cast<double>(weight_scale[o]) / q.output_scale);
-    }
-    conv.offset = numbers.offset.data();
-    conv.multiplier = numbers.multiplier.data();
-    conv.shift = nullptr;
-    if (q.shift && !q.float_output) {
-        numbers.shift.assign(static_cast<size_t>(channels + kChannelSlack), Int8Shift{});
-        for (int64_t o = 0; o < channels; ++o)
-            numbers.shift[o] = channel_shift(q.input_scale * static_cast<double>(weight_scale[o]), q.residual_scale,
-                                             conv.residual != nullptr, q.output_scale);
-        conv.shift = numbers.shift.data();
-    }
-
-    const float least = static_cast<float>(q.output_min / q.output_scale);
-    const float most = static_cast<float>(q.output_max / q.output_scale);
-    if (q.float_output) {
-        conv.low = least;
-        conv.high = most;
-        return;
-    }
-    const float bottom = -static_cast<float>(conv.output_zero_point);
-    const float top = 255.0f - static_cast<float>(conv.output_zero_point);
-    conv.low = least > bottom ? (least < top ? least : top) : bottom;
-    conv.high = most < top ? (most > conv.low ? most : conv.low) : top;
-}
 
 }  // namespace imgopt

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "../numpy_module.h"
-#include "layer.h"
+#include "prepared.h"
 
 namespace imgopt {
 namespace {
@@ -51,90 +51,75 @@ Image image_of(const py::array& array, const char* name) {
     return {static_cast<const uint8_t*>(array.data()), shape_of(array), static_cast<uint8_t>(is_int8 ? 0x80 : 0)};
 }
 
-int64_t output_length(int64_t in, int64_t padding, int64_t kernel, int64_t stride, int64_t dilation) {
-    const int64_t window = dilation * (kernel - 1) + 1;
-    if (in + padding < window) throw std::invalid_argument("input: smaller than the dilated kernel");
-    return (in + padding - window) / stride + 1;
+uint8_t flip_of(bool is_signed) { return is_signed ? 0x80 : 0; }
+
+// The block of bytes of prepared.h; None where `packed` belongs to another kernel.
+std::optional<py::array> prepare_call(const std::vector<int64_t>& shape, int64_t groups, const Bytes& packed,
+                                      const py::array_t<int32_t, py::array::c_style>& bias,
+                                      const py::array_t<float, py::array::c_style>& weight_scale, bool input_signed,
+                                      std::optional<bool> residual_signed, bool output_signed, double input_scale,
+                                      int64_t input_zero_point, std::optional<double> output_scale,
+                                      int64_t output_zero_point, const std::vector<int64_t>& stride,
+                                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                      std::optional<double> output_min, std::optional<double> output_max,
+                                      double residual_scale, int64_t residual_zero_point, bool shift) {
+    const Int8Weight weight = geometry_of(shape, groups);
+    if (bias.size() != weight.out_channels || weight_scale.size() != weight.out_channels)
+        throw std::invalid_argument("bias, weight_scale: expected one entry per output channel");
+    if (reinterpret_cast<uintptr_t>(packed.data()) % 64 != 0 ||
+        !is_packed_for_kernel(weight, packed.data(), packed.size()))
+        return std::nullopt;
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    Bytes prepared(prepared_bytes(weight));
+    prepare(
+        weight,
+        {stride.at(0), stride.at(1), padding.at(0), padding.at(1), padding.at(2), padding.at(3), dilation.at(0),
+         dilation.at(1)},
+        {input_scale, input_zero_point, !output_scale, output_scale.value_or(1.0), output_zero_point,
+         output_min.value_or(-kInfinity), output_max.value_or(kInfinity), residual_scale, residual_zero_point, shift},
+        {flip_of(input_signed), flip_of(residual_signed.value_or(false)),
+         flip_of(output_scale.has_value() && output_signed), residual_signed.has_value()},
+        packed.data(), bias.data(), weight_scale.data(), prepared.mutable_data());
+    if (!is_prepared(prepared.data(), prepared.size()))
+        throw std::invalid_argument("stride, padding, dilation: expected positive, non-negative, positive");
+    return prepared;
 }
 
-py::array convolve(const py::array& input, const Weights& weight, const py::array_t<int32_t, py::array::c_style>& bias,
-                   const py::array_t<float, py::array::c_style>& weight_scale, const Bytes& packed,
-                   const std::optional<py::array>& residual, double input_scale, int64_t input_zero_point,
-                   std::optional<double> output_scale, int64_t output_zero_point, bool output_signed,
-                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                   const std::vector<int64_t>& dilation, int64_t groups, std::optional<double> output_min,
-                   std::optional<double> output_max, double residual_scale, int64_t residual_zero_point, bool shift) {
+py::array convolve(const py::array& input, const Bytes& packed, const Bytes& prepared,
+                   const std::optional<py::array>& residual) {
+    if (!is_prepared(prepared.data(), prepared.size()))
+        throw std::invalid_argument("prepared: not what int8_conv2d_prepare wrote");
+    const PreparedCall& call = *reinterpret_cast<const PreparedCall*>(prepared.data());
+    if (reinterpret_cast<uintptr_t>(packed.data()) % 64 != 0 ||
+        !is_packed_for_kernel(call.weight, packed.data(), packed.size()))
+        throw std::invalid_argument("packed: of another kernel or layer");
     const Image image = image_of(input, "input");
+    if (image.flip != call.flips.input || image.shape[3] != call.weight.group_channels * call.weight.groups)
+        throw std::invalid_argument("input: not of the dtype or the channels prepared for");
     Int8Conv2d conv{};
-    conv.weight = geometry_of(shape_of(weight), groups);
-    const int64_t channels = conv.weight.out_channels;
-    if (image.shape[3] != conv.weight.group_channels * groups)
-        throw std::invalid_argument("input: wrong number of channels");
-    if (bias.size() != channels || weight_scale.size() != channels)
-        throw std::invalid_argument("bias, weight_scale: expected one entry per output channel");
+    if (!set_call(conv, prepared.data(), packed.data(), image.shape[0], image.shape[1], image.shape[2]))
+        throw std::invalid_argument("input: smaller than the dilated kernel");
     conv.input = image.data;
-    conv.input_flip = image.flip;
-    conv.input_stride = image.shape[3];
-    conv.batch = image.shape[0];
-    conv.in_h = image.shape[1];
-    conv.in_w = image.shape[2];
-    conv.stride_h = stride.at(0);
-    conv.stride_w = stride.at(1);
-    conv.dilation_h = dilation.at(0);
-    conv.dilation_w = dilation.at(1);
-    conv.pad_top = padding.at(0);
-    conv.pad_left = padding.at(2);
-    conv.out_h = output_length(conv.in_h, padding[0] + padding.at(1), conv.weight.kernel_h, stride[0], dilation[0]);
-    conv.out_w = output_length(conv.in_w, padding[2] + padding.at(3), conv.weight.kernel_w, stride[1], dilation[1]);
-    const std::vector<int64_t> size = {conv.batch, conv.out_h, conv.out_w, channels};
+    const std::vector<int64_t> size = {conv.batch, conv.out_h, conv.out_w, call.weight.out_channels};
+    if (residual.has_value() != call.flips.has_residual) throw std::invalid_argument("residual: not as prepared for");
     if (residual) {
         const Image added = image_of(*residual, "residual");
-        if (added.shape != size) throw std::invalid_argument("residual: expected the output's shape");
+        if (added.flip != call.flips.residual || added.shape != size)
+            throw std::invalid_argument("residual: expected the output's shape, and the dtype prepared for");
         conv.residual = added.data;
-        conv.residual_flip = added.flip;
-        conv.residual_stride = channels;
     }
-    const py::dtype dtype = !output_scale   ? py::dtype::of<float>()
-                            : output_signed ? py::dtype::of<int8_t>()
-                                            : py::dtype::of<uint8_t>();
+    const py::dtype dtype = call.float_output   ? py::dtype::of<float>()
+                            : call.flips.output ? py::dtype::of<int8_t>()
+                                                : py::dtype::of<uint8_t>();
     py::array output(dtype, size);
     conv.output = output.mutable_data();
-    conv.output_stride = channels;
-    conv.output_flip = output_scale && output_signed ? 0x80 : 0;
-
-    constexpr double kInfinity = std::numeric_limits<double>::infinity();
-    const Quantization quantization = {input_scale,
-                                       input_zero_point,
-                                       !output_scale,
-                                       output_scale.value_or(1.0),
-                                       output_zero_point,
-                                       output_min.value_or(-kInfinity),
-                                       output_max.value_or(kInfinity),
-                                       residual_scale,
-                                       residual_zero_point,
-                                       shift};
-    const int8_t* canonical = weight.data();
-    const int32_t* bias_data = bias.data();
-    const float* scale_data = weight_scale.data();
-    const uint8_t* packed_data = packed.data();
-    const int64_t packed_size = packed.size();
     {
         py::gil_scoped_release release;
-        struct Line {
-            alignas(64) uint8_t bytes[64];
-        };
-        std::vector<Line> repacked;
-        if (reinterpret_cast<uintptr_t>(packed_data) % 64 != 0 ||
-            !is_packed_for_kernel(conv.weight, packed_data, packed_size)) {
-            repacked.resize(static_cast<size_t>(packed_bytes(conv.weight) / 64 + 1));
-            pack(conv.weight, canonical, repacked[0].bytes);
-            packed_data = repacked[0].bytes;
-        }
-        ChannelNumbers numbers;
-        set_layer(conv, numbers, quantization, packed_data, bias_data, scale_data);
         const KernelTable& table = kernels();
+        const Int8Weight& w = call.weight;
         const int64_t units = table.int8_conv2d_units(conv);
-        const int64_t products = conv.batch * conv.out_h * conv.out_w * weight.size();
+        const int64_t products =
+            conv.batch * conv.out_h * conv.out_w * w.out_channels * w.group_channels * w.kernel_h * w.kernel_w;
         parallel_units(units, kGrainProducts * units / (products + 1) + 1,
                        [&](int64_t begin, int64_t end) { table.int8_conv2d(conv, begin, end); });
     }
@@ -148,12 +133,15 @@ void register_int8_conv2d(py::module_& m) {
           "Bytes of a packed weight of this shape for the active instruction set, header included.");
     m.def("int8_conv2d_pack", &pack_into, py::arg("weight").noconvert(), py::arg("groups"),
           py::arg("packed").noconvert(), "Write the packed weight into `packed`.");
-    m.def("int8_conv2d", &convolve, py::arg("input"), py::arg("weight").noconvert(), py::arg("bias").noconvert(),
-          py::arg("weight_scale").noconvert(), py::arg("packed").noconvert(), py::arg("residual"),
-          py::arg("input_scale"), py::arg("input_zero_point"), py::arg("output_scale"), py::arg("output_zero_point"),
-          py::arg("output_signed"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
-          py::arg("output_min"), py::arg("output_max"), py::arg("residual_scale"), py::arg("residual_zero_point"),
-          py::arg("shift"), "Quantized convolution of a (N, H, W, C) array; see imgopt_fast.numpy.int8_conv2d.");
+    m.def("int8_conv2d_prepare", &prepare_call, py::arg("shape"), py::arg("groups"), py::arg("packed").noconvert(),
+          py::arg("bias").noconvert(), py::arg("weight_scale").noconvert(), py::arg("input_signed"),
+          py::arg("residual_signed"), py::arg("output_signed"), py::arg("input_scale"), py::arg("input_zero_point"),
+          py::arg("output_scale"), py::arg("output_zero_point"), py::arg("stride"), py::arg("padding"),
+          py::arg("dilation"), py::arg("output_min"), py::arg("output_max"), py::arg("residual_scale"),
+          py::arg("residual_zero_point"), py::arg("shift"),
+          "All of a call but its images, as bytes; None where `packed` is not for the active instruction set.");
+    m.def("int8_conv2d", &convolve, py::arg("input"), py::arg("packed").noconvert(), py::arg("prepared").noconvert(),
+          py::arg("residual"), "Quantized convolution of a (N, H, W, C) array; see imgopt_fast.numpy.int8_conv2d.");
 }
 
 }  // namespace imgopt

@@ -4,7 +4,7 @@
 
 #include "../outputs.h"
 #include "../torch_stable.h"
-#include "layer.h"
+#include "prepared.h"
 
 namespace imgopt {
 namespace {
@@ -48,13 +48,51 @@ Int8Weight geometry_of(const Tensor& weight, int64_t groups) {
     return {weight.size(0), weight.size(1), groups, weight.size(2), weight.size(3)};
 }
 
-// Output length of one axis.
-int64_t output_length(int64_t in, int64_t before, int64_t after, int64_t kernel, int64_t stride, int64_t dilation) {
-    STD_TORCH_CHECK(before >= 0 && after >= 0 && stride > 0 && dilation > 0,
-                    "padding, stride, dilation: expected non-negative, positive, positive");
-    const int64_t window = dilation * (kernel - 1) + 1;
-    STD_TORCH_CHECK(in + before + after >= window, "input: smaller than the dilated kernel");
-    return (in + before + after - window) / stride + 1;
+// Bytes that begin on a cache line, as a tensor's do.
+struct Line {
+    alignas(64) uint8_t bytes[64];
+};
+
+// `packed` and `prepared` belong to each other and to the active kernel.
+Tensor convolve(const Tensor& input, const std::optional<Tensor>& residual, const uint8_t* packed,
+                const uint8_t* prepared) {
+    const PreparedCall& call = *reinterpret_cast<const PreparedCall*>(prepared);
+    const int64_t channels = call.weight.out_channels;
+    check_image(input, "input");
+    STD_TORCH_CHECK(flip_of(dtype_of(input, "input")) == call.flips.input, "input: not of the dtype prepared for");
+    STD_TORCH_CHECK(input.size(1) == call.weight.group_channels * call.weight.groups,
+                    "input: wrong number of channels");
+    Int8Conv2d conv{};
+    STD_TORCH_CHECK(set_call(conv, prepared, packed, input.size(0), input.size(2), input.size(3)),
+                    "input: smaller than the dilated kernel");
+    const Tensor image = channels_last(input);
+    conv.input = static_cast<const uint8_t*>(image.const_data_ptr());
+    STD_TORCH_CHECK(residual.has_value() == call.flips.has_residual, "residual: not as prepared for");
+    Tensor added;
+    if (residual) {
+        check_image(*residual, "residual");
+        STD_TORCH_CHECK(flip_of(dtype_of(*residual, "residual")) == call.flips.residual &&
+                            residual->size(0) == conv.batch && residual->size(1) == channels &&
+                            residual->size(2) == conv.out_h && residual->size(3) == conv.out_w,
+                        "residual: expected the output's shape, and the dtype prepared for");
+        added = channels_last(*residual);
+        conv.residual = static_cast<const uint8_t*>(added.const_data_ptr());
+    }
+    const ScalarType dtype = call.float_output   ? ScalarType::Float
+                             : call.flips.output ? ScalarType::Char
+                                                 : ScalarType::Byte;
+    Tensor output = new_output({conv.batch, channels, conv.out_h, conv.out_w}, dtype, MemoryFormat::ChannelsLast);
+    conv.output = output.mutable_data_ptr();
+
+    const KernelTable& table = kernels();
+    const int64_t units = table.int8_conv2d_units(conv);
+    if (units == 0) return output;
+    const Int8Weight& w = call.weight;
+    const int64_t products =
+        conv.batch * conv.out_h * conv.out_w * channels * w.group_channels * w.kernel_h * w.kernel_w;
+    parallel_units(units, kGrainProducts * units / (products + 1) + 1,
+                   [&](int64_t begin, int64_t end) { table.int8_conv2d(conv, begin, end); });
+    return output;
 }
 
 Tensor int8_conv2d(Tensor input, Tensor weight, Tensor bias, Tensor weight_scale, Tensor packed,
@@ -64,80 +102,59 @@ Tensor int8_conv2d(Tensor input, Tensor weight, Tensor bias, Tensor weight_scale
                    int64_t groups, std::optional<double> output_min, std::optional<double> output_max,
                    double residual_scale, int64_t residual_zero_point, bool shift) {
     check_image(input, "input");
+    if (residual) check_image(*residual, "residual");
     STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
                     "stride, padding, dilation: expected 2, 4 and 2 numbers");
     STD_TORCH_CHECK(output_scale ? output_dtype == ScalarType::Byte || output_dtype == ScalarType::Char
                                  : output_dtype == ScalarType::Float,
                     "output_dtype: expected uint8 or int8 with output_scale, float32 without");
-    Int8Conv2d conv{};
-    conv.weight = geometry_of(weight, groups);
-    STD_TORCH_CHECK(input.size(1) == conv.weight.group_channels * groups, "input: wrong number of channels");
-    conv.batch = input.size(0);
-    conv.in_h = input.size(2);
-    conv.in_w = input.size(3);
-    conv.stride_h = stride[0];
-    conv.stride_w = stride[1];
-    conv.dilation_h = dilation[0];
-    conv.dilation_w = dilation[1];
-    conv.pad_top = padding[0];
-    conv.pad_left = padding[2];
-    conv.out_h = output_length(conv.in_h, padding[0], padding[1], conv.weight.kernel_h, stride[0], dilation[0]);
-    conv.out_w = output_length(conv.in_w, padding[2], padding[3], conv.weight.kernel_w, stride[1], dilation[1]);
-
-    const int64_t channels = conv.weight.out_channels;
-    const int32_t* bias_data = channel_data<int32_t>(bias, "bias", ScalarType::Int, channels);
-    const float* scale_data = channel_data<float>(weight_scale, "weight_scale", ScalarType::Float, channels);
-
-    const Tensor image = channels_last(input);
-    conv.input = static_cast<const uint8_t*>(image.const_data_ptr());
-    conv.input_stride = input.size(1);
-    conv.input_flip = flip_of(dtype_of(input, "input"));
-    Tensor added;
-    if (residual) {
-        check_image(*residual, "residual");
-        STD_TORCH_CHECK(residual->size(0) == conv.batch && residual->size(1) == channels &&
-                            residual->size(2) == conv.out_h && residual->size(3) == conv.out_w,
-                        "residual: expected the output's shape");
-        added = channels_last(*residual);
-        conv.residual = static_cast<const uint8_t*>(added.const_data_ptr());
-        conv.residual_stride = channels;
-        conv.residual_flip = flip_of(dtype_of(added, "residual"));
-    }
-    Tensor output =
-        new_output({conv.batch, channels, conv.out_h, conv.out_w}, output_dtype, MemoryFormat::ChannelsLast);
-    conv.output = output.mutable_data_ptr();
-    conv.output_stride = channels;
-    conv.output_flip = output_dtype == ScalarType::Char ? 0x80 : 0;
+    const Int8Weight geometry = geometry_of(weight, groups);
+    const int32_t* bias_data = channel_data<int32_t>(bias, "bias", ScalarType::Int, geometry.out_channels);
+    const float* scale_data =
+        channel_data<float>(weight_scale, "weight_scale", ScalarType::Float, geometry.out_channels);
 
     STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
                     "packed: expected contiguous bytes");
     const auto* packed_data = static_cast<const uint8_t*>(packed.const_data_ptr());
-    Tensor repacked;
-    if (!is_packed_for_kernel(conv.weight, packed_data, packed.numel())) {
-        repacked = torch::stable::empty({packed_bytes(conv.weight)}, ScalarType::Byte);
-        auto* bytes = static_cast<uint8_t*>(repacked.mutable_data_ptr());
+    std::vector<Line> repacked;
+    if (!is_packed_for_kernel(geometry, packed_data, packed.numel())) {
+        repacked.resize(static_cast<size_t>(packed_bytes(geometry) / 64 + 1));
         const Tensor canonical = torch::stable::contiguous(weight);
-        pack(conv.weight, static_cast<const int8_t*>(canonical.const_data_ptr()), bytes);
-        packed_data = bytes;
+        pack(geometry, static_cast<const int8_t*>(canonical.const_data_ptr()), repacked[0].bytes);
+        packed_data = repacked[0].bytes;
     }
     constexpr double kInfinity = std::numeric_limits<double>::infinity();
-    ChannelNumbers numbers;
-    set_layer(
-        conv, numbers,
+    const ConvFlips flips = {flip_of(dtype_of(input, "input")),
+                             residual ? flip_of(dtype_of(*residual, "residual")) : uint8_t{0},
+                             static_cast<uint8_t>(output_dtype == ScalarType::Char ? 0x80 : 0), residual.has_value()};
+    std::vector<Line> prepared(static_cast<size_t>(prepared_bytes(geometry) / 64));
+    prepare(
+        geometry, {stride[0], stride[1], padding[0], padding[1], padding[2], padding[3], dilation[0], dilation[1]},
         {input_scale, input_zero_point, !output_scale, output_scale.value_or(1.0), output_zero_point,
          output_min.value_or(-kInfinity), output_max.value_or(kInfinity), residual_scale, residual_zero_point, shift},
-        packed_data, bias_data, scale_data);
+        flips, packed_data, bias_data, scale_data, prepared[0].bytes);
+    STD_TORCH_CHECK(is_prepared(prepared[0].bytes, prepared_bytes(geometry)),
+                    "padding, stride, dilation: expected non-negative, positive, positive");
+    return convolve(input, residual, packed_data, prepared[0].bytes);
+}
 
-    const KernelTable& table = kernels();
-    const int64_t units = table.int8_conv2d_units(conv);
-    if (units == 0) return output;
-    const int64_t products = output.numel() * weight.numel() / channels;
-    parallel_units(units, kGrainProducts * units / (products + 1) + 1,
-                   [&](int64_t begin, int64_t end) { table.int8_conv2d(conv, begin, end); });
-    return output;
+// The same call again; ops/int8_conv2d/prepared.py says for whom.
+Tensor int8_conv2d_prepared(Tensor input, Tensor packed, Tensor prepared, std::optional<Tensor> residual) {
+    STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+                        prepared.is_cpu() && prepared.scalar_type() == ScalarType::Byte && prepared.is_contiguous(),
+                    "packed, prepared: expected contiguous bytes");
+    const auto* call = static_cast<const uint8_t*>(prepared.const_data_ptr());
+    const auto* bytes = static_cast<const uint8_t*>(packed.const_data_ptr());
+    STD_TORCH_CHECK(is_prepared(call, prepared.numel()), "prepared: not what int8_conv2d_prepare wrote");
+    STD_TORCH_CHECK(is_packed_for_kernel(reinterpret_cast<const PreparedCall*>(call)->weight, bytes, packed.numel()),
+                    "packed: of another kernel or layer");
+    return convolve(input, residual, bytes, call);
 }
 
 }  // namespace
 }  // namespace imgopt
 
-STABLE_TORCH_LIBRARY_IMPL(imgopt_fast, CPU, m) { m.impl("int8_conv2d", TORCH_BOX(&imgopt::int8_conv2d)); }
+STABLE_TORCH_LIBRARY_IMPL(imgopt_fast, CPU, m) {
+    m.impl("int8_conv2d", TORCH_BOX(&imgopt::int8_conv2d));
+    m.impl("int8_conv2d_prepared", TORCH_BOX(&imgopt::int8_conv2d_prepared));
+}

@@ -30,6 +30,7 @@ from imgopt_fast._arguments import (
     uint8_fill,
 )
 from imgopt_fast._mask_blocks import block_columns
+from imgopt_fast._prepared import PreparedCalls
 
 _native.backend()  # a wrong IMGOPT_ISA or IMGOPT_BACKEND is an error at import, not in the first call
 
@@ -305,6 +306,8 @@ def _masked_matmul_by_torch(input: NDArray[Any], weight: PackedMaskedWeight, bia
 # --- int8_conv2d -----------------------------------------------------------------------------------------------------
 
 _RANGES = {"uint8": (0, 255), "int8": (-128, 127)}
+# The calls with packed weights that were made before, as the compiled function takes them.
+_CALLS: PreparedCalls[NDArray[np.uint8]] = PreparedCalls()
 
 
 class PackedInt8Weight(NamedTuple):
@@ -334,15 +337,7 @@ def pack_int8_weight(
     for values in _RANGES.values():
         if values[0] <= input_zero_point <= values[1]:
             _check_sums(layer.weight, layer.bias, input_zero_point, values)
-    if _native.backend() != "native":
-        return layer
-    core = _native.core()
-    assert core is not None
-    size = core.int8_conv2d_packed_bytes(layer.weight.shape, groups)
-    memory = np.empty(size + 63, np.uint8)
-    packed = memory[-memory.ctypes.data % 64 :][:size]  # the kernels read whole cache lines
-    core.int8_conv2d_pack(layer.weight, groups, packed)
-    return layer._replace(packed=packed)
+    return layer if _native.backend() != "native" else layer._replace(packed=_pack(layer))
 
 
 def int8_conv2d(
@@ -372,6 +367,20 @@ def int8_conv2d(
     `weight` is int8 (O, C/groups, kH, kW), as in torch, and then packed in every call, or what `pack_int8_weight`
     returned. The other arguments, the arithmetic and the errors are those of the torch function.
     """
+    key = None
+    if type(weight) is PackedInt8Weight and type(input) is np.ndarray:
+        key = (
+            input.dtype.char, residual.dtype.char if isinstance(residual, np.ndarray) else residual, output_scale,
+            output_zero_point, output_dtype, stride, padding, dilation, output_min, output_max, residual_scale,
+            residual_zero_point, requantize,
+            bias is None and input_scale is None and weight_scale is None and groups == 1 and input_zero_point == 0,
+        )  # fmt: skip
+        call = _CALLS.find(weight, key)
+        if call is not None:
+            try:
+                return _convolve(input, weight.packed, call, residual)
+            except ValueError:  # the checks that follow say it better
+                pass
     if not isinstance(input, np.ndarray) or input.dtype.name not in _RANGES:
         raise TypeError(f"input: expected a uint8 or int8 array, got {getattr(input, 'dtype', type(input).__name__)}")
     if isinstance(weight, PackedInt8Weight):
@@ -427,12 +436,44 @@ def int8_conv2d(
         )  # fmt: skip
     core = _native.core()
     assert core is not None
+
+    def prepare(packed: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+        found: NDArray[np.uint8] | None = core.int8_conv2d_prepare(
+            layer.weight.shape, layer.groups, packed, layer.bias, layer.weight_scale, input.dtype == np.int8,
+            None if residual is None else residual.dtype == np.int8, dtype == np.int8, layer.input_scale,
+            layer.input_zero_point, output_scale, output_zero_point, strides, sides, dilations, output_min, output_max,
+            1.0 if residual_scale is None else residual_scale, residual_zero_point, requantize == "shift",
+        )  # fmt: skip
+        return found
+
+    call, packed = prepare(layer.packed), layer.packed
+    if call is None:  # not packed, or for another instruction set
+        packed = _pack(layer)
+        call = prepare(packed)
+        assert call is not None
+    elif key is not None:
+        _CALLS.remember(layer, key, call)
+    return _convolve(input, packed, call, residual)
+
+
+def _pack(layer: PackedInt8Weight) -> NDArray[np.uint8]:
+    core = _native.core()
+    assert core is not None
+    size = core.int8_conv2d_packed_bytes(layer.weight.shape, layer.groups)
+    memory = np.empty(size + 63, np.uint8)
+    packed = memory[-memory.ctypes.data % 64 :][:size]  # the kernels read whole cache lines
+    core.int8_conv2d_pack(layer.weight, layer.groups, packed)
+    return packed
+
+
+def _convolve(
+    input: NDArray[Any], packed: NDArray[np.uint8], call: NDArray[np.uint8], residual: NDArray[Any] | None
+) -> NDArray[Any]:
+    core = _native.core()
+    assert core is not None
     result: NDArray[Any] = core.int8_conv2d(
-        np.ascontiguousarray(input), layer.weight, layer.bias, layer.weight_scale, layer.packed,
-        None if residual is None else np.ascontiguousarray(residual), layer.input_scale, layer.input_zero_point,
-        output_scale, output_zero_point, dtype == np.int8, strides, sides, dilations, layer.groups, output_min,
-        output_max, 1.0 if residual_scale is None else residual_scale, residual_zero_point, requantize == "shift",
-    )  # fmt: skip
+        np.ascontiguousarray(input), packed, call, None if residual is None else np.ascontiguousarray(residual)
+    )
     return result
 
 

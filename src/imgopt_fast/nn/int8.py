@@ -56,7 +56,7 @@ class _Int8Layer(nn.Module):
         self.groups = 1
         self.training = False
         self._packed: PackedInt8Weight | None = None
-        self._output: tuple[float | None, int] = (None, 0)
+        self._output: tuple[float | None, int, torch.dtype] = (None, 0, torch.float32)
         self.register_load_state_dict_post_hook(_repack)  # type: ignore[no-untyped-call]
 
     def repack(self) -> None:
@@ -76,7 +76,7 @@ class _Int8Layer(nn.Module):
             groups=self.groups,
         )
         scale = None if self.output_scale is None else self.output_scale.item()
-        self._output = (scale, int(self.output_zero_point))
+        self._output = (scale, int(self.output_zero_point), self.output_dtype)
 
     def packed(self) -> PackedInt8Weight:
         """The layer as `int8_conv2d` takes it: int8 weight (4-D), int32 bias, scales."""
@@ -105,19 +105,27 @@ class _Int8Layer(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.repack()
 
-    def _run(self, input: Tensor, **geometry: Any) -> Tensor:
-        packed = self.packed()
-        scale, zero_point = self._output
+    def _run(
+        self,
+        input: Tensor,
+        stride: int | Sequence[int] = 1,
+        padding: Padding = 0,
+        dilation: int | Sequence[int] = 1,
+    ) -> Tensor:
+        packed = self._packed or self.packed()
+        scale, zero_point, dtype = self._output
         return int8_conv2d(
             input,
             packed,
             output_scale=scale,
             output_zero_point=zero_point,
-            output_dtype=self.output_dtype,
+            output_dtype=dtype,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
             output_min=self.output_min,
             output_max=self.output_max,
             requantize=self.requantize,
-            **geometry,
         )
 
 
@@ -165,7 +173,7 @@ class Int8Conv2d(_Int8Layer):
         self.repack()
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._run(input, stride=self.stride, padding=self.padding, dilation=self.dilation)
+        return self._run(input, self.stride, self.padding, self.dilation)
 
 
 class Int8Linear(_Int8Layer):

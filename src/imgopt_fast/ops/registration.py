@@ -35,6 +35,16 @@ def register(
     return op
 
 
+def register_native(schema: str) -> Callable[..., Any]:
+    """Define an operation that compiled kernels alone serve, in eager mode alone; returns what calls it.
+
+    That is the function inside of the operation, whose own `__call__` adds 0.2 µs.
+    """
+    LIBRARY.define(schema)
+    call: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), schema.partition("(")[0]).default._op
+    return call
+
+
 def has_kernel(name: str, key: str) -> bool:
     """Whether operation `name` has a compiled implementation for dispatch key `key`, e.g. "CUDA"."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)

@@ -1,97 +1,59 @@
 """int8 quantized 2-d convolution: exact int32 sums, one pinned rounding, the same bits everywhere.
 
-The weights are symmetric per output channel, the activations asymmetric per tensor. Everything that depends on the
-weights alone is done once by `pack_int8_weight`; an unpacked weight is packed again in every call. Inference only:
-the operation has no autograd registration, because that alone costs microseconds per call.
+The weights are symmetric per output channel, the activations asymmetric per tensor. What depends on the weights alone
+is done once by `pack_int8_weight`; what depends on a call's arguments beside the images, once per packed weight and
+call on a processor: checks and 20 arguments of a schema took 8 µs of every call, the same call again takes 3 of its
+own. Inference only: the operation has no autograd registration, because that alone costs microseconds per call.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from imgopt_fast import _native
 from imgopt_fast._arguments import (
-    SCALE_MAX,
-    SCALE_MIN,
     Padding,
     as_pair,
     as_sides,
     check_clamp,
     check_packed_alone,
     check_scale,
-    check_shift_scales,
-    check_shift_span,
     check_zero_point,
     output_size,
 )
+from imgopt_fast._prepared import PreparedCalls
 from imgopt_fast.ops import registration
 from imgopt_fast.ops.int8_conv2d import reference
+from imgopt_fast.ops.int8_conv2d.pack import (
+    PackedInt8Weight,
+    check_powers_of_two,
+    cuda_rows,
+    pack_bytes,
+    pack_int8_weight,
+    unpacked_layer,
+)
+
+__all__ = [
+    "INTEGER_RANGE",
+    "PackedInt8Weight",
+    "check_powers_of_two",
+    "cuda_rows",
+    "int8_conv2d",
+    "output_size",
+    "pack_bytes",
+    "pack_int8_weight",
+]
 
 # The values of a quantized tensor, and the zero points that it may have.
 INTEGER_RANGE = reference.INTEGER_RANGE
-INT32_MAX = 2**31 - 1
-CUDA_ROW = 64  # bytes that the CUDA kernel takes of a row of weights at a time
 # torch's numbers of the output's dtypes, which a schema takes as well. For every argument that is a torch.dtype the
-# dispatcher looks for __torch_function__, 0.7 µs of a call that takes 8 with a small layer.
+# dispatcher looks for __torch_function__, 0.7 µs.
 DTYPE_NUMBER = {torch.uint8: 0, torch.int8: 1, torch.float32: 6}
-
-
-class PackedInt8Weight(NamedTuple):
-    """What `int8_conv2d` needs to know about a layer, prepared once by `pack_int8_weight`."""
-
-    weight: Tensor  # int8 (O, C/groups, kH, kW): the canonical weight
-    bias: Tensor  # int32 (O,), at scale input_scale * weight_scale[o]
-    weight_scale: Tensor  # float32 (O,)
-    packed: Tensor  # uint8: the weight in one kernel's order, behind a header that says which; may be empty
-    input_scale: float
-    input_zero_point: int
-    groups: int
-
-
-def pack_int8_weight(
-    weight: Tensor,
-    weight_scale: float | Tensor,
-    bias: Tensor | None = None,
-    *,
-    input_scale: float,
-    input_zero_point: int = 0,
-    groups: int = 1,
-) -> PackedInt8Weight:
-    """Check a layer's weights and bring them into the order of the active kernel.
-
-    Args:
-        weight: int8 (O, C/groups, kH, kW), symmetric: real weight = weight * weight_scale[o].
-        weight_scale: positive, one number or (O,) floats; kept as float32.
-        bias: (O,) floats in real units, or None. Rounded half to even, once, to int32 at scale
-            `input_scale * weight_scale[o]`, as in ONNX QLinearConv and TFLite.
-        input_scale: positive scale of the activations that the layer will see.
-        input_zero_point: their zero point, 0..255 for uint8 input and -128..127 for int8 input.
-        groups: as in `torch.nn.functional.conv2d`.
-
-    Raises:
-        TypeError: `weight` is not int8, or `bias` not floating.
-        ValueError: a shape, scale or zero point is out of range, or the sum of a channel could leave int32; the
-            message names the argument and the channel. The bound is exact for the given weights: with
-            d = input - input_zero_point, every sum lies between `bias - ΣW⁺·(-min d) - ΣW⁻·max d` and
-            `bias + ΣW⁺·max d + ΣW⁻·(-min d)`, W⁺ and W⁻ the magnitudes of the positive and negative weights.
-
-    The packed bytes belong to one instruction set. Elsewhere they are ignored, and every call packs anew.
-    """
-    _check_weight(weight, groups)
-    scale = _scale_tensor(weight_scale, weight)
-    check_scale("input_scale", input_scale)
-    check_zero_point("input_zero_point", input_zero_point, -128, 255)
-    _check_scale_values(scale)
-    _check_bias(bias, weight)
-    bias_int32 = _quantize_bias(bias, scale, input_scale)
-    _check_sums(weight, bias, scale, bias_int32, input_scale, input_zero_point)
-    canonical = weight.detach().contiguous()
-    return PackedInt8Weight(
-        canonical, bias_int32, scale, pack_bytes(canonical, groups), float(input_scale), int(input_zero_point), groups
-    )
+# The calls that eager mode has made on a processor, as `int8_conv2d_prepared` takes them.
+_CALLS: PreparedCalls[Tensor] = PreparedCalls()
 
 
 def int8_conv2d(
@@ -149,11 +111,25 @@ def int8_conv2d(
     Raises:
         TypeError: a wrong dtype. ValueError: anything else that is out of range; the message names the argument.
     """
+    key = None
+    if not is_compiling() and type(weight) is PackedInt8Weight and type(input) is Tensor:
+        key = (
+            input.dtype, None if residual is None else residual.dtype, output_scale, output_zero_point, output_dtype,
+            stride, padding, dilation, output_min, output_max, residual_scale, residual_zero_point, requantize,
+            bias is None and input_scale is None and weight_scale is None and groups == 1 and input_zero_point == 0,
+        )  # fmt: skip
+        call = _CALLS.find(weight, key)
+        if call is not None:
+            try:
+                again: Tensor = _prepared_op(input, weight.packed, call, residual)
+                return again
+            except RuntimeError:  # the checks that follow say it better
+                pass
     if isinstance(weight, PackedInt8Weight):
         check_packed_alone(bias, input_scale, input_zero_point, weight_scale, groups)
         layer = weight
     else:
-        layer = _layer_of(weight, bias, weight_scale, input_scale, input_zero_point, groups)
+        layer = unpacked_layer(weight, bias, weight_scale, input_scale, input_zero_point, groups)
     shape, kernel, input_dtype = input.shape, layer.weight.shape, input.dtype
     _check_input(input, shape, kernel, input_dtype, layer)
     # The common cases without a call: the checks of a small layer took half as long as its arithmetic.
@@ -178,13 +154,7 @@ def int8_conv2d(
         raise ValueError(f"requantize: expected 'float' or 'shift', got {requantize!r}")
     if requantize == "shift":
         check_powers_of_two(layer, output_scale, residual_scale)
-    output: Tensor = _op(
-        input,
-        layer.weight,
-        layer.bias,
-        layer.weight_scale,
-        layer.packed,
-        residual,
+    arguments = (
         layer.input_scale,
         layer.input_zero_point,
         output_scale,
@@ -200,136 +170,48 @@ def int8_conv2d(
         residual_zero_point,
         requantize == "shift",
     )
+    if key is not None and input.is_cpu:
+        call = _prepare(layer, input_dtype, None if residual is None else residual.dtype, *arguments)
+        if call is not None:
+            _CALLS.remember(layer, key, call)
+            first: Tensor = _prepared_op(input, layer.packed, call, residual)
+            return first
+    output: Tensor = _op(
+        input, layer.weight, layer.bias, layer.weight_scale, layer.packed, residual, *arguments
+    )  # fmt: skip
     return output
 
 
-def pack_bytes(weight: Tensor, groups: int) -> Tensor:
-    """`weight` in the order of the kernel of its device; empty where no compiled kernel will read it.
-
-    A processor's bytes stand behind a header that says whose they are; those of CUDA have two axes instead.
-    """
-    if weight.is_cuda and registration.has_kernel("int8_conv2d", "CUDA"):
-        return cuda_rows(weight)
-    core = _native.core()
-    if core is None or _native.backend() != "native" or weight.device.type != "cpu":
-        return torch.empty(0, dtype=torch.uint8, device=weight.device)
-    packed = torch.empty(core.int8_conv2d_packed_bytes(tuple(weight.shape), groups), dtype=torch.uint8)
-    core.int8_conv2d_pack(weight.numpy(), groups, packed.numpy())
-    return packed
-
-
-def cuda_rows(weight: Tensor) -> Tensor:
-    """`weight` as the CUDA kernels read it: uint8 (O, taps * C / groups, padded with zeros)."""
-    rows = weight.permute(0, 2, 3, 1).flatten(1)
-    return F.pad(rows, (0, -rows.shape[1] % CUDA_ROW)).view(torch.uint8)
-
-
-def _layer_of(
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_scale: float | Tensor | None,
-    input_scale: float | None,
+def _prepare(
+    layer: PackedInt8Weight,
+    input_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    input_scale: float,
     input_zero_point: int,
+    output_scale: float | None,
+    output_zero_point: int,
+    output_dtype: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
     groups: int,
-) -> PackedInt8Weight:
-    """An unpacked weight as a layer with no packed bytes. Compiled graphs skip the checks that look at values."""
-    if input_scale is None:
-        raise ValueError("input_scale: expected a positive number beside an unpacked weight, got None")
-    if weight_scale is None:
-        raise ValueError("weight_scale: expected a positive number or a tensor beside an unpacked weight, got None")
-    _check_weight(weight, groups)
-    check_scale("input_scale", input_scale)
-    check_zero_point("input_zero_point", input_zero_point, -128, 255)
-    _check_bias(bias, weight)
-    scale = _scale_tensor(weight_scale, weight)
-    bias_int32 = _quantize_bias(bias, scale, input_scale)
-    if not torch.compiler.is_compiling():
-        _check_scale_values(scale)
-        _check_sums(weight, bias, scale, bias_int32, input_scale, input_zero_point)
-    packed = torch.empty(0, dtype=torch.uint8, device=weight.device)
-    return PackedInt8Weight(weight, bias_int32, scale, packed, input_scale, input_zero_point, groups)
-
-
-def _scale_tensor(weight_scale: float | Tensor, weight: Tensor) -> Tensor:
-    channels = weight.shape[0]
-    if isinstance(weight_scale, Tensor):
-        if not weight_scale.is_floating_point():
-            raise TypeError(f"weight_scale: expected floats, got {weight_scale.dtype}")
-        if weight_scale.dim() > 1 or (weight_scale.dim() == 1 and weight_scale.shape[0] not in (1, channels)):
-            raise ValueError(f"weight_scale: expected 1 or {channels} numbers, got shape {tuple(weight_scale.shape)}")
-        if weight_scale.device != weight.device:
-            raise ValueError(f"weight_scale: expected on the weight's {weight.device}, got {weight_scale.device}")
-        return weight_scale.detach().to(torch.float32).expand(channels).contiguous()
-    check_scale("weight_scale", weight_scale)
-    return torch.full((channels,), weight_scale, dtype=torch.float32, device=weight.device)
-
-
-def _quantize_bias(bias: Tensor | None, scale: Tensor, input_scale: float) -> Tensor:
-    if bias is None:
-        return torch.zeros(scale.shape[0], dtype=torch.int32, device=scale.device)
-    # Channels that leave int32 or are not finite are reported by _check_sums.
-    steps = bias.detach().double() / (float(input_scale) * scale.double())
-    return torch.round(steps).nan_to_num(0.0).clamp(-(2.0**31), INT32_MAX).to(torch.int32)
-
-
-def _check_weight(weight: Tensor, groups: int) -> None:
-    if not isinstance(weight, Tensor) or weight.dtype != torch.int8:
-        raise TypeError(f"weight: expected an int8 tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
-    if weight.dim() != 4 or 0 in weight.shape:
-        raise ValueError(f"weight: expected (O, C/groups, kH, kW) with no empty axis, got {tuple(weight.shape)}")
-    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}")
-
-
-def _check_scale_values(scale: Tensor) -> None:
-    good = (scale >= SCALE_MIN) & (scale <= SCALE_MAX)
-    if not bool(good.all()):
-        channel = int(good.logical_not().nonzero()[0])
-        raise ValueError(
-            f"weight_scale: expected positive finite numbers in [2^-48, 2^24], got {float(scale[channel])} for output "
-            f"channel {channel}"
-        )
-
-
-def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
-    if bias is None:
-        return
-    if not bias.is_floating_point():
-        raise TypeError(f"bias: expected floats in real units, got {bias.dtype}")
-    if tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias: expected ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if bias.device != weight.device:
-        raise ValueError(f"bias: expected on the weight's {weight.device}, got {bias.device}")
-
-
-def _check_sums(
-    weight: Tensor, bias: Tensor | None, scale: Tensor, bias_int32: Tensor, input_scale: float, zero_point: int
-) -> None:
-    """No input of either dtype that can have this zero point may carry a channel's sum out of int32."""
-    if bias is not None:
-        steps = bias.detach().double() / (float(input_scale) * scale.double())
-        bad = ~(steps.abs() <= INT32_MAX)
-        if bool(bad.any()):
-            channel = int(bad.nonzero()[0])
-            raise ValueError(
-                f"bias: {float(bias[channel])} of output channel {channel} is {float(steps[channel]):.3g} steps of "
-                f"input_scale*weight_scale, which int32 cannot hold; expected at most {INT32_MAX}: use a larger "
-                f"weight_scale for this channel"
-            )
-    w = weight.flatten(1).long()
-    positive, negative = w.clamp(min=0).sum(1), -w.clamp(max=0).sum(1)
-    above = 127 - zero_point if zero_point < 0 else 255 - zero_point  # a negative zero point means int8 input
-    below = zero_point if zero_point > 127 else zero_point + 128  # one above 127 means uint8 input
-    highest = bias_int32.long() + positive * above + negative * below
-    lowest = bias_int32.long() - positive * below - negative * above
-    bad = (highest > INT32_MAX) | (lowest < -INT32_MAX - 1)
-    if bool(bad.any()):
-        channel = int(bad.nonzero()[0])
-        raise ValueError(
-            f"weight: the sum of output channel {channel} could reach {int(highest[channel])} or "
-            f"{int(lowest[channel])}, outside of int32; expected fewer than {w.shape[1]} weights, smaller ones, or a "
-            f"smaller bias"
-        )
+    output_min: float | None,
+    output_max: float | None,
+    residual_scale: float,
+    residual_zero_point: int,
+    shift: bool,
+) -> Tensor | None:
+    """A checked call as `int8_conv2d_prepared` takes it; None where no compiled kernel reads the packed bytes."""
+    core = _native.core()
+    if core is None or _native.backend() != "native" or layer.packed.numel() == 0:
+        return None
+    found = core.int8_conv2d_prepare(
+        tuple(layer.weight.shape), groups, layer.packed.numpy(), layer.bias.numpy(), layer.weight_scale.numpy(),
+        input_dtype == torch.int8, None if residual_dtype is None else residual_dtype == torch.int8,
+        output_dtype == DTYPE_NUMBER[torch.int8], input_scale, input_zero_point, output_scale, output_zero_point,
+        stride, padding, dilation, output_min, output_max, residual_scale, residual_zero_point, shift,
+    )  # fmt: skip
+    return None if found is None else torch.from_numpy(found)
 
 
 def _check_input(
@@ -362,22 +244,6 @@ def _check_residual(
         raise ValueError(f"residual: expected on the input's {input.device}, got {residual.device}")
     check_scale("residual_scale", scale)
     check_zero_point("residual_zero_point", zero_point, *INTEGER_RANGE[residual.dtype])
-
-
-def check_powers_of_two(layer: PackedInt8Weight, output_scale: float | None, residual_scale: float | None) -> None:
-    """ValueError unless requantize='shift' can serve these scales; compiled graphs skip the tensor's values."""
-    check_shift_scales(input_scale=layer.input_scale, output_scale=output_scale, residual_scale=residual_scale)
-    if torch.compiler.is_compiling():
-        return
-    mantissa, exponent = torch.frexp(layer.weight_scale)
-    bad = mantissa != 0.5
-    if bool(bad.any()):
-        channel = int(bad.nonzero()[0])
-        raise ValueError(
-            f"weight_scale: expected powers of two with requantize='shift', got {float(layer.weight_scale[channel])} "
-            f"for output channel {channel}"
-        )
-    check_shift_span(layer.input_scale, int(exponent.min()), int(exponent.max()), residual_scale)
 
 
 def _output_dtype(dtype: torch.dtype, output_scale: float | None) -> torch.dtype:
@@ -424,4 +290,8 @@ _op = registration.register(
     reference=reference.int8_conv2d,
     fallback="int8_conv2d:int8_conv2d",
     fake=_fake,
+)
+# Never traced, and only for what `_prepare` made: the public function calls it in eager mode.
+_prepared_op = registration.register_native(
+    "int8_conv2d_prepared(Tensor input, Tensor packed, Tensor prepared, Tensor? residual) -> Tensor"
 )
