@@ -76,7 +76,8 @@ def test_a_folder_of_images_becomes_three_networks(images: Path, capfd: pytest.C
     assert result.returncode == 0, result.stderr
     (about,) = result.stderr.splitlines()  # no terminal: no progress line
     assert re.fullmatch(
-        r"images: 3 classes; \d+ training, \d+ validation, \d+ test images, grey, 16x16, in memory", about
+        r"images: 3 classes; \d+ training, \d+ validation, \d+ test images, grey, 16x16, in memory; batches of 32",
+        about,
     )
     for word in ("dense float", "pruned", "int8", "plain PyTorch loop", "runs/first"):
         assert word in result.stdout
@@ -114,7 +115,7 @@ def test_a_folder_of_images_becomes_three_networks(images: Path, capfd: pytest.C
     [
         (["train", "missing"], ["missing", "no such folder"]),
         (["train", "--config", "missing.yaml"], ["missing.yaml", "No such file"]),
-        (["train", "images", "--lr", "-1"], ["lr: expected a positive number, got -1.0"]),
+        (["train", "images", "--lr", "-1"], ["lr: expected a number that is not negative, got -1.0"]),
         (["train", "images", "--model", "resnet9"], ["model: expected one of resnet8", "got 'resnet9'"]),
         (["train", "images", "--experiment", "taken"], ["runs/taken", "exists already"]),
         (["train", "--resume", "runs/taken"], ["runs/taken/config.yaml", "No such file"]),
@@ -212,7 +213,7 @@ def test_help_is_quick_and_says_what_there_is(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help"])
     text = capsys.readouterr().out
-    for word in ("--data", "--model", "--batch-size", "--no-amp", "--config", "examples:", "default: 128"):
+    for word in ("--data", "--model", "--batch-size", "--no-amp", "--config", "examples:", "default: 512"):
         assert word in text
     code = (
         "import sys; from imgopt_fast.cli import main\n"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_training import make_images, press_ctrl_c_at, results, tiny, tiny_network
 from torch import nn
 
-from imgopt_fast.augment import Normalize, RandomResizedCrop
+from imgopt_fast.augment import Compose, Normalize, RandomResizedCrop
 from imgopt_fast.compress import Int8Config, MaskedSGD, PruneConfig, prune, qat
 from imgopt_fast.data import load_dataset
 from imgopt_fast.models import create_model
@@ -27,6 +27,7 @@ from imgopt_fast.training import (
     train,
 )
 from imgopt_fast.training.augmentation import Augmentation
+from imgopt_fast.training.batch_size import saved_bytes, with_batch_size
 from imgopt_fast.training.distributed import Process
 from imgopt_fast.training.images import load_images
 from imgopt_fast.training.network import requantize
@@ -213,6 +214,62 @@ def test_parts_of_a_batch_cover_it_with_their_halo() -> None:
     assert Process().share(2) is None
 
 
+# ------------------------------------------------------------------------------------------------------- batch size
+
+
+def test_what_the_backward_pass_keeps_is_counted() -> None:
+    """A convolution keeps its input, a batch norm its input and two numbers a channel, a ReLU its output."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5))
+    images = torch.rand(4, 2, 5, 5)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    each = 4 * 25 * (2 + 3 + 3) + 25 * 3  # in float32, and what dropout kept
+    some, more = (saved_bytes(model, part, None) for part in (images[:2], images))
+    assert more - some == pytest.approx(2 * each, abs=64 * 4)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize(
+    ("ways", "count", "free", "size", "lr"),
+    [
+        ({}, 10_000, None, 128, 0.2),
+        ({}, 2900, None, 64, 0.1),
+        ({}, 50, None, 8, 0.0125),
+        ({}, 10_000, 40, 16, 0.025),
+        ({}, 10_000, 0, 8, 0.0125),
+        ({"batch_size": 96}, 50, 0, 96, 0.15),
+        ({"grad_accum_steps": 4}, 2900, None, 64, 0.4),
+        ({"opt": "adamw"}, 2900, None, 64, 0.002 * 0.5**0.5),
+        ({"opt": "gd"}, 50, None, 8, 0.2),
+        ({"lr": 0.3}, 50, None, 8, 0.3),
+    ],
+)
+def test_few_images_and_little_memory_make_small_batches(
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ways: dict[str, Any],
+    count: int,
+    free: int | None,
+    size: int,
+    lr: float,
+) -> None:
+    """`free`: the images that the memory holds beside those that must stay free."""
+    dataset = load_dataset(images)
+    model, prepare = tiny_network(3, 1), Compose([Normalize((0.0,), (1.0,))])
+    precision = None
+    batch = prepare(dataset.train.first(4).images)
+    each = (saved_bytes(model, batch, precision) - saved_bytes(model, batch[:2], precision)) / 2
+    monkeypatch.setattr(
+        "imgopt_fast.training.batch_size.free_bytes", lambda device: None if free is None else 2 * free * each + 1
+    )
+    many = dataclasses.replace(dataset, train=dataset.train.take(torch.arange(count) % len(dataset.train)))
+    config = with_batch_size(TrainConfig(amp=False, **ways), many, model, prepare, Process())
+    assert config.batch_size == size
+    assert config.lr == pytest.approx(lr)
+    assert (config.prune_lr, config.qat_lr) == (pytest.approx(lr / 2), pytest.approx(lr / 40))
+    assert with_batch_size(config, dataset, model, prepare, Process()) == config
+
+
 # ------------------------------------------------------------------------------------------------------- transfer
 
 
@@ -277,6 +334,34 @@ def test_transfer_trains_the_head_alone(images: Path, first: Path, transfer: str
     assert len(report.epochs) == 6
     assert report.epochs[-1].train_loss < report.epochs[0].train_loss + 0.01
     assert report.stages[0].test_top1 > 0.5
+
+
+@pytest.mark.parametrize("transfer", ["frozen", "features"])
+def test_a_body_thaws_when_the_head_has_learned(
+    images: Path, first: Path, transfer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = QUICK | {"epochs": 4, "unfreeze": 2, "pretrained": str(first), "transfer": transfer}
+    whole = train(tiny(images, f"thawed {transfer}", **ways))
+    assert [(row.epoch, row.stage) for row in whole.epochs] == [(1, "head"), (2, "head"), (3, "dense"), (4, "dense")]
+    assert [row.stage for row in whole.stages] == ["dense"]
+    old, new = (load_weights(path / "model.safetensors") for path in (first, whole.path))
+    kept = {name for name in old if old[name].equal(new[name])}
+    assert kept == {f"{i}.{name}" for i in (1, 4) for name in ("running_mean", "running_var", "num_batches_tracked")}
+    for step in (3, 2 * 6 + 2)[transfer == "features" :]:  # while the head learns alone, and later
+        press_ctrl_c_at(monkeypatch, step if transfer == "frozen" else step - 2 * 6)
+        name = f"thawed {transfer} {step}"
+        with pytest.raises(InterruptedTrainingError):
+            train(tiny(images, name, **ways))
+        assert results(resume(images.parent / "runs" / name).path) == results(whole.path)
+
+
+def test_a_transferred_network_is_pruned_with_all_it_has(images: Path, first: Path) -> None:
+    ways = QUICK | {"prune_epochs": 1, "pretrained": str(first), "transfer": "frozen"}
+    path = train(tiny(images, "frozen and pruned", **ways)).path
+    dense, pruned = load_weights(path / "dense.safetensors"), load_weights(path / "model.safetensors")
+    kept = pruned["3.weight_mask"]
+    assert dense["3.weight"].equal(load_weights(first / "model.safetensors")["3.weight"])
+    assert not pruned["3.weight"][kept].isclose(dense["3.weight"][kept]).any()
 
 
 def test_finetuning_begins_where_the_other_ended(images: Path, first: Path) -> None:

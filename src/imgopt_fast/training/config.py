@@ -51,14 +51,23 @@ class TrainConfig:
         "features computed once, in seconds",
         choices=("finetune", "frozen", "features"),
     )
+    unfreeze: int | None = option(
+        None, "epochs of frozen or features after which the body learns, too, without batch norm's statistics"
+    )
     epochs: int = option(20, "epochs of dense training; 0 takes the network of --pretrained as it is")
-    batch_size: int = option(128, "images per step", "-b", "--batch-size")
-    lr: float = option(0.2, "highest learning rate")
+    batch_size: int = option(
+        0,
+        "images per step; 0: 128, or what leaves few images 32 steps an epoch and fits the memory",
+        "-b",
+        "--batch-size",
+    )
+    lr: float = option(
+        0.0, "highest learning rate; 0: 0.2 for a batch of 128 and in proportion, 0.002 and its root for adam and adamw"
+    )
     grad_accum_steps: int = option(1, "batches whose gradients make one update")
     opt: str = option(
         "sgd",
-        "optimizer; adam and adamw want an --lr of about 0.002; gd is gradient descent: one update per epoch from the "
-        "exact gradient of the whole training set",
+        "optimizer; gd is gradient descent: one update per epoch from the exact gradient of the whole training set",
         choices=("sgd", "adam", "adamw", "gd"),
     )
     momentum: float = option(0.9, "momentum of SGD (Nesterov's)")
@@ -90,7 +99,7 @@ class TrainConfig:
 
     sparsity: float = option(0.8, "share of the weights that pruning removes; 0 skips pruning")
     prune_epochs: int = option(6, "epochs of gradual pruning and recovery")
-    prune_lr: float = option(0.1, "highest learning rate while pruning")
+    prune_lr: float = option(0.0, "highest learning rate while pruning; 0: half of --lr")
     prune_warmup_epochs: float = option(0.5, "epochs over which the learning rate rises to --prune-lr")
     distill: str | None = option(None, "run folder of a teacher; without one, pruning learns from the dense network")
     distill_loss_weight: float = option(0.5, "share of the loss that is the teacher's; 0 learns from the labels alone")
@@ -107,7 +116,7 @@ class TrainConfig:
         choices=("int8", "pow2", "none"),
     )
     qat_epochs: int = option(1, "epochs of quantization-aware training before the quantization")
-    qat_lr: float = option(0.005, "highest learning rate of the quantization-aware training")
+    qat_lr: float = option(0.0, "highest learning rate of the quantization-aware training; 0: a fortieth of --lr")
     calibration: int = option(512, "training images that the quantization's ranges are measured on")
 
     seed: int = option(0, "seed of the initial weights, the order of the images and every random draw")
@@ -125,7 +134,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least = {
             "epochs": int(self.pretrained is None),
-            "batch_size": 1,
+            "batch_size": 0,
             "prune_epochs": 0,
             "calibration": 1,
             "seed": 0,
@@ -133,12 +142,12 @@ class TrainConfig:
         at_least |= {"qat_epochs": 0, "grad_accum_steps": 1, "grad_sampling": 1}
         for name, low in at_least.items():
             _expect(getattr(self, name) >= low, name, f"at least {low}", getattr(self, name))
-        for name in ("lr", "prune_lr", "qat_lr", "kd_temperature", "decay_epochs", "decay_rate"):
+        for name in ("kd_temperature", "decay_epochs", "decay_rate"):
             _expect(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         for name in ("momentum", "smoothing", "sparsity", "model_ema_decay"):
             _expect(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
-        rates = ("weight_decay", "warmup_epochs", "prune_warmup_epochs", "l1", "kd_hint_weight")
-        for name in (*rates, "degrees", "translate", "mixup", "cutmix"):
+        rates = ("lr", "prune_lr", "qat_lr", "weight_decay", "l1", "kd_hint_weight")
+        for name in (*rates, "warmup_epochs", "prune_warmup_epochs", "degrees", "translate", "mixup", "cutmix"):
             _expect(getattr(self, name) >= 0, name, "a number that is not negative", getattr(self, name))
         for name in ("hflip", "reprob"):
             _expect(0 <= getattr(self, name) <= 1, name, "a probability", getattr(self, name))
@@ -156,6 +165,9 @@ class TrainConfig:
             "--pretrained with it",
             self.transfer,
         )
+        if self.unfreeze is not None and self.epochs > 0:
+            _expect(self.transfer != "finetune", "unfreeze", "--transfer frozen or features with it", self.unfreeze)
+            _expect(0 < self.unfreeze < self.epochs, "unfreeze", "some of the --epochs", self.unfreeze)
         _expect(0 <= self.distill_loss_weight <= 1, "distill_loss_weight", "a share", self.distill_loss_weight)
         _expect(0 < self.validation < 0.5, "validation", "a share between 0 and 0.5", self.validation)
         _expect(self.img_size is None or self.img_size >= 8, "img_size", "at least 8", self.img_size)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from imgopt_fast.augment import Compose
 from imgopt_fast.compress import Pruner
 from imgopt_fast.data import Dataset, batches_per_epoch
+from imgopt_fast.training.allocator import freed_memory_kept
 from imgopt_fast.training.augmentation import Augmentation
 from imgopt_fast.training.checkpoint import FILE, SECONDS, Position, interruptible, restore, save_checkpoint
 from imgopt_fast.training.clock import Clock
@@ -108,9 +109,9 @@ def fit(
 
     done, total_steps = (at.epoch - stage.first_epoch) * steps + at.batch, stage.epochs * steps
     bar = Progress(stage.name, total_steps * config.batch_size, done=done * config.batch_size, shown=process.main)
-    with bar as progress, interruptible() as interrupted:
+    with bar as progress, interruptible() as interrupted, freed_memory_kept():
         while at.epoch < stage.end:
-            training_mode(model)
+            training_mode(model, keep_statistics=stage.keep_statistics)
             began, seen = time.perf_counter(), 0
             batches = train.shuffled(
                 config.batch_size,

@@ -21,6 +21,7 @@ from imgopt_fast.compress import Int8Config, PruneConfig, load_weights, prune, q
 from imgopt_fast.data import Dataset, Split, batches_per_epoch
 from imgopt_fast.models import create_model
 from imgopt_fast.training.augmentation import Augmentation
+from imgopt_fast.training.batch_size import with_batch_size
 from imgopt_fast.training.checkpoint import FILE as CHECKPOINT
 from imgopt_fast.training.checkpoint import load_checkpoint
 from imgopt_fast.training.config import TrainConfig
@@ -38,7 +39,7 @@ from imgopt_fast.training.report import Report, StageRow, write_report, write_su
 from imgopt_fast.training.run_folder import RunFolder
 from imgopt_fast.training.stages import planned
 from imgopt_fast.training.teachers import Teacher
-from imgopt_fast.training.transfer import freeze_body, read_checkpoint, transfer_weights
+from imgopt_fast.training.transfer import freeze_body, read_checkpoint, thaw, transfer_weights
 
 PRUNE_RAMP = 0.5  # share of the pruning steps over which weights are removed; the rest recovers
 PRUNE_UPDATES = 20  # mask updates on that way
@@ -57,7 +58,6 @@ def train(config: TrainConfig) -> Report:
     with joined(config.device) as process:
         path = Path(process.gather(str(_run_path(config)))[0])  # the name has a time in it
         with RunFolder.create(path, writes=process.main) as run:
-            run.write("config.yaml", config.save)
             return _train(config, run, process, None)
 
 
@@ -83,16 +83,18 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
     dataset = dataset.to(device)
     if process.main and dataset.skipped:
         logger.warning(f"{dataset.name}: left out {len(dataset.skipped)} images that cannot be read; see report.md")
-    if process.main:
-        logger.info(_about(dataset))
-    _check_world(config, dataset, process)
     prepare = preparation(config, mean, std)
+    torch.manual_seed(config.seed)
+    model, given = _start(config, dataset)
+    config = with_batch_size(config, dataset, model, prepare, process)
+    run.write("config.yaml", config.save)  # another machine would choose others
+    _check_world(config, dataset, process)
+    if process.main:
+        logger.info(_about(dataset, config))
     shape = dataset.validation.shape  # of the network's input
     augment = Augmentation(config, Normalize(mean, std), len(dataset.class_names), shape[1:])
     events = Events(run.path if process.main else None)
     fitting = Fitting(config, dataset, augment, prepare, run, process, events)
-    torch.manual_seed(config.seed)
-    model, given = _start(config, dataset)
     torch.manual_seed(config.seed + process.rank)  # dropout and sampled gradients differ between the processes
     teacher = load_network(Path(config.distill)).as_teacher(dataset) if config.distill is not None else None
     stages, files = planned(config), _weight_files(config, given)
@@ -105,17 +107,20 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
 
     for stage in stages:
         pruner = None
+        if config.transfer != "finetune" and not stage.frozen:
+            thaw(model)
         if stage.name == "pruned":
             pruner = prune(model, _prune_config(config, dataset))
         elif stage.name == "qat":
             model = qat(model.eval(), _calibration(config, fitting), _int8_config(config))
         if at is not None and stage.end <= at.epoch and stage.name != at.stage:
-            model.load_state_dict(load_weights(run.path / files[stage.name]))
+            if stage.name in files:  # a later one has the weights of those without
+                model.load_state_dict(load_weights(run.path / files[stage.name]))
         else:
             taught_by = teacher
-            if teacher is None and stage.name != "dense" and networks:  # the first network is the largest
+            if teacher is None and networks:  # the first network is the largest
                 taught_by = Teacher(next(iter(networks.values())), augment.normalize, shape[1:])
-            if stage.name == "dense" and config.transfer == "features":
+            if stage.frozen and config.transfer == "features":
                 epochs = fit_head(stage, model, fitting)
                 run.write("summary.csv", partial(write_summary, epochs=epochs))
             else:
@@ -168,7 +173,7 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
     return report
 
 
-def _about(dataset: Dataset) -> str:
+def _about(dataset: Dataset, config: TrainConfig) -> str:
     channels, height, width = dataset.train.shape
     kept = "streamed" if not isinstance(dataset.train, Split) else "in memory" if dataset.train.resident else "mapped"
     counts = ", ".join(
@@ -176,7 +181,10 @@ def _about(dataset: Dataset) -> str:
         for name, split in (("training", dataset.train), ("validation", dataset.validation), ("test", dataset.test))
     )
     colours = "grey" if channels == 1 else "colour"
-    return f"{dataset.name}: {len(dataset.class_names)} classes; {counts} images, {colours}, {width}x{height}, {kept}"
+    return (
+        f"{dataset.name}: {len(dataset.class_names)} classes; {counts} images, {colours}, {width}x{height}, {kept}; "
+        f"batches of {config.batch_size}"
+    )
 
 
 def _source(config: TrainConfig) -> Card | None:
@@ -241,7 +249,7 @@ def _calibration(config: TrainConfig, fitting: Fitting) -> list[torch.Tensor]:
 def _weight_files(config: TrainConfig, given: str) -> dict[str, str]:
     """Stages of the recipe and the files that keep their networks; the last one is the result."""
     names = [given] if given else []
-    names += [stage.name for stage in planned(config) if stage.name != "qat"]
+    names += [stage.name for stage in planned(config) if stage.name not in ("head", "qat")]
     names += ["int8"] * (config.quantize != "none")
     return {name: WEIGHTS if name == names[-1] else f"{name}.safetensors" for name in names}
 

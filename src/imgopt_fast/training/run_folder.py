@@ -1,5 +1,6 @@
 """The folder of one training. Every file in it is whole: written beside its place, flushed to the disk, then renamed.
 
+The folder is flushed as well, whose entry is what names the file: it would otherwise be the old one after a power cut.
 A training that fails before anything worth keeping exists takes its folder away with it.
 """
 
@@ -33,6 +34,8 @@ class RunFolder:
         run = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            for folder in made:
+                _flush(folder.parent)
             yield run
         except BaseException:
             if not run.keep:
@@ -50,12 +53,21 @@ class RunFolder:
         partial = path.with_name(f".partial-{name}")  # keeps the suffix, by which libraries choose the format
         try:
             writer(partial)
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
+            _flush(partial)
             partial.replace(path)
+            _flush(path.parent)
         except OSError as error:
             # A failed write does not name its file by itself.
             raise OSError(error.errno, error.strerror, str(path)) from error
         finally:
             partial.unlink(missing_ok=True)
         return path
+
+
+def _flush(path: Path) -> None:
+    """Wait until the file, or the list of a folder's files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

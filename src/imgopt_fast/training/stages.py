@@ -9,7 +9,8 @@ from imgopt_fast.training.config import TrainConfig
 class Stage:
     """Epochs under one optimizer and one rise and fall of the learning rate.
 
-    `amp`: whether autocast is wanted. `keep_zeros`: weights that are zero at its start stay zero.
+    `amp`: whether autocast is wanted. `keep_zeros`: weights that are zero at its start stay zero. `frozen`: only the
+    last layer learns. `keep_statistics`: batch norm normalizes by what it knows, and learns no other statistics.
     """
 
     name: str
@@ -19,6 +20,8 @@ class Stage:
     warmup_epochs: float
     amp: bool = True
     keep_zeros: bool = False
+    frozen: bool = False
+    keep_statistics: bool = False
 
     @property
     def end(self) -> int:
@@ -26,6 +29,7 @@ class Stage:
 
 
 TITLES = {
+    "head": "new last layer",
     "dense": "dense float",
     "pruned": "pruned",
     "distilled": "distilled",
@@ -36,8 +40,10 @@ TITLES = {
 
 def planned(config: TrainConfig) -> list[Stage]:
     """The stages of a training, in order; those without epochs are left out."""
+    head = min(config.unfreeze or 0, config.epochs)  # none where the network is taken as it is
     plan = [
-        ("dense", config.epochs, config.lr, config.warmup_epochs),
+        ("head", head, config.lr, config.warmup_epochs),
+        ("dense", config.epochs - head, config.lr, config.warmup_epochs),
         ("pruned", config.prune_epochs if config.sparsity > 0 else 0, config.prune_lr, config.prune_warmup_epochs),
         ("distilled", config.distilled_epochs(), config.prune_lr, config.prune_warmup_epochs),
         ("qat", config.qat_epochs if config.quantize != "none" else 0, config.qat_lr, 0.0),
@@ -45,7 +51,17 @@ def planned(config: TrainConfig) -> list[Stage]:
     stages: list[Stage] = []
     for name, epochs, lr, warmup in plan:
         if epochs > 0:
-            first = stages[-1].end if stages else 0
-            # The simulated rounding needs more digits than bfloat16 has.
-            stages.append(Stage(name, first, epochs, lr, min(warmup, epochs), name != "qat", name != "dense"))
+            stages.append(
+                Stage(
+                    name,
+                    first_epoch=stages[-1].end if stages else 0,
+                    epochs=epochs,
+                    lr=lr,
+                    warmup_epochs=min(warmup, epochs),
+                    amp=name != "qat",  # the simulated rounding needs more digits than bfloat16 has
+                    keep_zeros=name not in ("head", "dense"),
+                    frozen=name == "head" or (name == "dense" and config.transfer != "finetune" and not head),
+                    keep_statistics=name == "dense" and head > 0,
+                )
+            )
     return stages

@@ -3,7 +3,8 @@
 The weights of a checkpoint are taken where name and shape agree; the rows of the last layer are taken class by class,
 for the classes that carry the same name. Then the whole network learns (`finetune`, with `--layer-decay` the lower
 layers less), or only its last layer does: behind a frozen network that sees augmented images (`frozen`), or on features
-that are computed once (`features`), in seconds.
+that are computed once (`features`), in seconds. With `--unfreeze` the rest follows when the last layer has learned, so
+that the gradients of a random one do not undo what the body knows (Kumar et al. 2022).
 """
 
 import logging
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from imgopt_fast.compress import load_weights
 from imgopt_fast.nn import MaskedLinear
@@ -82,10 +84,20 @@ def freeze_body(model: nn.Module) -> None:
         parameter.requires_grad_(True)
 
 
-def training_mode(model: nn.Module) -> None:
-    """model.train(), but modules whose parameters are all frozen, batch norms as well, stay as they are."""
+def thaw(model: nn.Module) -> None:
+    """Everything learns again."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def training_mode(model: nn.Module, *, keep_statistics: bool = False) -> None:
+    """model.train(), but modules whose parameters are all frozen, batch norms as well, stay as they are.
+
+    `keep_statistics`: all batch norms normalize by the statistics that they have.
+    """
     model.train()
     for module in model.modules():
         own = list(module.parameters(recurse=False))
-        if own and not any(p.requires_grad for p in own):
+        frozen = own and not any(p.requires_grad for p in own)
+        if frozen or (keep_statistics and isinstance(module, _BatchNorm)):
             module.eval()
