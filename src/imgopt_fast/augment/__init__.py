@@ -13,21 +13,18 @@ from imgopt_fast.augment.color import (
     rgb_to_hsv,
     scale_color,
 )
+from imgopt_fast.augment.crops import CenterCrop, RandomCrop, RandomResizedCrop, Resize
 from imgopt_fast.augment.erasing import RandomErasing
 from imgopt_fast.augment.mixing import CutMix, MixUp
 from imgopt_fast.augment.policies import RandAugment, TrivialAugmentWide
-from imgopt_fast.augment.spatial import (
-    CenterCrop,
+from imgopt_fast.augment.transform import Compose, Params, Transform
+from imgopt_fast.augment.warps import (
     RandomAffine,
-    RandomCrop,
     RandomHorizontalFlip,
     RandomPerspective,
-    RandomResizedCrop,
     RandomRotation,
     RandomVerticalFlip,
-    Resize,
 )
-from imgopt_fast.augment.transform import Compose, Params, Transform
 from imgopt_fast.ops.photometric import adjust_hue, adjust_sharpness
 
 __all__ = [

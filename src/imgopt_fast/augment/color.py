@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from imgopt_fast.augment.arguments import Uniforms, between, interval, probability
 from imgopt_fast.augment.fold import Fold
 from imgopt_fast.augment.geometry import Size
-from imgopt_fast.augment.spatial import Uniforms, between, interval, probability
 from imgopt_fast.augment.transform import Draw, Transform
 from imgopt_fast.ops.photometric import adjust_hue
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from imgopt_fast.augment import philox
+from imgopt_fast.augment.arguments import CROP_ATTEMPTS, Uniforms, interval, probability, trial_sides
 from imgopt_fast.augment.fold import Fold
 from imgopt_fast.augment.geometry import Size
-from imgopt_fast.augment.spatial import CROP_ATTEMPTS, Uniforms, interval, probability, trial_sides
 from imgopt_fast.augment.transform import Draw, Transform
 
 

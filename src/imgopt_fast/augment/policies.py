@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from imgopt_fast.augment import geometry, tables
+from imgopt_fast.augment.arguments import Fill, Uniforms, fill_value, interpolation_name
 from imgopt_fast.augment.fold import Fold, Rows, Sampling
 from imgopt_fast.augment.geometry import Matrix, Size
-from imgopt_fast.augment.spatial import Fill, Uniforms, fill_value, interpolation_name
 from imgopt_fast.augment.transform import Draw, Transform
 from imgopt_fast.ops.photometric import adjust_sharpness
 

@@ -1,0 +1,88 @@
+"""What the transforms share: the checks of their arguments, and the distributions of their parameters.
+
+Every check raises ValueError and names the argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imgopt_fast.augment.geometry import Size
+from imgopt_fast.ops.affine_warp import INTERPOLATIONS
+
+Uniforms = NDArray[np.float64]
+Fill = float | Sequence[float]
+
+CROP_ATTEMPTS = 10  # torchvision's number of trials for a rectangle that fits
+
+# ---------------------------------------------------------------------------------------------------- distributions
+
+
+def between(u: Uniforms, bounds: tuple[float, float]) -> Uniforms:
+    low, high = bounds
+    return low + u * (high - low)
+
+
+def trial_sides(
+    u_area: Uniforms, u_aspect: Uniforms, size: Size, scale: tuple[float, float], log_ratio: tuple[float, float]
+) -> tuple[Uniforms, Uniforms]:
+    """Sides (a, b) of random rectangles with uniform area and log-uniform a / b, whole pixels; they may not fit."""
+    area = between(u_area, scale) * (size[0] * size[1])
+    ratio = np.exp(between(u_aspect, log_ratio))
+    return np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+
+
+def probability(p: float, name: str = "p") -> float:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {p}")
+    return float(p)
+
+
+def pair(name: str, values: Sequence[float]) -> tuple[float, float]:
+    if len(values) != 2:
+        raise ValueError(f"{name}: expected two numbers, got {values!r}")
+    return float(values[0]), float(values[1])
+
+
+def interval(name: str, values: Sequence[float]) -> tuple[float, float]:
+    low, high = pair(name, values)
+    if not low <= high:
+        raise ValueError(f"{name}: expected (low, high), got {values!r}")
+    return low, high
+
+
+def symmetric(name: str, value: float | Sequence[float]) -> tuple[float, float]:
+    """A number d stands for (-d, d)."""
+    if isinstance(value, (int, float)):
+        if value < 0:
+            raise ValueError(f"{name}: a single number must not be negative, got {value}")
+        return -float(value), float(value)
+    return interval(name, value)
+
+
+def height_width(size: int | Sequence[int]) -> Size:
+    values = (size, size) if isinstance(size, int) else tuple(size) * (2 if len(size) == 1 else 1)
+    if len(values) != 2 or not all(int(v) == v and v > 0 for v in values):
+        raise ValueError(f"size: expected a positive integer or (height, width), got {size!r}")
+    return int(values[0]), int(values[1])
+
+
+def interpolation_name(interpolation: Any) -> str:
+    """A name, or a member of torchvision's InterpolationMode."""
+    name = getattr(interpolation, "value", interpolation)
+    if name not in INTERPOLATIONS:
+        raise ValueError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
+    return str(name)
+
+
+def fill_value(fill: Fill | None) -> float | tuple[float, ...]:
+    if fill is None:
+        return 0.0
+    return float(fill) if isinstance(fill, (int, float)) else tuple(float(f) for f in fill)
