@@ -22,5 +22,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     register_affine_warp(m);
     register_int8_conv2d(m);
     register_masked_matmul(m);
+    register_philox(m);
     register_probe(m);
 }

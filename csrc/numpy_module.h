@@ -38,6 +38,7 @@ void parallel_units(int64_t units, int64_t grain, const Body& body) {
 void register_affine_warp(py::module_& m);
 void register_int8_conv2d(py::module_& m);
 void register_masked_matmul(py::module_& m);
+void register_philox(py::module_& m);
 void register_probe(py::module_& m);
 
 }  // namespace imgopt

@@ -65,6 +65,17 @@ def test_uniforms_follow_the_documented_counter(rng):
             assert list(u[4 * b : 4 * b + 4, n]) == [w / 2**32 for w in words]
 
 
+@pytest.mark.parametrize("samples", [0, 1, 31, 32, 33, 500])
+def test_compiled_numbers_are_numpys(samples, rng):
+    index = rng.integers(-(2**62), 2**62, samples)
+    blocks = np.array([0, 1, 9 << philox.BLOCK_BITS, 2**32 - 1], np.uint64)
+    for seed, epoch in ((0, 0), (2**64 - 1, 2**32 - 1), (2**70 + 5, 2**33 + 1), (-3, -1)):
+        words = index.astype(np.uint64)
+        expected = philox.uniforms_in_numpy(seed, epoch, words, blocks)
+        assert np.array_equal(philox.uniforms(seed, epoch, index[::-1], blocks)[:, ::-1], expected)
+    assert philox.uniforms(1, 2, index, blocks[:0]).shape == (0, samples)
+
+
 def test_uniforms_are_uniform_and_uncorrelated():
     u = philox.uniforms(11, 0, np.arange(20000), np.array([0, 1], np.uint64))
     assert u.min() >= 0

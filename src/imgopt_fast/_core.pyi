@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['active_isa', 'affine_warp', 'int8_conv2d', 'int8_conv2d_pack', 'int8_conv2d_packed_bytes', 'int8_conv2d_prepare', 'mask_structure', 'masked_matmul', 'measure_rates', 'set_isa', 'supported_isas']
+__all__: list[str] = ['active_isa', 'affine_warp', 'int8_conv2d', 'int8_conv2d_pack', 'int8_conv2d_packed_bytes', 'int8_conv2d_prepare', 'mask_structure', 'masked_matmul', 'measure_rates', 'philox_uniforms', 'set_isa', 'supported_isas']
 def active_isa() -> str:
     """
     Name of the instruction set in use.
@@ -42,6 +42,10 @@ def masked_matmul(input: numpy.ndarray, values: numpy.ndarray, bias: numpy.ndarr
 def measure_rates(l2_bytes: typing.SupportsInt | typing.SupportsIndex, l3_bytes: typing.SupportsInt | typing.SupportsIndex) -> dict[str, float]:
     """
     Rates of one core under the active instruction set, measured now: `fma` (flop/s) and `int8_dot` (op/s), a multiply-add being two; `read_*` and `copy_*` (bytes/s; a copy counts what it reads and what it writes) in buffers that fit L2, L3 or neither, for caches of the given sizes.
+    """
+def philox_uniforms(seed: typing.SupportsInt | typing.SupportsIndex, epoch: typing.SupportsInt | typing.SupportsIndex, index: numpy.typing.NDArray[numpy.uint64], blocks: numpy.typing.NDArray[numpy.uint64]) -> numpy.typing.NDArray[numpy.float64]:
+    """
+    Numbers in [0, 1), (4 * blocks, samples); see imgopt_fast.augment.philox.
     """
 def set_isa(name: str) -> None:
     """
