@@ -122,11 +122,17 @@ def test_scale_color():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_statistics(channels, layout):
     images = torch.randint(0, 256, (3, channels, 7, 9), dtype=torch.uint8).contiguous(memory_format=layout)
-    exact = images.double().mean((2, 3)) / 255
-    torch.testing.assert_close(statistics.mean_color(images), exact, rtol=0, atol=1e-14)
-    torch.testing.assert_close(statistics.mean_color(images.double() / 255), exact, rtol=0, atol=1e-14)
+    weights = torch.tensor([0.299, 0.587, 0.114] if channels == 3 else [1 / channels] * channels, dtype=torch.float64)
+
+    def exact(levels: torch.Tensor) -> torch.Tensor:
+        return (levels.double() / 255 * weights[:, None, None]).sum(1).mean((1, 2))
+
+    def check(found: torch.Tensor, expected: torch.Tensor) -> None:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+    check(statistics.mean_gray(images), exact(images))
+    check(statistics.mean_gray(images.double() / 255), exact(images))
     table = torch.randint(0, 256, (3, channels, 256), dtype=torch.uint8)
-    mapped = table.gather(2, images.flatten(2).long()).double().mean(2) / 255
-    torch.testing.assert_close(statistics.mean_color(images, table), mapped, rtol=0, atol=1e-14)
+    check(statistics.mean_gray(images, table), exact(table.gather(2, images.flatten(2).long()).view_as(images)))
     cut = images[:, :, 1:6, ::2]  # not contiguous in either layout
-    torch.testing.assert_close(statistics.mean_color(cut), cut.double().mean((2, 3)) / 255, rtol=0, atol=1e-14)
+    check(statistics.mean_gray(cut), exact(cut))

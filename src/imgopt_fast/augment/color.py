@@ -42,12 +42,13 @@ class ColorJitter(Transform):
         self.brightness = _factors("brightness", brightness)
         self.contrast = _factors("contrast", contrast)
         self.saturation = _factors("saturation", saturation)
+        ranges = {"brightness": self.brightness, "contrast": self.contrast, "saturation": self.saturation}
+        self._factors = [(i, name, bounds) for i, (name, bounds) in enumerate(ranges.items()) if bounds is not None]
         self.hue = _shifts(hue)
         self.words = 8 if self.hue else 3  # with a hue: its shift, and a place in the order for each of the four
 
     def draw(self, u: Uniforms, size: Size) -> Draw:
-        ranges = {"brightness": self.brightness, "contrast": self.contrast, "saturation": self.saturation}
-        draw: Draw = {name: between(u[i], r) for i, (name, r) in enumerate(ranges.items()) if r is not None}
+        draw: Draw = {name: between(u[i], bounds) for i, name, bounds in self._factors}
         if self.hue is not None:
             draw["hue"] = between(u[3], self.hue)
             draw["after_hue"] = (u[4:7] > u[7]).T  # whether brightness, contrast, saturation follow the hue
@@ -57,16 +58,16 @@ class ColorJitter(Transform):
         factors = [draw.get(name) for name in ("brightness", "contrast", "saturation")]
         if "hue" not in draw or fold.channels != 3:
             if any(f is not None for f in factors):
-                fold.color(*factors)
+                fold.color(factors[0], factors[1], factors[2])
             return
         later = draw["after_hue"].T
         before = [None if f is None else np.where(late, 1.0, f) for f, late in zip(factors, later, strict=True)]
         after = [None if f is None else np.where(late, f, 1.0) for f, late in zip(factors, later, strict=True)]
         if any(f is not None for f in factors):
-            fold.color(*before)
+            fold.color(before[0], before[1], before[2])
         fold.replace(adjust_hue(fold.images(), torch.from_numpy(draw["hue"])))
         if any(f is not None for f in factors):
-            fold.color(*after)
+            fold.color(after[0], after[1], after[2])
 
     def extra_repr(self) -> str:
         return f"brightness={self.brightness}, contrast={self.contrast}, saturation={self.saturation}, hue={self.hue}"
@@ -170,13 +171,13 @@ def scale_color(images: torch.Tensor, factor: float | Sequence[float] | torch.Te
     factors = np.asarray(factor.cpu() if isinstance(factor, torch.Tensor) else factor, dtype=np.float64)
     if factors.shape not in ((), (channels,), (n, channels), (1, channels), (n, 1)):
         raise ValueError(f"factor: expected a number, ({channels},) or ({n}, {channels}), got {factors.shape}")
-    factors = np.broadcast_to(factors, (n, channels))
+    if images.dtype != torch.uint8:
+        wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+        scale = torch.from_numpy(np.atleast_1d(factors)).to(images.device, wide)
+        return (images * scale.view(*scale.shape, 1, 1)).clamp(0, 1).to(images.dtype)
+    levels = np.rint(np.broadcast_to(factors, (n, channels))[:, :, None] * np.arange(256)).clip(0, 255)
     fold = Fold(images)
-    if images.dtype == torch.uint8:
-        levels = np.rint(factors[:, :, None] * np.arange(256)).clip(0, 255).astype(np.uint8)
-        fold.table(torch.from_numpy(levels).to(images.device))
-    else:
-        fold.color(brightness=factors)
+    fold.table(torch.from_numpy(levels.astype(np.uint8)).to(images.device))
     return fold.images()
 
 

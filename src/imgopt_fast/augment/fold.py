@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from imgopt_fast.augment import geometry
 from imgopt_fast.augment.geometry import Matrix, Size
-from imgopt_fast.augment.statistics import luma_weights, mean_color
+from imgopt_fast.augment.statistics import luma_weights, mean_gray
 from imgopt_fast.ops.affine_warp import INTERPOLATIONS, affine_warp
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.bool_]
+Touched = Rows | bool  # the samples that something concerns: a mask, or all (True) or none (False) of them
 
 
 class Sampling(NamedTuple):
@@ -49,11 +50,14 @@ class Sampling(NamedTuple):
 
 
 class Color(NamedTuple):
-    """A linear colour map per sample, `linear @ x + means @ mu + offset`, where mu is the source's mean colour."""
+    """x ↦ own·x + gray·(its grey) + mean·(mean grey of the source): three numbers per sample, (N,) each.
 
-    linear: Floats  # (N, C, C)
-    means: Floats | None  # (N, C, C): None until a contrast needs the mean
-    offset: Floats | None  # (N, C)
+    One such map after another is one again, because grey is linear and the grey of a grey is itself.
+    """
+
+    own: Floats
+    gray: Floats
+    mean: Floats | None  # None until a contrast needs the mean
 
 
 class Fold:
@@ -71,9 +75,9 @@ class Fold:
         self._matrix: Matrix | None = None
         self._sampling = Sampling()
         self._color: Color | None = None
-        self._tabled: Rows | None = None  # which samples the pending table, geometry or colour touches
-        self._warped: Rows | None = None  # flips left out: an earlier stage may still be done before them
-        self._colored: Rows | None = None
+        self._tabled: Touched = False  # which samples the pending table, geometry or colour touches
+        self._warped: Touched = False  # flips left out: an earlier stage may still be done before them
+        self._colored: Touched = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,7 +93,7 @@ class Fold:
     # ------------------------------------------------------------------------------------------ recording
 
     def warp(
-        self, matrix: Matrix, size: Size, sampling: Sampling, rows: Rows | None = None, *, flips: bool = False
+        self, matrix: Matrix, size: Size, sampling: Sampling, rows: Touched = True, *, flips: bool = False
     ) -> None:
         """Resample by `matrix` (N or 1, 2 or 3, 3) to `size`; `rows` says which samples it changes (all by default).
 
@@ -97,14 +101,14 @@ class Fold:
         """
         if self._color is not None and sampling.padding_mode == "constant":
             self._settle(self._colored, rows)
-        joined = self._sampling.join(sampling)
+        joined = sampling if self._matrix is None else self._sampling.join(sampling)
         if joined is None:
             self.images()
             joined = sampling
         self._sampling = joined
         self._matrix = matrix if self._matrix is None else _composed(self._matrix, matrix)
         if not flips:
-            self._warped = _union(self._warped, self._all(rows))
+            self._warped = self._warped | rows
         self.size = size
 
     def color(
@@ -112,26 +116,23 @@ class Fold:
         brightness: Floats | None = None,
         contrast: Floats | None = None,
         saturation: Floats | None = None,
-        rows: Rows | None = None,
+        rows: Touched = True,
     ) -> None:
-        """Scale about black, about the mean grey of the source, and about each pixel's own grey: factors, (N,) each.
-
-        `brightness` may be (N, C), a factor per channel.
-        """
-        step = _jitter(len(self), self.channels, brightness, contrast, saturation)
+        """Scale about black, about the mean grey of the source, and about each pixel's own grey: factors, (N,) each."""
+        step = _jitter(brightness, contrast, saturation)
         self._color = step if self._color is None else _after(self._color, step)
-        self._colored = _union(self._colored, self._all(rows))
+        self._colored = self._colored | rows
 
-    def table(self, table: torch.Tensor, rows: Rows | None = None) -> None:
+    def table(self, table: torch.Tensor, rows: Touched = True) -> None:
         """Replace pixels by table (N or 1, C, 256) uint8."""
         if self.dtype != torch.uint8:
             raise TypeError(f"images: expected uint8 before a lookup table, got {self.dtype}; normalise afterwards")
-        self._settle(_union(self._warped, self._colored), rows)
+        self._settle(self._warped | self._colored, rows)
         count = max(len(table), 1 if self._table is None else len(self._table))
         if self._table is not None:
             table = table.expand(count, -1, -1).gather(2, self._table.expand(count, -1, -1).long())
         self._table = table
-        self._tabled = _union(self._tabled, self._all(rows))
+        self._tabled = self._tabled | rows
 
     def normalize(self, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> None:
         """Do the pending work with normalisation and cast; later work starts from there."""
@@ -151,22 +152,17 @@ class Fold:
 
     def settled(self, rows: Rows) -> torch.Tensor:
         """The images with the pending work of at least `rows` done: what is still pending at most flips those."""
-        self._settle(_union(self._tabled, _union(self._warped, self._colored)), rows)
+        self._settle(self._tabled | self._warped | self._colored, rows)
         return self._images
 
     # ------------------------------------------------------------------------------------------ running
 
-    def _all(self, rows: Rows | None) -> Rows:
-        return np.ones(len(self), np.bool_) if rows is None else rows
-
-    def _settle(self, touched: Rows | None, rows: Rows | None) -> None:
+    def _settle(self, touched: Touched, rows: Touched) -> None:
         """Do the pending work of the samples that are in both, so that an earlier stage may follow it."""
-        if touched is None:
+        conflict = touched & rows
+        if not np.any(conflict):
             return
-        conflict = touched if rows is None else touched & rows
-        if not conflict.any():
-            return
-        if conflict.all() or self.size != tuple(self._images.shape[2:]):
+        if np.all(conflict) or self.size != tuple(self._images.shape[2:]):
             self.images()
             return
         chosen = np.flatnonzero(conflict)
@@ -184,16 +180,15 @@ class Fold:
             self._matrix[chosen] = np.eye(3)[: self._matrix.shape[1]]
         if self._color is not None:
             self._color = Color(*(None if part is None else part.copy() for part in self._color))  # type: ignore[arg-type]
-            self._color.linear[chosen] = np.eye(self.channels)
-            for part in self._color[1:]:
+            for part, neutral in zip(self._color, (1.0, 0.0, 0.0), strict=True):
                 if part is not None:
-                    part[chosen] = 0.0
+                    part[chosen] = neutral
         if self._table is not None:
             same = torch.arange(256, dtype=torch.uint8, device=index.device).expand(len(index), self.channels, 256)
             self._table = self._table.expand(n, -1, -1).index_copy(0, index, same)
-        for mask in (self._tabled, self._warped, self._colored):
-            if mask is not None:
-                mask[chosen] = False
+        rest = np.ones(n, np.bool_)
+        rest[chosen] = False
+        self._tabled, self._warped, self._colored = self._tabled & rest, self._warped & rest, self._colored & rest
 
     def _run(
         self,
@@ -235,6 +230,7 @@ class Fold:
 
 
 _IDENTITY = np.eye(3)[None, :2]
+_ONE = np.ones(1)
 
 # ------------------------------------------------------------------------------------------------ geometry
 
@@ -248,62 +244,48 @@ def _composed(first: Matrix, then: Matrix) -> Matrix:
     return result
 
 
-def _union(a: Rows | None, b: Rows | None) -> Rows | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a | b
-
-
 # ------------------------------------------------------------------------------------------------ colour
 
 
-def _jitter(
-    n: int, channels: int, brightness: Floats | None, contrast: Floats | None, saturation: Floats | None
-) -> Color:
+def _jitter(brightness: Floats | None, contrast: Floats | None, saturation: Floats | None) -> Color:
     """x ↦ b·(c·(s·x + (1-s)·grey(x)) + (1-c)·mean grey): with nothing clipped in between, the factors commute."""
-    grey = np.array((luma_weights(channels),) * channels)  # (C, C): x ↦ its grey in every channel
-    one = np.ones((n, 1))
-    b = one if brightness is None else brightness.reshape(n, -1)
-    c = one if contrast is None else contrast[:, None]
-    s = one if saturation is None else saturation[:, None]
-    linear = ((1 - s) * c * b)[:, :, None] * grey
-    diagonal = np.arange(channels)
-    linear[:, diagonal, diagonal] += s * c * b
-    means = None if contrast is None else ((1 - c) * b)[:, :, None] * grey
-    return Color(linear, means, None)
+    b, c, s = (_ONE if factor is None else factor for factor in (brightness, contrast, saturation))
+    both = b * c
+    own = both * s
+    return Color(own, both - own, None if contrast is None else b - both)
 
 
 def _after(first: Color, step: Color) -> Color:
-    """`step` applied to the result of `first`; the mean colour that `step` sees is `first` of the mean colour."""
-    linear = step.linear @ first.linear
-    means = None if first.means is None else step.linear @ first.means
-    offset = None if first.offset is None else (step.linear @ first.offset[..., None])[..., 0]
-    if step.means is not None:
-        seen = first.linear if first.means is None else first.linear + first.means
-        means = step.means @ seen if means is None else means + step.means @ seen
-        if first.offset is not None and offset is not None:
-            offset = offset + (step.means @ first.offset[..., None])[..., 0]
-    return Color(linear, means, offset)
+    """`step` applied to the result of `first`, the greys of which are `level` times the source's plus the mean's."""
+    level = first.own + first.gray
+    gray = step.own * first.gray + step.gray * level
+    mean = None if first.mean is None else (step.own + step.gray) * first.mean
+    if step.mean is not None:
+        added = step.mean * (level if first.mean is None else level + first.mean)
+        mean = added if mean is None else mean + added
+    return Color(step.own * first.own, gray, mean)
 
 
 def _color_tensor(color: Color, images: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
-    """(N, C, C + 1) float64 on the images' device; the mean colour is measured there, without a synchronisation."""
-    n, channels = color.linear.shape[:2]
+    """(N, C, C + 1) float64 on the images' device; the mean grey is measured there, without a synchronisation."""
+    n, channels = images.shape[:2]
     packed = np.zeros((n, channels, channels + 1))
-    packed[:, :, :channels] = color.linear
-    if color.offset is not None:
-        packed[:, :, channels] = color.offset
-    result = torch.from_numpy(packed).to(images.device)
-    if color.means is None:
+    packed[:, :, :channels] = color.gray[:, None, None] * np.array(luma_weights(channels))
+    packed.reshape(n, channels * (channels + 1))[:, :: channels + 2] += color.own[:, None]  # the diagonal
+    if color.mean is None:
+        return torch.from_numpy(packed).to(images.device)
+    if images.device.type != "cpu" or torch.compiler.is_compiling() or images.requires_grad:
+        result = torch.from_numpy(packed).to(images.device)
+        weight = torch.from_numpy(color.mean).to(images.device)
+        result[:, :, channels] = (weight * mean_gray(images, table))[:, None]
         return result
-    weights = torch.from_numpy(color.means).to(images.device)
-    if not torch.compiler.is_compiling() and not (needed := color.means.any(axis=(1, 2))).all():
-        chosen = torch.from_numpy(np.flatnonzero(needed)).to(images.device)  # the others' means are not worth measuring
-        seen = mean_color(images[chosen], table if table is None or len(table) == 1 else table[chosen])
-        result[chosen, :, channels] += torch.bmm(weights[chosen], seen[:, :, None])[:, :, 0]
-    else:
-        result[:, :, channels:].baddbmm_(weights, mean_color(images, table)[:, :, None])
-    return result
+    if np.count_nonzero(color.mean) == n:
+        packed[:, :, channels] = (color.mean * mean_gray(images, table).numpy())[:, None]
+    else:  # the others' means are not worth measuring
+        chosen = np.flatnonzero(color.mean)
+        seen = mean_gray(images[chosen], table if table is None or len(table) == 1 else table[chosen])
+        packed[chosen, :, channels] = (color.mean[chosen] * seen.numpy())[:, None]
+    return torch.from_numpy(packed)
 
 
 def _colored(

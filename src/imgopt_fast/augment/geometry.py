@@ -68,8 +68,10 @@ def homogeneous(matrix: M) -> M:
 
 def affine(a: ArrayLike, b: ArrayLike, c: ArrayLike, d: ArrayLike, e: ArrayLike, f: ArrayLike) -> Matrix:
     """x_in = a·x + b·y + c and y_in = d·x + e·y + f: (..., 2, 3); the arguments broadcast."""
-    entries = [np.asarray(v, dtype=np.float64) for v in (a, b, c, d, e, f)]
-    result = np.empty((*np.broadcast_shapes(*{v.shape for v in entries}), 2, 3))
+    entries = [v if isinstance(v, (float, np.ndarray)) else np.asarray(v, np.float64) for v in (a, b, c, d, e, f)]
+    shapes = {v.shape for v in entries if isinstance(v, np.ndarray)} - {()}
+    shape = shapes.pop() if len(shapes) == 1 else np.broadcast_shapes(*shapes)
+    result = np.empty((*shape, 2, 3))
     for i, value in enumerate(entries):
         result[..., i // 3, i % 3] = value
     return result
@@ -103,27 +105,25 @@ def resized_crop(top: ArrayLike, left: ArrayLike, height: ArrayLike, width: Arra
 def rotate_scale_shear(
     angle: ArrayLike,
     scale: ArrayLike,
-    shear: tuple[ArrayLike, ArrayLike],
+    shear: tuple[ArrayLike, ArrayLike] | None,
     center: tuple[ArrayLike, ArrayLike],
-    translate: tuple[ArrayLike, ArrayLike] = (0.0, 0.0),
+    translate: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Matrix:
     """Turns the image by `angle` degrees clockwise, scales and shears it about `center` (x, y), then moves it.
 
     The image moves by T · C · R(angle) · Shear_y · Shear_x · scale · C⁻¹, shears in degrees and of opposite sign (that
     is torchvision's order and sign); this is the inverse of that.
     """
-    rotation = np.radians(angle)
-    tan_x, tan_y = np.tan(np.radians(shear[0])), np.tan(np.radians(shear[1]))
-    cos, sin = np.cos(rotation), np.sin(rotation)
-    inverse_scale = 1.0 / np.asarray(scale, np.float64)
-    # Shear_x⁻¹ · Shear_y⁻¹ · R(-angle), where Shear_x⁻¹ = [1, tan_x; 0, 1] and Shear_y⁻¹ = [1, 0; tan_y, 1]
-    d = (tan_y * cos - sin) * inverse_scale
-    e = (tan_y * sin + cos) * inverse_scale
-    a = cos * inverse_scale + tan_x * d
-    b = sin * inverse_scale + tan_x * e
-    cx, cy = (np.asarray(c, np.float64) for c in center)
-    x, y = np.add(cx, translate[0]), np.add(cy, translate[1])
-    return affine(a, b, cx - a * x - b * y, d, e, cy - d * x - e * y)
+    rotation, inverse_scale = np.radians(angle), np.divide(1.0, scale)
+    a, b = np.cos(rotation) * inverse_scale, np.sin(rotation) * inverse_scale
+    d, e = -b, a
+    if shear is not None:
+        # Shear_x⁻¹ · Shear_y⁻¹ · R(-angle), where Shear_x⁻¹ = [1, tan_x; 0, 1] and Shear_y⁻¹ = [1, 0; tan_y, 1]
+        tan_x, tan_y = np.tan(np.radians(shear[0])), np.tan(np.radians(shear[1]))
+        d, e = tan_y * a - b, tan_y * b + a
+        a, b = a + tan_x * d, b + tan_x * e
+    x, y = center if translate is None else (np.add(center[0], translate[0]), np.add(center[1], translate[1]))
+    return affine(a, b, np.subtract(center[0], a * x + b * y), d, e, np.subtract(center[1], d * x + e * y))
 
 
 def homography(source: ArrayLike, target: ArrayLike) -> Matrix:
@@ -184,9 +184,9 @@ def from_torchvision(
     size: Size,
     *,
     angle: ArrayLike = 0.0,
-    translate: tuple[ArrayLike, ArrayLike] = (0.0, 0.0),
+    translate: tuple[ArrayLike, ArrayLike] | None = None,
     scale: ArrayLike = 1.0,
-    shear: tuple[ArrayLike, ArrayLike] = (0.0, 0.0),
+    shear: tuple[ArrayLike, ArrayLike] | None = None,
     center: tuple[float, float] | None = None,
 ) -> Matrix:
     """The map of `torchvision.transforms.functional.affine` for images of `size` (H, W): (..., 2, 3).

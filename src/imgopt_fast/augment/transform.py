@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -63,6 +63,15 @@ class Params:
 
     def __str__(self) -> str:
         return "\n".join(f"{i}: {self.describe(i)}" for i in range(self.count))
+
+
+class _Plan(NamedTuple):
+    """What all calls of a pipeline share."""
+
+    blocks: philox.Words  # of all leaves
+    starts: tuple[int, ...]  # where each leaf's numbers start among those of the blocks
+    names: tuple[str, ...]
+    labels: dict[str, tuple[str, ...]]
 
 
 class Transform(torch.nn.Module):
@@ -142,17 +151,14 @@ class Transform(torch.nn.Module):
         return self._drawn(count, size, generator, key)
 
     def _drawn(self, count: int, size: Size, generator: torch.Generator | None, key: Key | None) -> Params:
-        blocks, starts = self._plan
+        plan = self._plan
         seed, epoch, index = resolve_key(count, generator, key)
-        u = philox.uniforms(seed, epoch, index, blocks) if blocks.size else np.empty((0, count))
-        draws, names, current = [], [], size
-        labels: dict[str, tuple[str, ...]] = {}
-        for leaf, start in zip(self.leaves(), starts, strict=True):
+        u = philox.uniforms(seed, epoch, index, plan.blocks) if plan.blocks.size else np.empty((0, count))
+        draws, current = [], size
+        for leaf, start in zip(self.leaves(), plan.starts, strict=True):
             draws.append(leaf.draw(u[start : start + leaf.words], current))
-            names.append(type(leaf).__name__)
-            labels.update(leaf.labels)
             current = leaf.output_size(current)
-        return Params(tuple(names), tuple(draws), count, size, labels)
+        return Params(plan.names, tuple(draws), count, size, plan.labels)
 
     def _transform(self, batch: torch.Tensor, params: Params) -> torch.Tensor:
         # Images that need a gradient are not hidden from the compiler: it then breaks its graph at what it cannot hold.
@@ -168,14 +174,16 @@ class Transform(torch.nn.Module):
         return fold.images()
 
     @cached_property
-    def _plan(self) -> tuple[philox.Words, tuple[int, ...]]:
-        """The counter blocks of all leaves, and where each leaf's numbers start among them."""
+    def _plan(self) -> _Plan:
+        leaves = self.leaves()
         blocks: list[int] = []
         starts = []
-        for position, leaf in enumerate(self.leaves()):
+        for position, leaf in enumerate(leaves):
             starts.append(len(blocks) * philox.WORDS_PER_BLOCK)
             blocks += philox.blocks_of(position, leaf.words)
-        return np.array(blocks, np.uint64), tuple(starts)
+        labels = {name: values for leaf in leaves for name, values in leaf.labels.items()}
+        names = tuple(type(leaf).__name__ for leaf in leaves)
+        return _Plan(np.array(blocks, np.uint64), tuple(starts), names, labels)
 
     # ------------------------------------------------------------------------------------------ annotations
 

@@ -28,8 +28,6 @@ from imgopt_fast.augment.fold import Sampling
 from imgopt_fast.augment.geometry import Matrix, Size
 from imgopt_fast.augment.transform import Draw, Geometric
 
-_ONE = np.ones(1)
-
 
 class RandomHorizontalFlip(Geometric):
     """Mirrors left and right with probability `p`."""
@@ -113,9 +111,9 @@ class RandomAffine(Geometric):
         return geometry.from_torchvision(
             size,
             angle=draw["angle"],
-            translate=(0.0, 0.0) if translate is None else (translate[:, 0], translate[:, 1]),
-            scale=draw.get("scale", _ONE),
-            shear=(0.0, 0.0) if shear is None else (shear[:, 0], shear[:, 1]),
+            translate=None if translate is None else (translate[:, 0], translate[:, 1]),
+            scale=draw.get("scale", 1.0),
+            shear=None if shear is None else (shear[:, 0], shear[:, 1]),
             center=self.center,
         )
 
