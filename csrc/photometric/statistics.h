@@ -29,13 +29,16 @@ inline void sum_rows(const uint8_t* from, int64_t rows, int channels, int64_t* s
             __builtin_memcpy(&bytes, from + i * sizeof bytes, sizeof bytes);
             columns[i] += __builtin_convertvector(bytes, Words);
         }
+    // The columns of small images are as much work as their rows: the upper half joins the lower one while both begin
+    // with the same channel, a vector at a time.
     uint16_t column[kColumns];
+    uint32_t wide[kColumns];
     __builtin_memcpy(column, columns, sizeof column);
-    for (int c = 0; c < channels; ++c) {
-        int64_t sum = 0;
-        for (int i = c; i < kColumns; i += channels) sum += column[i];
-        sums[c] += sum;
-    }
+    for (int i = 0; i < kColumns; ++i) wide[i] = column[i];
+    int left = kColumns;
+    for (; left % 2 == 0 && left / 2 % channels == 0; left /= 2)
+        for (int i = 0; i < left / 2; ++i) wide[i] += wide[i + left / 2];
+    for (int i = 0; i < left; ++i) sums[i % channels] += wide[i];
 }
 
 // Sums of the bytes [0, count), channel by channel: byte i belongs to channel i % channels.
