@@ -307,6 +307,7 @@ def test_nothing_to_do_returns_the_images():
     images = photos()
     assert Compose([])(images) is images
     assert ColorJitter()(images) is images
+    assert ColorJitter(None, None, None, None)(images) is images
     assert RandomAffine(0)(images[:0]).shape == (0, 3, 20, 24)
 
 
@@ -428,6 +429,10 @@ def test_masks_are_sampled_nearest(dtype):
     ("make", "text"),
     [
         (lambda: RandomHorizontalFlip(1.5), "p: expected"),
+        (lambda: RandomHorizontalFlip(float("nan")), "p: expected"),
+        (lambda: RandomAffine(float("inf")), "degrees: expected a finite number"),
+        (lambda: RandomAffine(3, scale=(1.0, float("nan"))), "scale: expected a finite number"),
+        (lambda: augment.scale_color(photos()[0], 2.0), "images: expected"),
         (lambda: RandomAffine(-1), "degrees"),
         (lambda: RandomAffine((3, 1)), "degrees"),
         (lambda: RandomAffine(3, (0.1, 1.2)), "translate"),
@@ -457,6 +462,27 @@ def test_masks_are_sampled_nearest(dtype):
 )
 def test_bad_values_name_the_argument(make, text):
     with pytest.raises(ValueError, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: RandomHorizontalFlip("often"), "p: expected a number"),
+        (lambda: RandomAffine("much"), "degrees: expected"),
+        (lambda: RandomAffine(3, scale=1.5), "scale: expected two numbers"),
+        (lambda: RandomAffine(3, fill=["black"]), "fill: expected a number"),
+        (lambda: RandomResizedCrop(None), "size: expected"),
+        (lambda: RandomResizedCrop(8, ratio=("a", "b")), "ratio: expected a number"),
+        (lambda: CenterCrop(2.5), "size: expected"),
+        (lambda: ColorJitter("bright"), "brightness: expected"),
+        (lambda: RandAugment()(photos().float() / 255), "images: expected uint8"),
+        (lambda: augment.rgb_to_hsv(photos()), "images: expected a floating dtype"),
+        (lambda: augment.scale_color(photos().int(), 2.0), "images: expected uint8"),
+    ],
+)
+def test_wrong_types_name_the_argument(make, text):
+    with pytest.raises(TypeError, match=text):
         make()
 
 
@@ -516,7 +542,45 @@ def test_what_decides_by_values_compiles_into_one_graph(transforms, arrangement)
         assert torch.equal(ours, expected)
 
 
-def test_a_call_inside_a_compiled_function_draws_outside_the_graph():
+@pytest.mark.parametrize("size", [1, 6])
+def test_a_call_compiles_into_one_graph(size):
+    """Draws and all, with keys of every form that a call takes, a batch and one image."""
+    images, aug = photos(size), Compose([RandAugment(), *training_recipe().transforms, RandomErasing(1.0)])
+
+    def call(images: torch.Tensor, seed: int, epoch: int, index: torch.Tensor) -> torch.Tensor:
+        return aug(images, key=(seed, epoch, index)) * 2
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for seed, epoch in ((0, 3), (2**64 - 5, 4), (7, 5)):
+        index = torch.arange(size) + 10 * epoch
+        assert torch.equal(compiled(images, seed, epoch, index), call(images, seed, epoch, index))
+    assert len(set(map(float, (compiled(images, s, 0, torch.arange(size)).sum() for s in range(4))))) == 4
+    one = torch.compile(lambda image: aug(image, key=(1, 2, 3)), fullgraph=True, backend="aot_eager")
+    assert torch.equal(one(images[0]), aug(images[0], key=(1, 2, 3)))
+    listed = torch.compile(lambda x: aug(x, key=(1, 2, range(size))), fullgraph=True, backend="aot_eager")
+    assert torch.equal(listed(images), aug(images, key=(1, 2, range(size))))
+
+
+def test_a_compiled_call_without_a_key_draws_from_torchs_generator():
     images, aug = photos(), training_recipe()
-    compiled = torch.compile(lambda images: aug(images, key=(0, 3, range(6))) * 2, backend="eager")
-    torch.testing.assert_close(compiled(images), aug(images, key=(0, 3, range(6))) * 2)
+    compiled = torch.compile(lambda x: (aug(x), aug(x)), fullgraph=True, backend="aot_eager")
+    torch.manual_seed(9)
+    first, second = compiled(images)
+    assert not torch.equal(first, second)
+    torch.manual_seed(9)
+    assert torch.equal(aug(images), first)
+    assert torch.equal(aug(images), second)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at one
+def test_a_compiled_call_with_a_generator_or_a_gradient_leaves_the_graph():
+    images, aug = photos().double() / 255, Compose([RandomHorizontalFlip(), RandomAffine(10)])
+    compiled = torch.compile(lambda x: aug(x, key=(0, 3, range(6))) * 2, backend="eager")
+    leaf = images.clone().requires_grad_()
+    result = compiled(leaf)
+    torch.testing.assert_close(result, aug(images, key=(0, 3, range(6))) * 2)
+    result.sum().backward()
+    assert leaf.grad is not None
+    generator = torch.Generator().manual_seed(4)
+    drawn = torch.compile(lambda x: aug(x, generator=generator) * 2, backend="eager")(images)
+    assert torch.equal(drawn, aug(images, generator=generator.manual_seed(4)) * 2)

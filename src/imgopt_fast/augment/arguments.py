@@ -1,10 +1,11 @@
 """What the transforms share: the checks of their arguments, and the distributions of their parameters.
 
-Every check raises ValueError and names the argument.
+Every check names the argument: TypeError for what is no number where one is expected, ValueError for a wrong value.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,16 +40,27 @@ def trial_sides(
 # ---------------------------------------------------------------------------------------------------- arguments
 
 
+def number(name: str, value: Any) -> float:
+    """A finite number; TypeError or ValueError otherwise."""
+    if not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
 def probability(p: float, name: str = "p") -> float:
-    if not 0.0 <= p <= 1.0:
+    if not 0.0 <= number(name, p) <= 1.0:
         raise ValueError(f"{name}: expected a number in [0, 1], got {p}")
     return float(p)
 
 
 def pair(name: str, values: Sequence[float]) -> tuple[float, float]:
+    if not hasattr(values, "__len__") or isinstance(values, str):
+        raise TypeError(f"{name}: expected two numbers, got {values!r}")
     if len(values) != 2:
         raise ValueError(f"{name}: expected two numbers, got {values!r}")
-    return float(values[0]), float(values[1])
+    return number(name, values[0]), number(name, values[1])
 
 
 def interval(name: str, values: Sequence[float]) -> tuple[float, float]:
@@ -61,13 +73,15 @@ def interval(name: str, values: Sequence[float]) -> tuple[float, float]:
 def symmetric(name: str, value: float | Sequence[float]) -> tuple[float, float]:
     """A number d stands for (-d, d)."""
     if isinstance(value, (int, float)):
-        if value < 0:
+        if number(name, value) < 0:
             raise ValueError(f"{name}: a single number must not be negative, got {value}")
         return -float(value), float(value)
     return interval(name, value)
 
 
 def height_width(size: int | Sequence[int]) -> Size:
+    if not isinstance(size, int) and (not hasattr(size, "__len__") or isinstance(size, str)):
+        raise TypeError(f"size: expected a positive integer or (height, width), got {size!r}")
     values = (size, size) if isinstance(size, int) else tuple(size) * (2 if len(size) == 1 else 1)
     if len(values) != 2 or not all(int(v) == v and v > 0 for v in values):
         raise ValueError(f"size: expected a positive integer or (height, width), got {size!r}")
@@ -85,4 +99,4 @@ def interpolation_name(interpolation: Any) -> str:
 def fill_value(fill: Fill | None) -> float | tuple[float, ...]:
     if fill is None:
         return 0.0
-    return float(fill) if isinstance(fill, (int, float)) else tuple(float(f) for f in fill)
+    return float(fill) if isinstance(fill, (int, float)) else tuple(number("fill", f) for f in fill)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from imgopt_fast.augment.arguments import Uniforms, between, interval, probability
+from imgopt_fast.augment.arguments import Uniforms, between, interval, number, probability
 from imgopt_fast.augment.fold import Fold
 from imgopt_fast.augment.geometry import Size
 from imgopt_fast.augment.transform import Draw, Transform
@@ -27,16 +27,17 @@ class ColorJitter(Transform):
 
     Args:
         brightness, contrast, saturation: a number v for factors uniform in [max(0, 1 - v), 1 + v], or (low, high).
-            Contrast scales about the mean grey of the source.
-        hue: a number h ≤ 0.5 for shifts in [-h, h] turns of the colour circle, or (low, high); RGB only.
+            None leaves it. Contrast scales about the mean grey of the source.
+        hue: a number h ≤ 0.5 for shifts in [-h, h] turns of the colour circle, or (low, high); RGB only: other images
+            keep theirs. None leaves it.
     """
 
     def __init__(
         self,
-        brightness: float | Sequence[float] = 0.0,
-        contrast: float | Sequence[float] = 0.0,
-        saturation: float | Sequence[float] = 0.0,
-        hue: float | Sequence[float] = 0.0,
+        brightness: float | Sequence[float] | None = None,
+        contrast: float | Sequence[float] | None = None,
+        saturation: float | Sequence[float] | None = None,
+        hue: float | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.brightness = _factors("brightness", brightness)
@@ -74,7 +75,7 @@ class ColorJitter(Transform):
 
 
 class RandomGrayscale(Transform):
-    """Replaces the colours by their grey, in all channels, with probability `p`."""
+    """Replaces the colours by their grey, in all channels, with probability `p`; images of one channel stay."""
 
     words = 1
 
@@ -131,8 +132,11 @@ class Normalize(Transform):
 def rgb_to_hsv(images: torch.Tensor) -> torch.Tensor:
     """Hue, saturation and value of RGB images (..., 3, H, W), floating in [0, 1].
 
-    Hue is in turns, [0, 1), red at 0; saturation is (max - min) / max. Grey has hue 0, black saturation 0 too.
-    Hexcone model: A. R. Smith, "Color gamut transform pairs", SIGGRAPH 1978.
+    Hue is in turns, [0, 1), red at 0; saturation is (max - min) / max. Grey has hue 0, black saturation 0 too. The
+    result has the shape and dtype of `images`. Hexcone model: A. R. Smith, "Color gamut transform pairs", SIGGRAPH 1978.
+
+    Raises:
+        TypeError, ValueError: `images` is not floating, or has no three channels.
     """
     _check_rgb(images)
     r, g, b = images.unbind(-3)
@@ -150,7 +154,7 @@ def rgb_to_hsv(images: torch.Tensor) -> torch.Tensor:
 
 
 def hsv_to_rgb(images: torch.Tensor) -> torch.Tensor:
-    """The inverse of `rgb_to_hsv`; any real hue is taken modulo one turn."""
+    """The inverse of `rgb_to_hsv`; any real hue is taken modulo one turn. Raises what that raises."""
     _check_rgb(images)
     hue, saturation, value = images.unbind(-3)
     chroma = value * saturation
@@ -165,8 +169,16 @@ def hsv_to_rgb(images: torch.Tensor) -> torch.Tensor:
 def scale_color(images: torch.Tensor, factor: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
     """`images · factor`, clipped to the range of the dtype: (N, C, H, W), uint8 or floating in [0, 1].
 
-    `factor` is a number, one per channel (C,), or one per sample and channel (N, C).
+    `factor` is a number, one per channel (C,), or one per sample and channel (N, C). uint8 rounds half to even. The
+    result has the shape, dtype and layout of `images`.
+
+    Raises:
+        TypeError, ValueError: `images` or `factor` has a wrong dtype or shape; the text names it.
     """
+    if images.dim() != 4:
+        raise ValueError(f"images: expected (N, C, H, W), got {tuple(images.shape)}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"images: expected uint8 or a floating dtype, got {images.dtype}")
     n, channels = images.shape[:2]
     factors = np.asarray(factor.cpu() if isinstance(factor, torch.Tensor) else factor, dtype=np.float64)
     if factors.shape not in ((), (channels,), (n, channels), (1, channels), (n, 1)):
@@ -182,14 +194,18 @@ def scale_color(images: torch.Tensor, factor: float | Sequence[float] | torch.Te
 
 
 def _check_rgb(images: torch.Tensor) -> None:
+    if not images.is_floating_point():
+        raise TypeError(f"images: expected a floating dtype, values in [0, 1], got {images.dtype}")
     if images.dim() < 3 or images.shape[-3] != 3:
         raise ValueError(f"images: expected (..., 3, H, W), got {tuple(images.shape)}")
 
 
-def _factors(name: str, value: float | Sequence[float]) -> tuple[float, float] | None:
+def _factors(name: str, value: float | Sequence[float] | None) -> tuple[float, float] | None:
     """The interval of a factor; None where it is always one."""
+    if value is None:
+        return None
     if isinstance(value, (int, float)):
-        if value < 0:
+        if number(name, value) < 0:
             raise ValueError(f"{name}: a single number must not be negative, got {value}")
         low, high = max(0.0, 1.0 - value), 1.0 + value
     else:
@@ -199,7 +215,9 @@ def _factors(name: str, value: float | Sequence[float]) -> tuple[float, float] |
     return None if low == high == 1.0 else (low, high)
 
 
-def _shifts(hue: float | Sequence[float]) -> tuple[float, float] | None:
+def _shifts(hue: float | Sequence[float] | None) -> tuple[float, float] | None:
+    if hue is None:
+        return None
     low, high = (-float(hue), float(hue)) if isinstance(hue, (int, float)) else interval("hue", hue)
     if not -0.5 <= low <= high <= 0.5:
         raise ValueError(f"hue: expected shifts in [-0.5, 0.5], got {hue}")

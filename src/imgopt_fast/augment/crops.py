@@ -37,8 +37,10 @@ class RandomCrop(Geometric):
         size: of the crop.
         padding: pixels added before: one number, (left and right, top and bottom) or (left, top, right, bottom).
         pad_if_needed: also add what a smaller image lacks, on both sides; otherwise it is an error.
-        fill: of the padding, in the images' units.
+        fill: of the padding, a number or one per channel, in the images' units.
         padding_mode: "constant", "edge", "reflect" or "symmetric".
+
+    A call raises ValueError where the crop is larger than the padded images and `pad_if_needed` is false.
     """
 
     words = 2
@@ -92,6 +94,8 @@ class RandomResizedCrop(Geometric):
         ratio: (low, high) of width / height, log-uniform.
         interpolation: "nearest", "bilinear" or "bicubic".
         antialias: average first where the part is larger than the result (see `affine_warp`).
+
+    C. Szegedy et al., "Going deeper with convolutions", CVPR 2015; distributions and ten attempts as torchvision.
     """
 
     words = 2 * CROP_ATTEMPTS + 2

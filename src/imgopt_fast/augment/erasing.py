@@ -22,6 +22,7 @@ class RandomErasing(Transform):
     """With probability `p`, overwrites a rectangle.
 
     Args:
+        p: in [0, 1].
         scale: (low, high) of its area, as a fraction of the image.
         ratio: (low, high) of its height / width, log-uniform.
         value: a number, one per channel, or "random" for noise in every pixel: standard normal in

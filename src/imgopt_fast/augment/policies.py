@@ -79,7 +79,15 @@ class _Policy(Transform):
 
 
 class RandAugment(_Policy):
-    """`num_ops` random operations per sample, all of strength `magnitude` (of `num_magnitude_bins`)."""
+    """`num_ops` random operations per sample, all of strength `magnitude` (of `num_magnitude_bins`); uint8 images.
+
+    Args:
+        num_ops: at least 1.
+        magnitude: 0 to num_magnitude_bins - 1.
+        num_magnitude_bins: at least 2.
+        interpolation: of the geometric operations, "nearest" (torchvision's default), "bilinear" or "bicubic".
+        fill: what they bring in: a number, or one per channel, in levels; None is 0.
+    """
 
     def __init__(
         self,
@@ -110,7 +118,7 @@ class RandAugment(_Policy):
 
 
 class TrivialAugmentWide(_Policy):
-    """One random operation of random strength per sample."""
+    """One random operation of random strength per sample; uint8 images. Arguments as for RandAugment."""
 
     words = 3
 

@@ -87,6 +87,11 @@ class Transform(torch.nn.Module):
                                                  array, a sequence; an integer for a single image), names the samples
 
     With a key, a sample's draw does not depend on the batch that it comes in, the worker or the device.
+
+    Raises:
+        TypeError, ValueError: an argument of a constructor, or `images`, `generator`, `key`, `params` of a call, has a
+            wrong type, shape or value; the text names it. torchvision's arguments have torchvision's meaning, unless
+            the transform says otherwise.
     """
 
     words = 0  # uniform numbers that one sample takes
@@ -128,6 +133,8 @@ class Transform(torch.nn.Module):
 
     def forward(self, images: Images, *, generator: torch.Generator | None = None, key: Key | None = None) -> Images:
         batch, restore = as_batch(images)
+        if torch.compiler.is_compiling() and generator is None and not batch.requires_grad:
+            return restore(opaque.call(self, batch, key))  # type: ignore[no-any-return]
         params = self._make_params(len(batch), (batch.shape[2], batch.shape[3]), generator, key)
         return restore(self._transform(batch, params))  # type: ignore[no-any-return]
 
@@ -163,7 +170,7 @@ class Transform(torch.nn.Module):
     def _transform(self, batch: torch.Tensor, params: Params) -> torch.Tensor:
         # Images that need a gradient are not hidden from the compiler: it then breaks its graph at what it cannot hold.
         if torch.compiler.is_compiling() and not batch.requires_grad and any(leaf.decides for leaf in self.leaves()):
-            return opaque.call(self, batch, params.draws)
+            return opaque.replay(self, batch, params.draws)
         return self.carry_out(batch, params.draws)
 
     def carry_out(self, batch: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

@@ -177,7 +177,14 @@ class RandomRotation(Geometric):
 
 
 class RandomPerspective(Geometric):
-    """With probability `p`, moves each corner inwards by up to `distortion_scale` of half the image."""
+    """With probability `p`, moves each corner inwards by up to `distortion_scale` of half the image, whole pixels.
+
+    Args:
+        distortion_scale: in [0, 1].
+        p: in [0, 1].
+        interpolation: "nearest", "bilinear" (the default, as torchvision's) or "bicubic".
+        fill: what lies outside the image: a number, or one per channel, in the images' units.
+    """
 
     words = 9
 

@@ -17,7 +17,12 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the proces
 
 
 def register(
-    schema: str, *, reference: Callable[..., Any], fallback: str | None, fake: Callable[..., Any]
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fallback: str | None,
+    fake: Callable[..., Any],
+    tags: tuple[torch.Tag, ...] = (),
 ) -> torch._ops.OpOverload:
     """Define `schema` and register its plain-torch, Numba and fake implementations; returns the operation.
 
@@ -26,7 +31,7 @@ def register(
     reference serves the CPU.
     """
     name = schema.partition("(")[0]
-    LIBRARY.define(schema)
+    LIBRARY.define(schema, tags=tags)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     if fallback is not None and _native.backend() == "numba":
         LIBRARY.impl(name, _lazy(fallback), "CPU")
