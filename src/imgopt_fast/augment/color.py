@@ -133,7 +133,7 @@ def rgb_to_hsv(images: torch.Tensor) -> torch.Tensor:
     """Hue, saturation and value of RGB images (..., 3, H, W), floating in [0, 1].
 
     Hue is in turns, [0, 1), red at 0; saturation is (max - min) / max. Grey has hue 0, black saturation 0 too. The
-    result has the shape and dtype of `images`. Hexcone model: A. R. Smith, "Color gamut transform pairs", SIGGRAPH 1978.
+    result has the shape and dtype of `images`. A. R. Smith, "Color gamut transform pairs", SIGGRAPH 1978.
 
     Raises:
         TypeError, ValueError: `images` is not floating, or has no three channels.
