@@ -198,6 +198,36 @@ def test_matches_integer_oracle(isa: str, rng: np.random.Generator, geometry: di
         assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+# Paddings on every side and wider than a kernel, images lower and narrower than one, several images to a block.
+PADDED: list[dict[str, Any]] = [
+    {"c": 32, "o": 64, "h": 7, "w": 7, "n": 3, "padding": ((1, 1), (1, 1))},
+    {"c": 8, "o": 20, "h": 14, "w": 15, "padding": ((1, 1), (1, 1)), "stride": (2, 2)},
+    {"c": 4, "o": 33, "h": 9, "w": 12, "padding": ((2, 0), (0, 3))},
+    {"c": 4, "o": 48, "h": 9, "w": 40, "padding": ((4, 4), (4, 4)), "dilation": (4, 4)},
+    {"c": 4, "o": 96, "h": 6, "w": 6, "k": (5, 7), "padding": ((2, 2), (3, 3)), "n": 4},
+    {"c": 4, "o": 16, "h": 5, "w": 1, "padding": ((1, 1), (1, 1)), "n": 7},
+    {"c": 4, "o": 16, "h": 1, "w": 30, "padding": ((1, 1), (1, 1)), "n": 2},
+    {"c": 4, "o": 16, "h": 2, "w": 3, "padding": ((4, 5), (6, 4))},
+    {"c": 4, "o": 12, "h": 9, "w": 9, "k": (9, 9), "padding": ((4, 4), (4, 4))},
+    {"c": 32, "o": 32, "groups": 4, "h": 8, "w": 20, "padding": ((1, 1), (1, 1))},
+]
+
+
+@pytest.mark.parametrize("geometry", PADDED, ids=str)
+@pytest.mark.parametrize("mode", ["float", "shift", "residual", "real"])
+def test_taps_that_meet_padding_are_left_out(
+    isa: str, rng: np.random.Generator, geometry: dict[str, Any], mode: str
+) -> None:
+    """A zero point of 0, or -128 for int8, makes padding vanish from the sums; every epilogue of sorted pixels."""
+    for dtype, zero_point in ((torch.uint8, 0), (torch.int8, -128)):
+        changes: dict[str, Any] = {"input_zero_point": zero_point, "output_min": 0.0}
+        if mode == "real":
+            changes |= {"output_scale": None, "output_zero_point": 0, "output_dtype": None}
+        shift = {"power_of_two": True, "requantize": "shift"} if mode == "shift" else {}
+        with_residual = mode in ("shift", "residual")
+        check(*layer(rng, input_dtype=dtype, with_residual=with_residual, **geometry, **shift, **changes))
+
+
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_depthwise_lanes_and_strips(isa: str, rng: np.random.Generator, kernel: int, stride: int) -> None:

@@ -13,11 +13,11 @@
 //   kBlockPixels        output pixels of a block
 //   rows(vectors)       output pixels of the tallest tile of that width
 //   tiles(rows, vectors) the function that computes tiles of that size
+//   kSortedPixels       if it is there: of a block whose pixels are sorted; the tiles then heed `tap` and `at`
 #pragma once
 
-#include <string.h>
-
-#include "arithmetic.h"
+#include "rows.h"
+#include "tap_classes.h"
 
 namespace imgopt {
 namespace {
@@ -55,24 +55,18 @@ struct Tile {
     const Int8Conv2d* conv;
     const uint8_t* const* rows;  // rows[tap * row_stride + pixel]
     int64_t row_stride, taps;
+    const uint8_t* tap;  // which taps; null: the first ones, in order
     int64_t row_offset;  // where the group's channels begin in a pixel
     int64_t inner;       // bytes of one row, a multiple of 4
     const uint8_t* weight;
     int64_t pixel, pixels, channel, channels;
+    const int64_t* at;  // output pixel of every row; null: from `pixel` on
     ByteRange range;
     bool rare;             // to be stored a sum at a time
     const uint8_t* ahead;  // to be fetched meanwhile, so many bytes per pixel: a part of the next block's input
     int64_t ahead_bytes;
 };
 using TileFunction = void (*)(const Tile&);
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-// a / stride, rounded up; a division costs as much as a vector of pointers, and most strides are 1 or 2.
-inline int64_t steps_over(int64_t a, int64_t stride) {
-    return stride == 1 ? a : stride == 2 ? (a + 1) >> 1 : ceil_div(a, stride);
-}
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Inlined by force: gcc removes calls of a function that does nothing else.
 [[gnu::always_inline]] inline void prefetch(const uint8_t* from, int64_t bytes) {
@@ -88,8 +82,6 @@ struct Panels {
         : vectors(ceil_div(w.out_channels / w.groups, Isa::kLanes)), panels(ceil_div(vectors, Isa::kMaxVectors)) {}
     int64_t begin(int64_t panel) const { return vectors * panel / panels; }
 };
-
-inline int64_t taps_of(const Int8Weight& w) { return w.kernel_h * w.kernel_w; }
 
 // Products in a dword.
 template <class Isa>
@@ -144,129 +136,58 @@ void igemm_weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* packe
     }
 }
 
-// The cut of all output pixels into blocks of nearly equal size.
-struct Blocks {
-    int64_t pixels, blocks;
+template <class Isa>
+constexpr int64_t sorted_pixels() {
+    if constexpr (requires { Isa::kSortedPixels; }) return Isa::kSortedPixels;
+    return 0;
+}
 
-    Blocks(const Int8Conv2d& p, int64_t most) : pixels(p.batch * p.out_h * p.out_w), blocks(ceil_div(pixels, most)) {}
-    int64_t begin(int64_t block) const { return pixels * block / blocks; }
-};
+// Whether taps that meet only padding are left out.
+template <class Isa>
+bool skips_taps(const Int8Conv2d& p) {
+    return sorted_pixels<Isa>() > 0 && reading_of<Isa>(p) == Reading::taps && can_skip_taps(p);
+}
+
+template <class Isa>
+int64_t block_pixels(const Int8Conv2d& p) {
+    return skips_taps<Isa>(p) ? sorted_pixels<Isa>() : Isa::kBlockPixels;
+}
 
 template <class Isa>
 int64_t igemm_units(const Int8Conv2d& p) {
-    return Blocks(p, Isa::kBlockPixels).blocks * p.weight.groups * Panels<Isa>(p.weight).panels;
+    return Blocks(p, block_pixels<Isa>(p)).blocks * p.weight.groups * Panels<Isa>(p.weight).panels;
 }
 
-// Consecutive output pixels [m, m + run) of one row of image n, and of these the ones, [first, last), whose columns
-// x0 + i * stride .. of `width` pixels lie inside the image.
-struct Run {
-    int64_t n, oy, ox, run;
-
-    Run(const Int8Conv2d& p, int64_t m, int64_t end) {
-        const int64_t row = m / p.out_w;
-        ox = m % p.out_w;
-        n = row / p.out_h;
-        oy = row % p.out_h;
-        run = smaller(p.out_w - ox, end - m);
-    }
-    void inside(const Int8Conv2d& p, int64_t x0, int64_t width, int64_t& first, int64_t& last) const {
-        const int64_t room = p.in_w - width + 1 - x0;
-        first = x0 < 0 ? smaller(steps_over(-x0, p.stride_w), run) : 0;
-        last = room <= 0 ? 0 : smaller(steps_over(room, p.stride_w), run);
-        if (last <= first) first = last = run;
-    }
-};
-
-// Pointers to the input pixels of output pixels [begin, end), table[tap * row_stride + pixel - begin].
-inline void fill_table(const Int8Conv2d& p, int64_t begin, int64_t end, const uint8_t* padding, const uint8_t** table,
-                       int64_t row_stride) {
-    const int64_t step = p.stride_w * p.input_stride;
-    for (int64_t m = begin; m < end;) {
-        const Run r(p, m, end);
-        const uint8_t** out = table + (m - begin);
-        for (int64_t ky = 0; ky < p.weight.kernel_h; ++ky) {
-            const int64_t y = r.oy * p.stride_h - p.pad_top + ky * p.dilation_h;
-            const bool inside = y >= 0 && y < p.in_h;
-            for (int64_t kx = 0; kx < p.weight.kernel_w; ++kx, out += row_stride) {
-                const int64_t x0 = r.ox * p.stride_w - p.pad_left + kx * p.dilation_w;
-                int64_t first = r.run, last = r.run;
-                if (inside) r.inside(p, x0, 1, first, last);
-                const uint8_t* base = p.input + ((r.n * p.in_h + y) * p.in_w + x0) * p.input_stride;
-                for (int64_t i = 0; i < first; ++i) out[i] = padding;
-                for (int64_t i = first; i < last; ++i) out[i] = base + i * step;
-                for (int64_t i = last; i < r.run; ++i) out[i] = padding;
-            }
-        }
-        m += r.run;
+// Runs the tiles of `pixels` rows of the table. Of those that are needed, the first ones have a row more where the
+// pixels do not divide evenly.
+template <class Isa>
+void run_tiles(Tile& tile, int64_t pixels, int64_t vectors) {
+    const int64_t tiles = ceil_div(pixels, Isa::rows(vectors)), low = pixels / tiles, taller = pixels % tiles;
+    for (int64_t rows = low + 1; rows >= low; --rows) {
+        tile.pixels = rows * (rows > low ? taller : tiles - taller);
+        if (tile.pixels == 0) continue;
+        Isa::tiles(rows, vectors)(tile);
+        tile.rows += tile.pixels;
+        tile.pixel += tile.pixels;
+        if (tile.at) tile.at += tile.pixels;
+        tile.ahead += tile.pixels * tile.ahead_bytes;
     }
 }
 
-// Copies n bytes in pieces that may overlap; a call of memcpy for a few bytes costs more than the copy.
-inline void copy_bytes(uint8_t* out, const uint8_t* in, int64_t n) {
-    if (n >= 8) {
-        for (int64_t i = 0; i < n - 8; i += 8) memcpy(out + i, in + i, 8);
-        memcpy(out + n - 8, in + n - 8, 8);
-    } else if (n >= 4) {
-        memcpy(out, in, 4);
-        memcpy(out + n - 4, in + n - 4, 4);
-    } else {
-        for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+// The same where the pixels are sorted: tiles of one class have the same taps.
+template <class Isa, int64_t BLOCK>
+void run_classes(Tile& tile, const TapClasses<BLOCK>& classes, int64_t vectors) {
+    const int64_t all = tile.taps;
+    tile.at = classes.pixel;
+    for (int64_t c = 0; c < classes.count; ++c) {
+        if (classes.classes[c].pixels == 0) continue;
+        tile.tap = classes.classes[c].tap;
+        tile.taps = classes.classes[c].taps;
+        run_tiles<Isa>(tile, classes.classes[c].pixels, vectors);
     }
-}
-
-// Words hold the flipped byte; bytes stay as they are, for the tile to flip.
-inline void append(int8_t* out, const uint8_t* in, int64_t n, const Int8Conv2d&) {
-    copy_bytes(reinterpret_cast<uint8_t*>(out), in, n);
-}
-inline void append(int16_t* out, const uint8_t* in, int64_t n, const Int8Conv2d& p) {
-    const uint8_t flip = p.input_flip;
-    for (int64_t i = 0; i < n; ++i) out[i] = in[i] ^ flip;
-}
-
-// Collects the left operands of a block through the table: `pitch` products per pixel, kernel row after kernel row.
-template <class Product>
-void fill_strip(const Int8Conv2d& p, const uint8_t* const* table, int64_t row_stride, int64_t offset, int64_t pixels,
-                int64_t row_depth, int64_t pitch, Product* strip) {
-    const int64_t channels = p.weight.group_channels, kernel_w = p.weight.kernel_w;
-    for (int64_t tap = 0; tap < taps_of(p.weight); ++tap)
-        for (int64_t m = 0; m < pixels; ++m)
-            append(strip + m * pitch + tap / kernel_w * row_depth + tap % kernel_w * channels,
-                   table[tap * row_stride + m] + offset, channels, p);
-}
-
-// Pointers to the kernel rows of output pixels [begin, end), table[ky * row_stride + pixel - begin]: to the image where
-// a row lies inside of it with all its dwords (what follows the row meets weights of zero), otherwise to a copy in the
-// strip. Nothing is collected for most pixels, which was half of the time of a first layer before.
-template <class Product>
-void fill_rows(const Int8Conv2d& p, int64_t begin, int64_t end, const uint8_t* padding, int64_t row_depth,
-               Product* strip, const uint8_t** table, int64_t row_stride) {
-    const int64_t channels = p.weight.group_channels, kernel_w = p.weight.kernel_w, kernel_h = p.weight.kernel_h;
-    const int64_t step = p.stride_w * channels, input_bytes = p.batch * p.in_h * p.in_w * channels;
-    for (int64_t m = begin; m < end;) {
-        const Run r(p, m, end);
-        const int64_t x0 = r.ox * p.stride_w - p.pad_left;
-        for (int64_t ky = 0; ky < kernel_h; ++ky) {
-            const int64_t y = r.oy * p.stride_h - p.pad_top + ky * p.dilation_h;
-            const bool inside = y >= 0 && y < p.in_h;
-            const int64_t line = (r.n * p.in_h + y) * p.in_w * channels, room = input_bytes - row_depth - line;
-            int64_t first = r.run, last = r.run;
-            if (inside) r.inside(p, x0, kernel_w, first, last);
-            while (last > first && (sizeof(Product) > 1 || x0 * channels + (last - 1) * step > room)) --last;
-            const uint8_t** out = table + ky * row_stride + m - begin;
-            const uint8_t* base = p.input + line + x0 * channels;
-            for (int64_t i = first; i < last; ++i) out[i] = base + i * step;
-            for (int64_t i = first > 0 ? 0 : last; i < r.run; i = i + 1 == first ? last : i + 1) {
-                Product* copy = strip + ((m - begin + i) * kernel_h + ky) * row_depth;
-                out[i] = reinterpret_cast<const uint8_t*>(copy);
-                for (int64_t kx = 0; kx < kernel_w; ++kx) {
-                    const int64_t x = x0 + i * p.stride_w + kx;
-                    const bool real = inside && x >= 0 && x < p.in_w;
-                    append(copy + kx * channels, real ? p.input + line + x * channels : padding, channels, p);
-                }
-            }
-        }
-        m += r.run;
-    }
+    tile.at = nullptr;
+    tile.tap = nullptr;
+    tile.taps = all;
 }
 
 template <class Isa>
@@ -274,18 +195,21 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
     using Product = typename Isa::Product;
     const Int8Weight& w = p.weight;
     const Panels<Isa> panels(w);
-    constexpr int64_t most = Isa::kBlockPixels;
+    const int64_t most = block_pixels<Isa>(p);
     constexpr int64_t product_bytes = static_cast<int64_t>(sizeof(Product));
     const Blocks blocks(p, most);
     const int64_t depth = depth_of<Isa>(w), row_depth = row_depth_of<Isa>(w), per_group = w.out_channels / w.groups;
     const Reading reading = reading_of<Isa>(p);
-    const int64_t table_bytes = (taps_of(w) + 1) * most * 8, row_bytes = round_up(w.groups * w.group_channels, 64);
+    const bool skips = skips_taps<Isa>(p);
+    const int64_t table_entries = taps_of(w) * most, row_bytes = round_up(w.groups * w.group_channels, 64);
+    const int64_t table_bytes = ((skips ? 2 : 1) * table_entries + most) * 8;
     const int64_t strip_bytes = reading == Reading::taps ? 0 : most * depth * product_bytes;
     char* scratch = static_cast<char*>(thread_scratch(table_bytes + row_bytes + strip_bytes));
     const uint8_t** table = reinterpret_cast<const uint8_t**>(scratch);
+    const uint8_t** strip_rows = table + table_entries;
+    const uint8_t** sorted = strip_rows + most;  // where `skips`
     uint8_t* padding = reinterpret_cast<uint8_t*>(scratch + table_bytes);
     Product* strip = reinterpret_cast<Product*>(padding + row_bytes);
-    const uint8_t** strip_rows = table + taps_of(w) * most;
     for (int64_t m = 0; m < most; ++m) strip_rows[m] = reinterpret_cast<const uint8_t*>(strip + m * depth);
     memset(padding, p.input_zero_point ^ p.input_flip, static_cast<size_t>(row_bytes));
 
@@ -299,6 +223,7 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
     // 1 x 1 layers read every pixel once, by rows in an order that no hardware prefetcher follows.
     const bool streams = taps_of(w) == 1 && p.stride_h == 1 && p.stride_w == 1 && w.groups == 1;
     tile.ahead_bytes = streams ? ceil_div(p.input_stride, panels.panels) : 0;
+    TapClasses<sorted_pixels<Isa>()> classes;
     int64_t block_done = -1, group_done = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t panel = unit % panels.panels, group = unit / panels.panels % w.groups;
@@ -309,6 +234,10 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
                 fill_rows(p, first_pixel, first_pixel + pixels, padding, row_depth, strip, table, most);
             else
                 fill_table(p, first_pixel, first_pixel + pixels, padding, table, most);
+            if (skips) {
+                classes.sort(p, first_pixel, first_pixel + pixels);
+                if (classes.count > 1) classes.sort_table(table, taps_of(w), pixels, most, sorted);
+            }
             group_done = -1;
         }
         block_done = block;
@@ -322,19 +251,13 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
         tile.weight = p.packed + (group * panels.vectors + vector) * Isa::kLanes * depth * product_bytes;
         tile.channel = group * per_group + channel;
         tile.channels = smaller(per_group - channel, vectors * Isa::kLanes);
-        tile.rows = reading == Reading::strip ? strip_rows : table;
+        tile.rows = reading == Reading::strip ? strip_rows : classes.count > 1 ? sorted : table;
         tile.pixel = first_pixel;
         tile.ahead = p.input + (first_pixel + pixels) * p.input_stride + panel * pixels * tile.ahead_bytes;
-        // Of the tiles that are needed, the first ones have a row more where the pixels do not divide evenly.
-        const int64_t tiles = ceil_div(pixels, Isa::rows(vectors)), low = pixels / tiles, taller = pixels % tiles;
-        for (int64_t rows = low + 1; rows >= low; --rows) {
-            tile.pixels = rows * (rows > low ? taller : tiles - taller);
-            if (tile.pixels == 0) continue;
-            Isa::tiles(rows, vectors)(tile);
-            tile.rows += tile.pixels;
-            tile.pixel += tile.pixels;
-            tile.ahead += tile.pixels * tile.ahead_bytes;
-        }
+        if (classes.count > 1)
+            run_classes<Isa>(tile, classes, vectors);
+        else
+            run_tiles<Isa>(tile, pixels, vectors);
     }
 }
 

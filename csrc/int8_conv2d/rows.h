@@ -1,0 +1,143 @@
+// Where the left operand of igemm.h lies: output pixels in blocks, runs of them in an image row, and the pointers to
+// their input pixels or kernel rows, through which padding costs nothing in the inner loop.
+#pragma once
+
+#include <string.h>
+
+#include "arithmetic.h"
+
+namespace imgopt {
+namespace {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// a / stride, rounded up; a division costs as much as a vector of pointers, and most strides are 1 or 2.
+inline int64_t steps_over(int64_t a, int64_t stride) {
+    return stride == 1 ? a : stride == 2 ? (a + 1) >> 1 : ceil_div(a, stride);
+}
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int64_t taps_of(const Int8Weight& w) { return w.kernel_h * w.kernel_w; }
+
+// The cut of all output pixels into blocks of nearly equal size.
+struct Blocks {
+    int64_t pixels, blocks;
+
+    Blocks(const Int8Conv2d& p, int64_t most) : pixels(p.batch * p.out_h * p.out_w), blocks(ceil_div(pixels, most)) {}
+    int64_t begin(int64_t block) const { return pixels * block / blocks; }
+};
+
+// Consecutive output pixels [m, m + run) of one row of image n, and of these the ones, [first, last), whose columns
+// x0 + i * stride .. of `width` pixels lie inside the image.
+struct Run {
+    int64_t n, oy, ox, run;
+
+    Run(const Int8Conv2d& p, int64_t m, int64_t end) {
+        const int64_t row = m / p.out_w;
+        ox = m % p.out_w;
+        n = row / p.out_h;
+        oy = row % p.out_h;
+        run = smaller(p.out_w - ox, end - m);
+    }
+    void inside(const Int8Conv2d& p, int64_t x0, int64_t width, int64_t& first, int64_t& last) const {
+        const int64_t room = p.in_w - width + 1 - x0;
+        first = x0 < 0 ? smaller(steps_over(-x0, p.stride_w), run) : 0;
+        last = room <= 0 ? 0 : smaller(steps_over(room, p.stride_w), run);
+        if (last <= first) first = last = run;
+    }
+};
+
+// Pointers to the input pixels of output pixels [begin, end), table[tap * row_stride + pixel - begin].
+inline void fill_table(const Int8Conv2d& p, int64_t begin, int64_t end, const uint8_t* padding, const uint8_t** table,
+                       int64_t row_stride) {
+    const int64_t step = p.stride_w * p.input_stride;
+    for (int64_t m = begin; m < end;) {
+        const Run r(p, m, end);
+        const uint8_t** out = table + (m - begin);
+        for (int64_t ky = 0; ky < p.weight.kernel_h; ++ky) {
+            const int64_t y = r.oy * p.stride_h - p.pad_top + ky * p.dilation_h;
+            const bool inside = y >= 0 && y < p.in_h;
+            for (int64_t kx = 0; kx < p.weight.kernel_w; ++kx, out += row_stride) {
+                const int64_t x0 = r.ox * p.stride_w - p.pad_left + kx * p.dilation_w;
+                int64_t first = r.run, last = r.run;
+                if (inside) r.inside(p, x0, 1, first, last);
+                const uint8_t* base = p.input + ((r.n * p.in_h + y) * p.in_w + x0) * p.input_stride;
+                for (int64_t i = 0; i < first; ++i) out[i] = padding;
+                for (int64_t i = first; i < last; ++i) out[i] = base + i * step;
+                for (int64_t i = last; i < r.run; ++i) out[i] = padding;
+            }
+        }
+        m += r.run;
+    }
+}
+
+// Copies n bytes in pieces that may overlap; a call of memcpy for a few bytes costs more than the copy.
+inline void copy_bytes(uint8_t* out, const uint8_t* in, int64_t n) {
+    if (n >= 8) {
+        for (int64_t i = 0; i < n - 8; i += 8) memcpy(out + i, in + i, 8);
+        memcpy(out + n - 8, in + n - 8, 8);
+    } else if (n >= 4) {
+        memcpy(out, in, 4);
+        memcpy(out + n - 4, in + n - 4, 4);
+    } else {
+        for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+    }
+}
+
+// Words hold the flipped byte; bytes stay as they are, for the tile to flip.
+inline void append(int8_t* out, const uint8_t* in, int64_t n, const Int8Conv2d&) {
+    copy_bytes(reinterpret_cast<uint8_t*>(out), in, n);
+}
+inline void append(int16_t* out, const uint8_t* in, int64_t n, const Int8Conv2d& p) {
+    const uint8_t flip = p.input_flip;
+    for (int64_t i = 0; i < n; ++i) out[i] = in[i] ^ flip;
+}
+
+// Collects the left operands of a block through the table: `pitch` products per pixel, kernel row after kernel row.
+template <class Product>
+void fill_strip(const Int8Conv2d& p, const uint8_t* const* table, int64_t row_stride, int64_t offset, int64_t pixels,
+                int64_t row_depth, int64_t pitch, Product* strip) {
+    const int64_t channels = p.weight.group_channels, kernel_w = p.weight.kernel_w;
+    for (int64_t tap = 0; tap < taps_of(p.weight); ++tap)
+        for (int64_t m = 0; m < pixels; ++m)
+            append(strip + m * pitch + tap / kernel_w * row_depth + tap % kernel_w * channels,
+                   table[tap * row_stride + m] + offset, channels, p);
+}
+
+// Pointers to the kernel rows of output pixels [begin, end), table[ky * row_stride + pixel - begin]: to the image where
+// a row lies inside of it with all its dwords (what follows the row meets weights of zero), otherwise to a copy in the
+// strip. Nothing is collected for most pixels, which was half of the time of a first layer before.
+template <class Product>
+void fill_rows(const Int8Conv2d& p, int64_t begin, int64_t end, const uint8_t* padding, int64_t row_depth,
+               Product* strip, const uint8_t** table, int64_t row_stride) {
+    const int64_t channels = p.weight.group_channels, kernel_w = p.weight.kernel_w, kernel_h = p.weight.kernel_h;
+    const int64_t step = p.stride_w * channels, input_bytes = p.batch * p.in_h * p.in_w * channels;
+    for (int64_t m = begin; m < end;) {
+        const Run r(p, m, end);
+        const int64_t x0 = r.ox * p.stride_w - p.pad_left;
+        for (int64_t ky = 0; ky < kernel_h; ++ky) {
+            const int64_t y = r.oy * p.stride_h - p.pad_top + ky * p.dilation_h;
+            const bool inside = y >= 0 && y < p.in_h;
+            const int64_t line = (r.n * p.in_h + y) * p.in_w * channels, room = input_bytes - row_depth - line;
+            int64_t first = r.run, last = r.run;
+            if (inside) r.inside(p, x0, kernel_w, first, last);
+            while (last > first && (sizeof(Product) > 1 || x0 * channels + (last - 1) * step > room)) --last;
+            const uint8_t** out = table + ky * row_stride + m - begin;
+            const uint8_t* base = p.input + line + x0 * channels;
+            for (int64_t i = first; i < last; ++i) out[i] = base + i * step;
+            for (int64_t i = first > 0 ? 0 : last; i < r.run; i = i + 1 == first ? last : i + 1) {
+                Product* copy = strip + ((m - begin + i) * kernel_h + ky) * row_depth;
+                out[i] = reinterpret_cast<const uint8_t*>(copy);
+                for (int64_t kx = 0; kx < kernel_w; ++kx) {
+                    const int64_t x = x0 + i * p.stride_w + kx;
+                    const bool real = inside && x >= 0 && x < p.in_w;
+                    append(copy + kx * channels, real ? p.input + line + x * channels : padding, channels, p);
+                }
+            }
+        }
+        m += r.run;
+    }
+}
+
+}  // namespace
+}  // namespace imgopt
