@@ -161,20 +161,31 @@ def test_packed_weight_is_small() -> None:
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_structure_is_recognised(name: str) -> None:
     mask = structured_mask(name, 0.3, (64, 96))
-    assert mask_layout(mask).structure == name
-    assert pack_masked_weight(torch.randn(64, 96), mask).structure == name
+    assert mask_layout(mask).structure_name == name
+    assert pack_masked_weight(torch.randn(64, 96), mask).structure_name == name
     spoilt = mask.clone()
     spoilt[5, 7] = ~spoilt[5, 7]
-    assert mask_layout(spoilt).structure == "free"
+    assert mask_layout(spoilt).structure_name == "free"
     image = mask.view(64, 2, 2, 24).permute(0, 3, 1, 2)  # columns of a convolution: taps, with channels side by side
-    assert mask_layout(image).structure == name
+    assert mask_layout(image).structure_name == name
 
 
 def test_other_structures() -> None:
-    assert mask_layout(torch.ones(16, 16, dtype=torch.bool)).structure == "dense"
+    assert mask_layout(torch.ones(16, 16, dtype=torch.bool)).structure_name == "dense"
     for mask in (torch.zeros(16, 16, dtype=torch.bool), torch.eye(16, dtype=torch.bool), random_mask(64, 64, 0.5)):
-        assert mask_layout(mask).structure == "free"
-    assert mask_layout(structured_mask("4x1", 0.5, (62, 40))).structure == "free"  # the last block is cut off
+        assert mask_layout(mask).structure_name == "free"
+    assert mask_layout(structured_mask("4x1", 0.5, (62, 40))).structure_name == "free"  # the last block is cut off
+
+
+def test_layouts_are_tensors_and_ints_that_a_compiled_function_takes() -> None:
+    x, weight, mask = torch.randn(3, 16), torch.randn(8, 16), structured_mask("2:4", 0.5, (8, 16))
+    packed, made = pack_masked_weight(weight, mask), mask_layout(mask)
+    for value in [*packed, *made]:
+        assert value is None or isinstance(value, (Tensor, int)) or all(isinstance(size, int) for size in value)
+    torch._dynamo.reset()
+    for args in ((x, packed), (x, weight, made)):
+        compiled = torch.compile(masked_matmul, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*args), masked_matmul(*args))  # type: ignore[arg-type]
 
 
 # --- products -------------------------------------------------------------------------------------------------------

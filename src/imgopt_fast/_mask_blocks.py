@@ -69,31 +69,31 @@ SPARSE_TRAINING: dict[tuple[str | None, str], tuple[tuple[int, float], ...]] = {
     ("avx512", "bfloat16"): ((0, 0.0), (64, 0.1), (128, 0.2), (256, 0.3), (512, 0.4)),
 }
 
-# Blocks (rows, columns) that a mask is recognised to consist of, the largest first; and how many of four neighbours.
-SQUARES_AND_COLUMNS = ((16, 16), (4, 4), (16, 1), (8, 1), (4, 1))
-OF_FOUR = (1, 2)
+# What a mask is recognised to consist of, by the number that a layout holds: blocks of rows x columns that are set as a
+# whole or not at all, the largest first, and so many of four neighbours. 0 is none of them.
+STRUCTURES = ("free", "dense", "16x16", "4x4", "16x1", "8x1", "4x1", "1:4", "2:4")
 
 
-def structure_of(mask: NDArray[np.bool_]) -> str:
-    """What a mask (rows, columns) consists of: "dense", "16x16", "4x4", "16x1", "8x1", "4x1", "1:4", "2:4" or "free".
+def structure_of(mask: NDArray[np.bool_]) -> int:
+    """What a mask (rows, columns) consists of: the place of its name in STRUCTURES.
 
     Every kernel of row quads serves all of them: a step with one column is four rows of a block, and where N of M
     neighbours are kept all rows of a quad are equally long, so that none is padded. The structure decides about the
     block of columns and about what a report says.
     """
     if not mask.any():
-        return "free"
-    if mask.all():
-        return "dense"
-    for rows, columns in SQUARES_AND_COLUMNS:
-        if consists_of(mask, rows, columns):
-            return f"{rows}x{columns}"
-    if mask.shape[1] % 4 == 0:
-        counts = mask.reshape(len(mask), -1, 4).sum(2)
-        for kept in OF_FOUR:
-            if (counts == kept).all():
-                return f"{kept}:4"
-    return "free"
+        return 0
+    return next((i for i, name in enumerate(STRUCTURES) if i > 0 and _is(mask, name)), 0)
+
+
+def _is(mask: NDArray[np.bool_], name: str) -> bool:
+    if name == "dense":
+        return bool(mask.all())
+    if "x" in name:
+        rows, columns = map(int, name.split("x"))
+        return consists_of(mask, rows, columns)
+    kept, of = map(int, name.split(":"))
+    return mask.shape[1] % of == 0 and bool((mask.reshape(len(mask), -1, of).sum(2) == kept).all())
 
 
 def consists_of(mask: NDArray[np.bool_], rows: int, columns: int) -> bool:

@@ -166,7 +166,7 @@ def _kernel(packed: PackedMaskedWeight) -> str:
     """What serves the layer, and what its mask was seen to consist of."""
     if packed.values.dim() != 1:
         return "dense product"
-    text = f"row quads, {packed.structure}, blocks of {packed.block}"
+    text = f"row quads, {packed.structure_name}, blocks of {packed.block}"
     return text if packed.dense is None else f"{text}, few samples dense"
 
 

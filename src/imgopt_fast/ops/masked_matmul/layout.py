@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from imgopt_fast import _native
-from imgopt_fast._mask_blocks import block_columns, dense_in_bfloat16, keeps_dense_copy, structure_of
+from imgopt_fast._mask_blocks import STRUCTURES, block_columns, dense_in_bfloat16, keeps_dense_copy, structure_of
 from imgopt_fast.ops.masked_matmul import cuda, reference
 
 MAX_COUNT = 2**31 - 1  # positions in the weight are int32
@@ -52,10 +52,15 @@ class MaskLayout(NamedTuple):
     transposed_block: int
     kept: int
     groups: int
-    structure: str  # what the mask consists of, see _mask_blocks.structure_of
+    structure: int  # what the mask consists of, see structure_name
     dense_in_bfloat16: bool  # whether torch's dense product serves it in that dtype
     blocks: Tensor | None = None  # on CUDA, of a mask of 16 × 16 blocks: see cuda.block_bits
     transposed_blocks: Tensor | None = None
+
+    @property
+    def structure_name(self) -> str:
+        """What the mask consists of: "16x16", "4x4", "16x1", "8x1" or "4x1" blocks, "1:4", "2:4", "dense" or "free"."""
+        return STRUCTURES[self.structure]
 
 
 class PackedMaskedWeight(NamedTuple):
@@ -74,8 +79,13 @@ class PackedMaskedWeight(NamedTuple):
     block: int
     kept: int
     groups: int
-    structure: str = "free"  # what the mask consists of, see _mask_blocks.structure_of
+    structure: int = 0  # what the mask consists of, see structure_name
     dense: Tensor | None = None
+
+    @property
+    def structure_name(self) -> str:
+        """As of a `MaskLayout`."""
+        return STRUCTURES[self.structure]
 
 
 def mask_layout(mask: Tensor, *, groups: int = 1) -> MaskLayout:
