@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from imgopt_fast.nn import MaskedConv2d, MaskedLinear, PackedMaskedConv2d, PackedMaskedLinear, pack
 
@@ -96,6 +97,74 @@ def test_packs_a_network_in_place() -> None:
         torch.testing.assert_close(model(x), expected)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert "of the dense bytes" in repr(model)
+
+
+class Branches(nn.Module):
+    """A ReLU that follows layers only, one that follows a sum too, a result that two read, clamps as functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i in range(7):
+            layer = MaskedLinear(6, 6)
+            layer.set_mask(torch.rand(6, 6) < 0.6)
+            setattr(self, f"layer{i}", layer)
+        self.relu, self.other, self.twice = nn.ReLU(inplace=True), nn.ReLU(), nn.Hardtanh(-0.25, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.layer1(self.relu(self.layer0(x))))
+        y = self.layer2(x)
+        y = self.other(y) + y
+        y = self.other(self.layer3(y))
+        y = self.twice(self.layer4(y)) + self.twice(self.layer4(y.flip(0)))
+        return F.relu(self.layer6(self.layer5(y).clamp(max=0.3)))
+
+
+EXPECTED_LIMITS: dict[int, tuple[float | None, float | None]] = {
+    0: (0, None), 1: (0, None), 2: (None, None), 3: (None, None), 4: (-0.25, 0.5), 5: (None, None), 6: (None, None)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_clamps_fold_into_the_layers_before_them(graph: bool) -> None:
+    model: nn.Module = Branches().eval()
+    x = torch.randn(64, 6)
+    with torch.no_grad():
+        expected = model(x)
+    if graph:
+
+        class Tracer(fx.Tracer):
+            def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+                return isinstance(module, MaskedLinear) or super().is_leaf_module(module, qualified_name)
+
+        model = fx.GraphModule(model, Tracer().trace(model))
+    state = model.state_dict()
+    pack(model)
+    torch.testing.assert_close(model(x), expected)
+    assert {name: value.tolist() for name, value in model.state_dict().items()} == {
+        name: value.tolist() for name, value in state.items()
+    }
+    # A graph says of each call what follows it, and functions can be taken out of it.
+    limits = EXPECTED_LIMITS | ({3: (0, None), 5: (None, 0.3), 6: (0, None)} if graph else {})
+    layers = {i: model.get_submodule(f"layer{i}") for i in limits}
+    assert {i: (layer.output_min, layer.output_max) for i, layer in layers.items()} == limits
+    if not graph:
+        kinds = [type(model.get_submodule(name)) for name in ("relu", "other", "twice")]
+        assert kinds == [nn.Identity, nn.ReLU, nn.Identity]
+    assert "in [-0.25, 0.5]" in repr(model)
+    twin = pickle.loads(pickle.dumps(model.get_submodule("layer4")))
+    assert (twin.output_min, twin.output_max) == (-0.25, 0.5)
+    assert float(twin(10 * x).abs().max()) == 0.5
+
+
+def test_a_model_that_cannot_be_traced_keeps_its_clamps() -> None:
+    class Choosing(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            output = super().forward(input)
+            return output if output.sum() > 0 else -output
+
+    model = pack(Choosing(MaskedLinear(4, 4), nn.ReLU()).eval())
+    assert isinstance(model[1], nn.ReLU)  # type: ignore[index]
+    assert model[0].output_min is None  # type: ignore[index]
 
 
 def test_bad_state_names_what_is_wrong() -> None:

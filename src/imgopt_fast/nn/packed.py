@@ -2,7 +2,8 @@
 
 At 90 % sparsity such a layer takes less than a fifth of the bytes of its dense float32 weight: the packed values and
 their columns, and a bit per weight that says which exist. Its state_dict is that of the masked layer it was made from,
-`weight` and `weight_mask`, so packed bytes, which belong to one kind of processor, never travel.
+`weight` and `weight_mask`, so packed bytes, which belong to one kind of processor, never travel. A ReLU or clamp that
+follows is folded into the layer (packed_clamp.py).
 """
 
 import math
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from imgopt_fast.nn.masked import MaskedConv2d, MaskedLinear
+from imgopt_fast.nn.packed_clamp import ClampedLayer, fold_clamps
 from imgopt_fast.ops.masked_matmul import PackedMaskedWeight, masked_conv2d, masked_matmul, pack_masked_weight
 
 
-class _Packed(nn.Module):
+class _Packed(ClampedLayer):
     """What both layers share: the packed weight, and the way to the dense one and back."""
 
     bias: nn.Parameter | None
@@ -28,6 +30,10 @@ class _Packed(nn.Module):
         self.groups = layer.groups
         self._pack(layer.weight.detach(), layer.weight_mask)
         self.eval()
+
+    def _limits(self) -> Any:
+        """Keyword arguments of both operations."""
+        return {"output_min": self.output_min, "output_max": self.output_max}
 
     def _pack(self, weight: Tensor, mask: Tensor) -> None:
         self.packed: PackedMaskedWeight = pack_masked_weight(weight, mask, groups=self.groups)
@@ -90,11 +96,11 @@ class PackedMaskedLinear(_Packed):
     """A `MaskedLinear` for inference: input (..., K), output (..., O); no gradient passes."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return masked_matmul(input, self.packed, bias=self.bias)
+        return masked_matmul(input, self.packed, None, self.bias, **self._limits())
 
     def extra_repr(self) -> str:
         out, inputs = self.packed.shape
-        return f"{inputs}, {out}, bias={self.bias is not None}, {_size(self)}"
+        return f"{inputs}, {out}, bias={self.bias is not None}, {_described(self)}"
 
 
 class PackedMaskedConv2d(_Packed):
@@ -106,16 +112,18 @@ class PackedMaskedConv2d(_Packed):
 
     def forward(self, input: Tensor) -> Tensor:
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return masked_conv2d(input, self.packed, None, self.bias, *geometry)
+        return masked_conv2d(input, self.packed, None, self.bias, *geometry, **self._limits())
 
     def extra_repr(self) -> str:
-        return f"weight {self.packed.shape}, stride={self.stride}, padding={self.padding}, {_size(self)}"
+        return f"weight {self.packed.shape}, stride={self.stride}, padding={self.padding}, {_described(self)}"
 
 
 def pack(model: nn.Module) -> nn.Module:
     """Replace the masked layers of `model`, in place, by packed ones; returns it, or its replacement if it is one.
 
-    For inference: the dense weights are released. The state_dict stays what it was.
+    For inference: the dense weights are released. The state_dict stays what it was. A clamp that alone uses the result
+    of such a layer is folded into it, see `packed_clamp`: `nn.ReLU`, `nn.ReLU6` and `nn.Hardtanh` in any model that
+    torch.fx can trace, and `relu`, `relu6` and `clamp` as functions and methods too where `model` is a graph of it.
     """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, MaskedLinear):
@@ -127,9 +135,11 @@ def pack(model: nn.Module) -> nn.Module:
         if not name:
             return packed
         model.set_submodule(name, packed)
+    fold_clamps(model)
     return model
 
 
-def _size(layer: _Packed) -> str:
+def _described(layer: _Packed) -> str:
+    clamped = "" if layer.output_min is layer.output_max is None else f"in [{layer.output_min}, {layer.output_max}], "
     share = layer.nbytes() / max(1, math.prod(layer.packed.shape) * layer.packed.values.element_size())
-    return f"{share:.0%} of the dense bytes"
+    return f"{clamped}{share:.0%} of the dense bytes"
