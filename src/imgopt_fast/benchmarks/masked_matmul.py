@@ -17,20 +17,12 @@ import torch
 from torch.nn import functional as F
 
 from imgopt_fast import _native
+from imgopt_fast.benchmarks import int8_masked_matmul, masked_convolution
 from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
 from imgopt_fast.benchmarks.machine import Rates
-from imgopt_fast.ops.int8_conv2d import int8_conv2d, pack_int8_weight
-from imgopt_fast.ops.masked_matmul import (
-    int8_masked_matmul,
-    mask_layout,
-    masked_conv2d,
-    masked_matmul,
-    pack_int8_masked_weight,
-    pack_masked_weight,
-)
+from imgopt_fast.benchmarks.masks import FLOAT32, neighbours_mask, random_mask
+from imgopt_fast.ops.masked_matmul import mask_layout, masked_matmul, pack_masked_weight
 
-# Sums of a thousand float32 products in different orders, against the largest of them.
-FLOAT32 = Agreement(1e-5, relative=True)
 IDEAL_SHARE = 0.9
 
 PACKED_GOALS = {0.0: 0.97, 0.2: 1.1, 0.5: 1.5, 0.7: 2.0, 0.8: 2.7, 0.9: 4.8, 0.95: 7.8, 0.99: 20.0}
@@ -240,171 +232,6 @@ class GradientCase(MatmulCase):
         return Runner(lambda: masked_matmul(x, weight, layout), FLOAT32, lambda _: expected, goal=0.9)
 
 
-@dataclass(eq=False)
-class ConvolutionCase(Case):
-    """A pruned convolution of ResNet-50 at 90 %, batch 8, channels_last: inference with packed weights."""
-
-    subject: ClassVar[str] = "masked_matmul"
-    channels: int
-    filters: int
-    kernel: int
-    side: int
-    quick: bool = False
-    batch: int = 8
-    sparsity: float = 0.9
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return (
-            f"convolution 90% {self.kernel}x{self.kernel} {self.channels}->{self.filters} @{self.side} N={self.batch}"
-        )
-
-    @cached_property
-    def input(self) -> torch.Tensor:
-        shape = (self.batch, self.channels, self.side, self.side)
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        return x.contiguous(memory_format=torch.channels_last)
-
-    @cached_property
-    def weight(self) -> torch.Tensor:
-        shape = (self.filters, self.channels, self.kernel, self.kernel)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(2))
-
-    @cached_property
-    def mask(self) -> torch.Tensor:
-        return random_mask(self.filters, self.channels * self.kernel**2, self.sparsity).view(self.weight.shape)
-
-    def ours(self) -> Runner:
-        x, packed, padding = self.input, pack_masked_weight(self.weight, self.mask), self.kernel // 2
-        return Runner(lambda: masked_conv2d(x, packed, padding=padding))
-
-    def peers(self) -> Mapping[str, Callable[[], Runner]]:
-        return {"torch": self.with_torch}
-
-    def with_torch(self) -> Runner:
-        weight = (self.weight * self.mask).contiguous(memory_format=torch.channels_last)
-        x, padding = self.input, self.kernel // 2
-        return Runner(lambda: F.conv2d(x, weight, padding=padding), FLOAT32, goal=2.5)
-
-    def work(self) -> Work:
-        # A multiply-add per kept weight and output pixel (the border's fewer taps are not worth counting).
-        pixels, kept = self.batch * self.side**2, int(self.mask.sum())
-        return Work(
-            flops=2.0 * kept * pixels,
-            bytes_read=4.0 * (kept + pixels * self.channels),
-            bytes_written=4.0 * pixels * self.filters,
-        )
-
-
-@dataclass(eq=False)
-class ConvolutionStepCase(ConvolutionCase):
-    """Forward and backward of such a layer, with a dense weight and a layout, as in training."""
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"{super().name}, forward and backward"
-
-    def ours(self) -> Runner:
-        layout, padding = mask_layout(self.mask), self.kernel // 2
-        return self.gradients(lambda x, w: masked_conv2d(x, w, layout, padding=padding), None)
-
-    def with_torch(self) -> Runner:
-        mask, padding = self.mask.float(), self.kernel // 2
-        return self.gradients(lambda x, w: F.conv2d(x, w * mask, padding=padding), 2.0)
-
-    def gradients(self, forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], goal: float | None) -> Runner:
-        x = self.input.clone().requires_grad_()
-        weight = (self.weight * self.mask).contiguous(memory_format=torch.channels_last).requires_grad_()
-
-        def call() -> tuple[torch.Tensor, ...]:
-            output = forward(x, weight)
-            return torch.autograd.grad(output, (x, weight), output.detach())
-
-        def result(grads: tuple[torch.Tensor, ...]) -> torch.Tensor:
-            return torch.cat([(grad / grad.abs().max()).flatten() for grad in grads])
-
-        return Runner(call, FLOAT32, result, goal)
-
-    def work(self) -> Work:
-        # Three products instead of one; the output goes and its gradient comes, the input's gradient goes.
-        forward = super().work()
-        pixels = self.batch * self.side**2
-        moved = 4.0 * pixels * (self.channels + self.filters)
-        return Work(3 * forward.flops, bytes_read=forward.bytes_read + moved, bytes_written=moved)
-
-
-def random_mask(outputs: int, inputs: int, sparsity: float, block: tuple[int, int] = (1, 1)) -> torch.Tensor:
-    """Boolean (outputs, inputs), a share `sparsity` of its blocks is False, uniformly at random."""
-    generator = torch.Generator().manual_seed(5)
-    rows, columns = outputs // block[0], inputs // block[1]
-    kept = torch.rand(rows, columns, generator=generator) >= sparsity
-    return kept.repeat_interleave(block[0], dim=0).repeat_interleave(block[1], dim=1)
-
-
-def neighbours_mask(outputs: int, inputs: int, kept: int) -> torch.Tensor:
-    """Boolean (outputs, inputs), `kept` of every four neighbours of a row are True, uniformly at random."""
-    order = torch.rand(outputs, inputs // 4, 4, generator=torch.Generator().manual_seed(5)).argsort(2)
-    mask = torch.zeros(order.shape, dtype=torch.bool)
-    return mask.scatter_(2, order[..., :kept], True).flatten(1)
-
-
-@dataclass(eq=False)
-class Int8MatmulCase(Case):
-    """A pruned int8 linear of 1024 outputs, against the dense int8 kernel on the weight with zeros."""
-
-    subject: ClassVar[str] = "masked_matmul"
-    reference: ClassVar[str] = "ours, dense int8"
-    sparsity: float
-    inputs: int
-    batch: int = 256
-    quick: bool = False
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"int8 {self.sparsity:.0%} 1024x{self.inputs} batch {self.batch}"
-
-    @cached_property
-    def input(self) -> torch.Tensor:
-        return torch.randint(0, 256, (self.batch, self.inputs), generator=torch.Generator().manual_seed(1)).byte()
-
-    @cached_property
-    def mask(self) -> torch.Tensor:
-        return random_mask(1024, self.inputs, self.sparsity)
-
-    @cached_property
-    def weight(self) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(2)
-        return torch.randint(-127, 128, self.mask.shape, generator=generator, dtype=torch.int8) * self.mask
-
-    def ours(self) -> Runner:
-        x, packed = self.input, pack_int8_masked_weight(self.weight, self.mask, 0.01, input_scale=0.02)
-        return Runner(lambda: int8_masked_matmul(x, packed, output_scale=1.0))
-
-    def peers(self) -> Mapping[str, Callable[[], Runner]]:
-        return {self.reference: self.with_dense, "torch float32": self.with_linear}
-
-    def with_dense(self) -> Runner:
-        x, packed = (
-            self.input[:, :, None, None],
-            pack_int8_weight(self.weight[:, :, None, None], 0.01, input_scale=0.02),
-        )
-        return Runner(lambda: int8_conv2d(x, packed, output_scale=1.0), result=lambda y: y[:, :, 0, 0])
-
-    def with_linear(self) -> Runner:
-        """What the network took before it was quantized; its result is what rounds to ours."""
-        x, weight = self.input.float(), self.weight.float()
-        return Runner(
-            lambda: F.linear(x, weight), Agreement(1.0), lambda y: (y * 2e-4).round().clamp(0, 255)
-        )  # fmt: skip
-
-    def work(self) -> Work:
-        kept = int(self.mask.sum())
-        return Work(
-            int8_ops=2.0 * kept * self.batch, bytes_read=float(kept + self.batch * self.inputs),
-            bytes_written=1024.0 * self.batch,
-        )  # fmt: skip
-
-
 def _cases() -> list[Case]:
     found: list[Case] = []
     for sparsity, goal in PACKED_GOALS.items():
@@ -419,13 +246,11 @@ def _cases() -> list[Case]:
         else:
             found.append(MatmulCase("packed", sparsity, block=structure))
     found += [MatmulCase("packed", sparsity, dtype=torch.bfloat16) for sparsity in (0.5, 0.9)]
-    found += [Int8MatmulCase(sparsity, inputs) for sparsity in (0.9, 0.95) for inputs in (1024, 2048)]
+    found += int8_masked_matmul.CASES
     for sparsity, goal in WEIGHT_GRADIENT_GOALS.items():
         found.append(GradientCase("training", sparsity, of="weight", ideal_goal=goal, quick=sparsity == 0.9))
     found += [GradientCase("training", sparsity, of="input") for sparsity in WEIGHT_GRADIENT_GOALS]
-    found += [ConvolutionCase(256, 64, 1, 56), ConvolutionCase(1024, 256, 1, 14)]
-    found += [ConvolutionCase(64, 64, 3, 56), ConvolutionCase(256, 256, 3, 14)]
-    found += [ConvolutionStepCase(1024, 256, 1, 14), ConvolutionStepCase(256, 256, 3, 14)]
+    found += masked_convolution.CASES
     # The shapes of the Deep Learning Matrix Collection: packed is never slower than the dense product.
     for outputs, inputs in ((512, 512), (2048, 512), (512, 2048), (33288, 512)):
         for batch in (1, 8, 32, 64, 128, 256, 1024, 6272):

@@ -2,7 +2,7 @@
 
 What a user of torch does instead is on the other side: dense layers whose weight is multiplied by the mask in every
 step, so that pruned weights stay zero, and for inference the same weights in dense layers. The kernels by themselves
-are in masked_matmul.py.
+are in masked_matmul.py, networks of CIFAR's size in pruned_cifar.py.
 """
 
 import copy
@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from imgopt_fast.benchmarks import pruned_cifar
 from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
-from imgopt_fast.benchmarks.masked_matmul import FLOAT32, random_mask
+from imgopt_fast.benchmarks.masks import FLOAT32, random_mask
 from imgopt_fast.benchmarks.networks import Int8Case, folded_model, size_of
 from imgopt_fast.compress import MaskedSGD, pack
 from imgopt_fast.nn import MaskedLinear
@@ -240,4 +241,5 @@ CASES: list[Case] = [
     PrunedCase("resnet18", 16),
     PrunedCase("resnet18", 1, threads=2),
     PrunedCase("resnet18", 16, threads=2),
+    *pruned_cifar.CASES,
 ]
