@@ -119,9 +119,14 @@ struct AffineWarp {
 struct AffineWarpBackward {
     AffineWarp warp;
     const void* grad;
-    void* grad_images;  // in the images' dtype, or null
+    void* grad_images;  // in the images' dtype
     int64_t grad_images_stride[4];
-    double* grad_matrix;  // [batch][9], or null
+    double* grad_matrix;  // [batch][output_height][9]: each output row's share, to be added up in order
+};
+
+struct AffineWarpGradients {
+    void (*images)(const AffineWarpBackward& p, int64_t begin, int64_t end);  // unit: a row of the images
+    void (*matrix)(const AffineWarpBackward& p, int64_t begin, int64_t end);  // unit: a row of the output
 };
 
 // --- int8_conv2d and int8_graph ------------------------------------------------------------------------------------
@@ -393,8 +398,7 @@ struct Levels {
 struct KernelTable {
     // Units: output rows, batch · output_height of them.
     void (*affine_warp)(const AffineWarp&, int64_t begin, int64_t end);
-    // Units: images.
-    void (*affine_warp_backward)(const AffineWarpBackward&, int64_t begin, int64_t end);
+    AffineWarpGradients affine_warp_backward;
     // int8_conv2d. The layout names the packed order: bytes of another layout are not readable by this table.
     const char* int8_weight_layout;
     int64_t (*int8_weight_bytes)(const Int8Weight&);

@@ -600,18 +600,64 @@ def test_backward_matches_the_reference(dtype: torch.dtype, interpolation: str, 
         torch.testing.assert_close(found[1].double() / scale, expected[1] / scale, atol=3 * bound / 10, rtol=0)
 
 
-def test_backward_is_deterministic() -> None:
-    images = torch.rand(2, 3, 40, 40)
-    matrix = rotation(1, 40, 40).float()
-    grad = torch.rand(2, 3, 40, 40)
-    before = torch.get_num_threads()
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(backward_op(grad, images, matrix, "bilinear", "edge", [0.0] * 3, False, None, [], True, True))
-    torch.set_num_threads(before)
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+@pytest.mark.parametrize("padding_mode", PADDING_MODES)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_backward_is_deterministic(interpolation: str, padding_mode: str, isa: str) -> None:
+    """Threads share an image, whose rows they cut anywhere; no cut and no instruction set changes a bit."""
+    before, native = torch.get_num_threads(), _native.active_isa()
+    for case, (channels, transform, antialias) in enumerate(
+        [(3, rotation, False), (1, rotation, True), (6, homography, False), (3, rotation, True)]
+    ):
+        images = torch.rand(2, channels, 73, 151, generator=torch.Generator().manual_seed(case))
+        matrix = transform(1, 73, 151).float()
+        if antialias:
+            matrix[:, :2, :2] *= 3.1
+        grad = torch.rand(2, channels, 90, 141, generator=torch.Generator().manual_seed(case + 9)) - 0.5
+        fill = [0.3] * channels
+        results = []
+        for threads, forced in ((1, None), (2, None), (3, None), (1, "scalar")):
+            torch.set_num_threads(threads)
+            if forced and BACKEND == "native":
+                _native.set_isa(forced)
+            results.append(
+                backward_op(grad, images, matrix, interpolation, padding_mode, fill, antialias, None, [], True, True)
+            )
+        torch.set_num_threads(before)
+        if native:
+            _native.set_isa(native)
+        for found in results[1:]:
+            assert torch.equal(found[0], results[0][0]), case
+            assert torch.equal(found[1], results[0][1]), case
+
+
+def test_backward_of_bands() -> None:
+    """An image whose gradient is made in several bands, with a box that no band's edge respects."""
+    images = torch.rand(1, 3, 700, 300)
+    for padding_mode, scale in itertools.product(("constant", "edge"), (1.0, 3.3)):
+        matrix = rotation(1, 700, 300).float()
+        matrix[:, :2, :2] *= scale
+        grad = torch.rand(1, 3, 200, 333) - 0.5
+        rest = ("bilinear", padding_mode, [0.1] * 3, scale > 1, None, [], True, True)
+        found = backward_op(grad, images, matrix, *rest)
+        expected = reference.affine_warp_backward(grad.double(), images.double(), matrix, *rest)
+        torch.testing.assert_close(found[0].double(), expected[0], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(found[1], expected[1], atol=1e-3 * float(expected[1].abs().max()), rtol=0)
+
+
+def test_backward_of_any_matrix_is_safe(isa: str) -> None:
+    """Huge, degenerate and non-finite matrices read and write nothing beyond the image."""
+    extremes = [0.0, 1e-30, 1.0, -3e5, 1e9, 1e300, float("inf"), float("nan")]
+    images, grad = torch.rand(1, 3, 9, 11), torch.rand(1, 3, 7, 70)
+    draw = np.random.default_rng(3)
+    for _ in range(60):
+        matrix = torch.from_numpy(draw.choice(extremes, (1, 3, 3)))
+        for rows, (interpolation, padding_mode) in itertools.product(
+            (2, 3), zip((*INTERPOLATIONS, "bilinear"), PADDING_MODES, strict=True)
+        ):
+            found = backward_op(
+                grad, images, matrix[:, :rows], interpolation, padding_mode, [0.5] * 3, False, None, [], True, True
+            )
+            assert found[0].isfinite().all()
 
 
 def test_gradient_of_an_expanded_image() -> None:

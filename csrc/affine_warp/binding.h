@@ -60,8 +60,6 @@ inline bool factors_fit(const std::vector<double>& mean, const std::vector<doubl
 constexpr char kWrongFactors[] = "mean, std: expected one value per channel";
 
 // A thread is worth about 20 microseconds of work, 16 thousand output values.
-inline int64_t row_grain(const AffineWarp& p) {
-    return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.output_width * p.channels));
-}
+inline int64_t row_grain(int64_t values) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, values)); }
 
 }  // namespace imgopt

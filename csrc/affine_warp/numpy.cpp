@@ -84,7 +84,7 @@ void affine_warp(const py::array& images, py::array output, const Doubles& matri
     if (output.size() == 0) return;
     const KernelTable& kernels_of_isa = kernels();
     const py::gil_scoped_release release;
-    parallel_units(p.batch * p.output_height, row_grain(p),
+    parallel_units(p.batch * p.output_height, row_grain(p.output_width * p.channels),
                    [&](int64_t begin, int64_t end) { kernels_of_isa.affine_warp(p, begin, end); });
 }
 

@@ -125,21 +125,23 @@ Tensor affine_warp(Tensor images, Tensor matrix, std::vector<int64_t> size, std:
     set_strides(output, p.output_stride);
     if (output.numel() > 0) {
         const KernelTable& table_of_isa = kernels();
-        parallel_units(batch * size[0], row_grain(p),
+        parallel_units(batch * size[0], row_grain(p.output_width * p.channels),
                        [&](int64_t begin, int64_t end) { table_of_isa.affine_warp(p, begin, end); });
     }
     return output;
 }
 
-// float64 sums per image, as the gradient of `matrix`: its shape and dtype, and the sum over the batch, in order, where
-// one matrix served all.
-Tensor matrix_gradient(const std::vector<double>& sums, const Tensor& matrix) {
+// float64 sums per output row, as the gradient of `matrix`: its shape and dtype, summed in order over the rows, and
+// over the batch where one matrix served all.
+Tensor matrix_gradient(const std::vector<double>& sums, const AffineWarp& p, const Tensor& matrix) {
     const int64_t count = matrix.size(0), entries = matrix.size(1) * 3;
     Tensor result = torch::stable::empty({count, matrix.size(1), 3}, ScalarType::Double, std::nullopt, matrix.device());
     double* to = result.mutable_data_ptr<double>();
     std::fill(to, to + count * entries, 0.0);
-    for (size_t image = 0; image < sums.size() / 9; ++image)
-        for (int64_t i = 0; i < entries; ++i) to[(count > 1 ? image : 0) * entries + i] += sums[image * 9 + i];
+    for (int64_t row = 0; row < p.batch * p.output_height; ++row) {
+        const int64_t image = count > 1 ? row / p.output_height : 0;
+        for (int64_t i = 0; i < entries; ++i) to[image * entries + i] += sums[row * 9 + i];
+    }
     return torch::stable::to(result, matrix.scalar_type());
 }
 
@@ -167,15 +169,19 @@ std::tuple<Tensor, Tensor> affine_warp_backward(Tensor grad, Tensor images, Tens
                     "grad, images: expected floating dtypes");
     b.grad = grad.const_data_ptr();
     Tensor grad_images = needs_images ? torch::stable::empty_like(images) : torch::stable::new_empty(images, {0});
+    const AffineWarpGradients kernel = kernels().affine_warp_backward;
     if (needs_images) {
         b.grad_images = grad_images.mutable_data_ptr();
         set_strides(grad_images, b.grad_images_stride);
+        parallel_units(batch * b.warp.height, row_grain(b.warp.width * b.warp.channels),
+                       [&](int64_t begin, int64_t end) { kernel.images(b, begin, end); });
     }
-    std::vector<double> sums(needs_matrix ? batch * 9 : 0);
-    b.grad_matrix = needs_matrix ? sums.data() : nullptr;
-    const KernelTable& table_of_isa = kernels();
-    parallel_units(batch, 1, [&](int64_t begin, int64_t end) { table_of_isa.affine_warp_backward(b, begin, end); });
-    return {grad_images, needs_matrix ? matrix_gradient(sums, matrix) : torch::stable::new_empty(matrix, {0})};
+    std::vector<double> sums(needs_matrix ? batch * b.warp.output_height * 9 : 0);
+    b.grad_matrix = sums.data();
+    if (needs_matrix)
+        parallel_units(batch * b.warp.output_height, row_grain(b.warp.output_width * b.warp.channels),
+                       [&](int64_t begin, int64_t end) { kernel.matrix(b, begin, end); });
+    return {grad_images, needs_matrix ? matrix_gradient(sums, b.warp, matrix) : torch::stable::new_empty(matrix, {0})};
 }
 
 }  // namespace

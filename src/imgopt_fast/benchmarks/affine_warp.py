@@ -242,6 +242,56 @@ class TwinCase(WarpCase):
 
 
 @dataclass(eq=False)
+class GradientCase(WarpCase):
+    """The backward of a bilinear warp of float32 images: the gradients of the images and of the matrix."""
+
+    @cached_property
+    def pixels(self) -> torch.Tensor:
+        return self.images.float().div_(255).contiguous()
+
+    @cached_property
+    def grad(self) -> torch.Tensor:
+        return torch.rand(self.pixels.shape, generator=torch.Generator().manual_seed(9)) - 0.5
+
+    def ours(self) -> Runner:
+        matrix = self.matrix.clone().requires_grad_()
+        return self.gradient(lambda images: affine_warp(images, matrix), matrix)
+
+    def peers(self) -> Mapping[str, Callable[[], Runner]]:
+        peers: dict[str, Callable[[], Runner]] = {"torch": self.with_torch}
+        if self.threads == 2:
+            peers["ours, one thread"] = self.one_thread
+        return peers
+
+    def work(self) -> Work:
+        # Images and incoming gradient are read, the gradient of the images is written. Per pixel and channel: four
+        # products with a weight and four sums into the gradient, and five of each for the slopes along both axes.
+        values = self.pixels.numel()
+        return Work(18.0 * values, bytes_read=8 * values, bytes_written=4 * values)
+
+    def gradient(self, forward: Callable[[torch.Tensor], torch.Tensor], matrix: torch.Tensor) -> Runner:
+        """A runner of the backward of `forward` alone. The matrix's gradient has other units in torch's coordinates."""
+        images, grad = self.pixels.clone().requires_grad_(), self.grad
+        output = forward(images)
+        # A coordinate near a pixel's centre may lie on its other side.
+        agreement = Agreement(1e-3, outliers=1e-3)
+        return Runner(
+            lambda: torch.autograd.grad(output, [images, matrix], grad, retain_graph=True)[0],
+            agreement,
+            goal=self.goal("torch"),
+        )
+
+    def with_torch(self) -> Runner:
+        theta = affine_grid_theta(self.matrix, self.side).requires_grad_()
+        shape = list(self.pixels.shape)
+
+        def forward(images: torch.Tensor) -> torch.Tensor:
+            return F.grid_sample(images, F.affine_grid(theta, shape, align_corners=True), align_corners=True)
+
+        return self.gradient(forward, theta)
+
+
+@dataclass(eq=False)
 class PipelineCase(Case):
     """Flip, rotation and scale, brightness, contrast and saturation, normalisation: uint8 images to float32 NCHW.
 
@@ -409,6 +459,9 @@ def _cases() -> list[Case]:
         found.append(WarpCase("AVX2 forced", isa="avx2", goals={"opencv": 3.0}))
     if _native.core() is not None:
         found.append(WarpCase("two threads", threads=2, goals={"ours, one thread": 1.8}))
+    found.append(GradientCase("gradients, 16 float32 images", batch=16))
+    if _native.core() is not None:
+        found.append(GradientCase("gradients, one image, two threads", batch=1, threads=2))
     found += [
         PipelineCase("pipeline", 64, 224, {"albumentations": 14.0, "kornia": 60.0}, quick=True),
         PipelineCase("pipeline, 512 images of 32 x 32", 512, 32, {"albumentations": 25.0, "kornia": 14.0}),
