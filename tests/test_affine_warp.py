@@ -1,6 +1,7 @@
 """affine_warp: kernels, Numba twin and reference against a float64 oracle, and against torch, scipy and OpenCV."""
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -433,6 +434,83 @@ def test_isas_agree_bit_for_bit() -> None:
             )
         _native.set_isa(before)
         assert all(torch.equal(r, results[0]) for r in results), (c, interpolation, padding_mode, transform, dtype)
+
+
+def test_isas_agree_on_patches() -> None:
+    """The AVX-512 unit looks taps up in 15 x 16 source pixels per 8 x 8 outputs: sides around those, scales around the
+    last that fits, blocks inside, at the border, beyond it and cut off, and homographies that fit here and there."""
+    if BACKEND != "native":
+        pytest.skip(f"the {BACKEND} backend has no instruction sets")
+    before = _native.active_isa()
+    assert before is not None
+    generator = np.random.default_rng(4)
+    for i in range(240):
+        channels, nearest = (1, 3, 4)[i % 3], i % 2
+        height, width = (int(v) for v in generator.integers(14, 48, 2))
+        angle, scale = generator.uniform(0, 2 * np.pi), generator.uniform(0.1, 2.2)
+        c, d = np.cos(angle) * scale, np.sin(angle) * scale
+        centre = generator.uniform(-30, 60, 2)
+        matrix = torch.tensor([[[c, d, centre[0]], [-d, c, centre[1]], [0, 0, 1]]], dtype=torch.float64)
+        if i % 4 == 3:
+            matrix[0, 2, :2] = torch.from_numpy(generator.uniform(-0.02, 0.02, 2))
+        images = layout(random_images((2, channels, height, width)), ("contiguous", "channels_last")[i // 2 % 2])
+        options: dict[str, Any] = {
+            "size": tuple(int(v) for v in generator.integers(1, 90, 2)),
+            "padding_mode": PADDING_MODES[i // 3 % 4],
+            "interpolation": "nearest" if nearest else "bilinear",
+            "fill": [9.0, 200.0, 31.0, 77.0][:channels],
+            "dtype": (torch.uint8, torch.bfloat16, torch.float16, torch.float32)[i // 5 % 4],
+            "memory_format": (torch.contiguous_format, torch.channels_last)[i // 7 % 2],
+        }
+        if channels == 3 and i % 5 == 0:
+            options["color_matrix"] = torch.eye(3, 4)[None] * 0.7 + 0.1
+        results = []
+        for name in _native.supported_isas():
+            _native.set_isa(name)
+            results.append(affine_warp(images, matrix.expand(2, -1, -1), **options))
+        _native.set_isa(before)
+        assert all(torch.equal(r, results[0]) for r in results), (i, options)
+
+
+# Images at either end of readable memory, pages without access around it: a read outside ends the process.
+GUARDED = """
+import ctypes, mmap, sys
+import numpy as np
+import imgopt_fast.numpy as native
+
+page, pages = mmap.PAGESIZE, 8
+memory = mmap.mmap(-1, (pages + 2) * page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+for at in (0, pages + 1):
+    assert mprotect(ctypes.c_void_p(start + at * page), ctypes.c_size_t(page), 0) == 0
+room = np.frombuffer(memory, np.uint8)[page : (pages + 1) * page]
+room[:] = np.arange(room.size) % 251
+for channels in (1, 3, 4):
+    for height, width in ((1, 1), (2, 3), (15, 16), (16, 15), (17, 18), (33, 40), (64, 64)):
+        size = height * width * channels
+        for at in (0, room.size - size):
+            image = room[at : at + size].reshape(height, width, channels)
+            for degrees in (0, 30, 90, 200):
+                for scale in (0.5, 1.0, 1.7):
+                    c, d = np.cos(np.deg2rad(degrees)) * scale, np.sin(np.deg2rad(degrees)) * scale
+                    x, y = (width - 1) / 2, (height - 1) / 2
+                    matrix = np.array([[c, d, x - c * x - d * y], [-d, c, y + d * x - c * y]])
+                    for interpolation in ("nearest", "bilinear", "bicubic"):
+                        for padding in ("constant", "reflect"):
+                            how = dict(interpolation=interpolation, padding_mode=padding)
+                            native.affine_warp(image, matrix, **how)
+print("read nothing else")
+"""
+
+
+def test_nothing_outside_the_image_is_read(isa: str) -> None:
+    if BACKEND != "native" or not sys.platform.startswith("linux"):
+        pytest.skip("guarded pages are set up for native kernels on Linux")
+    environment = {**os.environ, "IMGOPT_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", GUARDED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr[-500:])
+    assert "read nothing else" in done.stdout
 
 
 def test_threads_do_not_change_bits(isa: str) -> None:

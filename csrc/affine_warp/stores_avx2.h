@@ -4,12 +4,11 @@
 
 #include <immintrin.h>
 
+#include "lanes_avx2.h"
 #include "windowed.h"
 
 namespace imgopt::avx2 {
 namespace {
-
-constexpr int kLanes = 8;
 
 IMGOPT_INLINE __m128i bytes_at(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
 IMGOPT_INLINE void put_bytes(void* to, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), v); }

@@ -4,19 +4,26 @@
 
 #include <immintrin.h>
 
+#include "lanes_avx512.h"
 #include "windowed.h"
 
 namespace imgopt::avx512 {
 namespace {
 
-constexpr int kLanes = 16;
-
 IMGOPT_INLINE __mmask16 lanes_below(int count) {
     return static_cast<__mmask16>(count >= kLanes ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
 }
 
+// Where sixteen pixels go: eight to each place, one after the other in a row, or in two rows.
+template <class T>
+struct Places {
+    T* to[2];
+    int count[2];  // pixels to write, at most eight
+    int64_t room;  // pixels that may be written from each place on, as later ones will be written over
+};
+
 // vperm indices that interleave planes: element e of the output is channel e % C of pixel e / C. Channels 0 and 1 come
-// by `pair`, the others one by one where their mask is set.
+// by `pair`, the others one by one where their mask is set. Bytes: each place's in a half of the register.
 template <int C>
 struct InterleaveIndices {
     alignas(64) int32_t pair[C][kLanes];
@@ -32,10 +39,11 @@ struct InterleaveIndices {
             if (c == 2) third[out] = static_cast<uint16_t>(third[out] | 1 << lane);
             if (c == 3) fourth[out] = static_cast<uint16_t>(fourth[out] | 1 << lane);
             words[e / 32][e % 32] = static_cast<int16_t>(pixel + 16 * c);
-            bytes[0][e] = static_cast<uint8_t>(4 * pixel + (c == 1 ? 64 : 0));
-            bytes[1][e] = static_cast<uint8_t>(4 * pixel);
-            if (c == 2) third_bytes |= uint64_t{1} << e;
-            if (c == 3) fourth_bytes |= uint64_t{1} << e;
+            const int byte = pixel / 8 * 32 + e % (8 * C);
+            bytes[0][byte] = static_cast<uint8_t>(4 * pixel + (c == 1 ? 64 : 0));
+            bytes[1][byte] = static_cast<uint8_t>(4 * pixel);
+            if (c == 2) third_bytes |= uint64_t{1} << byte;
+            if (c == 3) fourth_bytes |= uint64_t{1} << byte;
         }
     }
 };
@@ -48,32 +56,55 @@ IMGOPT_INLINE __m512i levels(__m512 v, float factor) {
     return _mm512_castps_si512(_mm512_add_ps(level, _mm512_set1_ps(12582912.0f)));
 }
 
-// Sixteen pixels side by side.
+// Eight elements of a plane, or the first of them.
+IMGOPT_INLINE void put_eight(uint8_t* to, __m128i v, int count) {
+    if (count == 8)
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to), v);
+    else
+        _mm_mask_storeu_epi8(to, lanes_below(count), v);
+}
+template <class T>
+IMGOPT_INLINE void put_eight(T* to, __m128i v, int count) {
+    static_assert(sizeof(T) == 2);
+    if (count == 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), v);
+    else
+        _mm_mask_storeu_epi16(to, static_cast<__mmask8>(lanes_below(count)), v);
+}
+IMGOPT_INLINE void put_eight(float* to, __m256 v, int count) {
+    if (count == 8)
+        _mm256_storeu_ps(to, v);
+    else
+        _mm256_mask_storeu_ps(to, static_cast<__mmask8>(lanes_below(count)), v);
+}
+
+// Pixels side by side: each place's in a half. Whole vectors avoid the mask: a masked byte store costs as much as the
+// sampling.
 template <int C>
-IMGOPT_INLINE void put_pixels(uint8_t* to, const Target& at, __m512i pixels) {
-    // Whole vectors avoid the mask: a masked byte store costs as much as the sampling.
-    if (at.room * C >= 64) {
-        _mm512_storeu_si512(to, pixels);
-    } else if (at.count < kLanes || C == 4) {
-        _mm512_mask_storeu_epi8(to, at.count * C < 64 ? (1ull << at.count * C) - 1 : ~0ull, pixels);
-    } else {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(pixels));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 32), _mm512_extracti32x4_epi32(pixels, 2));
+IMGOPT_INLINE void put_pixels(const Places<uint8_t>& at, __m512i pixels) {
+    const __m256i half[2] = {_mm512_castsi512_si256(pixels), _mm512_extracti64x4_epi64(pixels, 1)};
+    for (int i = 0; i < 2; ++i) {
+        if (at.count[i] < 8) {
+            _mm256_mask_storeu_epi8(at.to[i], static_cast<__mmask32>((1ull << at.count[i] * C) - 1), half[i]);
+        } else if (C == 4 || at.room * C >= 32) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(at.to[i]), half[i]);
+        } else {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(at.to[i]), _mm256_castsi256_si128(half[i]));
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(at.to[i] + 16), _mm256_extracti128_si256(half[i], 1));
+        }
     }
 }
 
 template <int C, bool overshoots>
-IMGOPT_INLINE void store(uint8_t* to, const Target& at, const Epilogue<C>& e, const __m512* v) {
+IMGOPT_INLINE void store(const Places<uint8_t>& at, const Target& target, const Epilogue<C>& e, const __m512* v) {
     static constexpr InterleaveIndices<C> kIndices;
     __m512i level[C];
     for (int c = 0; c < C; ++c) level[c] = levels<overshoots>(v[c], e.levels);
-    if (C == 1 || at.planar) {
+    if (C == 1 || target.planar) {
         for (int c = 0; c < C; ++c) {
             const __m128i bytes = _mm512_cvtepi32_epi8(level[c]);
-            if (at.count == kLanes)
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + c * at.channel), bytes);
-            else
-                _mm_mask_storeu_epi8(to + c * at.channel, lanes_below(at.count), bytes);
+            put_eight(at.to[0] + c * target.channel, bytes, at.count[0]);
+            put_eight(at.to[1] + c * target.channel, _mm_unpackhi_epi64(bytes, bytes), at.count[1]);
         }
         return;
     }
@@ -81,21 +112,22 @@ IMGOPT_INLINE void store(uint8_t* to, const Target& at, const Epilogue<C>& e, co
     __m512i pixels = _mm512_permutex2var_epi8(level[0], _mm512_load_si512(kIndices.bytes[0]), level[C > 1]);
     if constexpr (C > 2) pixels = _mm512_mask_permutexvar_epi8(pixels, kIndices.third_bytes, each, level[2]);
     if constexpr (C > 3) pixels = _mm512_mask_permutexvar_epi8(pixels, kIndices.fourth_bytes, each, level[3]);
-    put_pixels<C>(to, at, pixels);
+    put_pixels<C>(at, pixels);
 }
 
 // Pixels as they are, one per dword.
 template <int C>
-IMGOPT_INLINE void store_dwords(uint8_t* to, const Target& at, __m512i dwords) {
+IMGOPT_INLINE void store_dwords(const Places<uint8_t>& at, __m512i dwords) {
     struct Indices {
         alignas(64) uint8_t byte[64];
 
         constexpr Indices() : byte{} {
-            for (int e = 0; e < 16 * C; ++e) byte[e] = static_cast<uint8_t>(e / C * 4 + e % C);
+            for (int e = 0; e < 16 * C; ++e)
+                byte[e / (8 * C) * 32 + e % (8 * C)] = static_cast<uint8_t>(e / C * 4 + e % C);
         }
     };
     static constexpr Indices kIndices;
-    put_pixels<C>(to, at, C == 4 ? dwords : _mm512_permutexvar_epi8(_mm512_load_si512(kIndices.byte), dwords));
+    put_pixels<C>(at, C == 4 ? dwords : _mm512_permutexvar_epi8(_mm512_load_si512(kIndices.byte), dwords));
 }
 
 template <int C>
@@ -103,17 +135,23 @@ IMGOPT_INLINE void normalize(const Epilogue<C>& e, const __m512* v, __m512* to) 
     for (int c = 0; c < C; ++c) to[c] = _mm512_fmadd_ps(v[c], _mm512_set1_ps(e.factor[c]), _mm512_set1_ps(e.add[c]));
 }
 
+// Elements [8 piece, 8 piece + 8) of sixteen pixels side by side.
+template <int C, class T, class V>
+IMGOPT_INLINE void put_piece(const Places<T>& at, int piece, V v) {
+    const int half = piece / C, first = 8 * (piece % C), rest = at.count[half] * C - first;
+    put_eight(at.to[half] + first, v, rest > 8 ? 8 : rest);
+}
+
 template <int C, bool overshoots>
-IMGOPT_INLINE void store(float* to, const Target& at, const Epilogue<C>& e, const __m512* v) {
+IMGOPT_INLINE void store(const Places<float>& at, const Target& target, const Epilogue<C>& e, const __m512* v) {
     static constexpr InterleaveIndices<C> kIndices;
     __m512 out[C];
     normalize(e, v, out);
-    if (C == 1 || at.planar) {
-        for (int c = 0; c < C; ++c)
-            if (at.count == kLanes)
-                _mm512_storeu_ps(to + c * at.channel, out[c]);
-            else
-                _mm512_mask_storeu_ps(to + c * at.channel, lanes_below(at.count), out[c]);
+    if (C == 1 || target.planar) {
+        for (int c = 0; c < C; ++c) {
+            put_eight(at.to[0] + c * target.channel, _mm512_castps512_ps256(out[c]), at.count[0]);
+            put_eight(at.to[1] + c * target.channel, _mm512_extractf32x8_ps(out[c], 1), at.count[1]);
+        }
         return;
     }
     for (int i = 0; i < C; ++i) {
@@ -121,10 +159,8 @@ IMGOPT_INLINE void store(float* to, const Target& at, const Epilogue<C>& e, cons
         __m512 pixels = _mm512_permutex2var_ps(out[0], index, out[C > 1]);
         if constexpr (C > 2) pixels = _mm512_mask_permutexvar_ps(pixels, kIndices.third[i], index, out[2]);
         if constexpr (C > 3) pixels = _mm512_mask_permutexvar_ps(pixels, kIndices.fourth[i], index, out[3]);
-        if (at.count == kLanes)
-            _mm512_storeu_ps(to + i * kLanes, pixels);
-        else
-            _mm512_mask_storeu_ps(to + i * kLanes, lanes_below(at.count * C - i * kLanes), pixels);
+        put_piece<C>(at, 2 * i, _mm512_castps512_ps256(pixels));
+        put_piece<C>(at, 2 * i + 1, _mm512_extractf32x8_ps(pixels, 1));
     }
 }
 
@@ -141,30 +177,29 @@ IMGOPT_INLINE __m256i narrowed(__m512 v, const BFloat16*) {
 }
 
 template <int C, bool overshoots, class T>
-IMGOPT_INLINE void store(T* to, const Target& at, const Epilogue<C>& e, const __m512* v) {
-    static_assert(sizeof(T) == 2);
+IMGOPT_INLINE void store(const Places<T>& at, const Target& target, const Epilogue<C>& e, const __m512* v) {
     static constexpr InterleaveIndices<C> kIndices;
     __m512 wide[C];
     normalize(e, v, wide);
     __m256i out[4];
-    for (int c = 0; c < 4; ++c) out[c] = narrowed(wide[c < C ? c : 0], to);
-    if (C == 1 || at.planar) {
-        for (int c = 0; c < C; ++c)
-            if (at.count == kLanes)
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c * at.channel), out[c]);
-            else
-                _mm256_mask_storeu_epi16(to + c * at.channel, lanes_below(at.count), out[c]);
+    for (int c = 0; c < 4; ++c) out[c] = narrowed(wide[c < C ? c : 0], static_cast<const T*>(nullptr));
+    if (C == 1 || target.planar) {
+        for (int c = 0; c < C; ++c) {
+            put_eight(at.to[0] + c * target.channel, _mm256_castsi256_si128(out[c]), at.count[0]);
+            put_eight(at.to[1] + c * target.channel, _mm256_extracti128_si256(out[c], 1), at.count[1]);
+        }
         return;
     }
     const __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(out[0]), out[1], 1);
     const __m512i high = _mm512_inserti64x4(_mm512_castsi256_si512(out[2]), out[3], 1);
-    const auto below = [&](int first) {
-        const int n = at.count * C - first;
-        return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1;
-    };
-    for (int i = 0; i < (C + 1) / 2; ++i)
-        _mm512_mask_storeu_epi16(to + 32 * i, below(32 * i),
-                                 _mm512_permutex2var_epi16(low, _mm512_load_si512(kIndices.words[i]), high));
+    for (int i = 0; i < (C + 1) / 2; ++i) {
+        const __m512i words = _mm512_permutex2var_epi16(low, _mm512_load_si512(kIndices.words[i]), high);
+        const __m256i half[2] = {_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1)};
+        for (int k = 0; k < 2 && 4 * i + 2 * k < 2 * C; ++k) {
+            put_piece<C>(at, 4 * i + 2 * k, _mm256_castsi256_si128(half[k]));
+            put_piece<C>(at, 4 * i + 2 * k + 1, _mm256_extracti128_si256(half[k], 1));
+        }
+    }
 }
 
 }  // namespace

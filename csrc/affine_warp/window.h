@@ -108,13 +108,13 @@ struct Paint {
 };
 
 template <int C, int taps>
-Paint paint_of(const uint8_t* fill, uint8_t flip, bool upper, bool lower) {
+Paint paint_of(const uint8_t* fill, bool upper, bool lower) {
     constexpr int bytes = position_bytes(C, taps);
     uint8_t keep[24], set[24];
     for (int i = 0; i < 24; ++i) {
         const bool painted = taps == 2 && i % bytes >= C ? lower : upper;
         keep[i] = painted ? 0 : 255;
-        set[i] = painted ? fill[i % bytes % C] ^ flip : 0;
+        set[i] = painted ? fill[i % bytes % C] : 0;
     }
     Paint paint;
     __builtin_memcpy(paint.keep, keep, 24);
@@ -151,7 +151,7 @@ struct Columns {
 
 // A row of positions pixel by pixel, for windows that hardly touch the image.
 template <int C, int taps>
-void fill_row_slowly(const Source<uint8_t>& source, const uint8_t* fill, uint8_t flip, const Window& w, Padding padding,
+void fill_row_slowly(const Source<uint8_t>& source, const uint8_t* fill, const Window& w, Padding padding,
                      int32_t first, int32_t second, uint8_t* to) {
     for (int32_t i = 0; i < w.width; ++i, to += position_bytes(C, taps)) {
         const int32_t x = tap_index(w.x0 + i, source.width, padding);
@@ -160,7 +160,7 @@ void fill_row_slowly(const Source<uint8_t>& source, const uint8_t* fill, uint8_t
             for (int c = 0; c < C; ++c) {
                 const bool outside = x < 0 || y < 0;
                 const int64_t at = y * source.row + x * source.column + c * source.channel;
-                to[half * C + c] = (outside ? fill[c] : source.data[at]) ^ flip;
+                to[half * C + c] = outside ? fill[c] : source.data[at];
             }
         }
     }
@@ -171,9 +171,8 @@ void fill_row_slowly(const Source<uint8_t>& source, const uint8_t* fill, uint8_t
 template <int C, int taps, class Isa>
 void fill_window(const Source<uint8_t>& source, const uint8_t* fill, const Window& w, Padding padding) {
     constexpr int bytes = position_bytes(C, taps);
-    constexpr uint8_t flip = taps == 2 ? Isa::kFlip : 0;
     const Columns columns(w, source.width, padding);
-    const Paint both = paint_of<C, taps>(fill, flip, true, true);
+    const Paint both = paint_of<C, taps>(fill, true, true);
     const int64_t at = (w.x0 + columns.left) * source.column;
     for (int32_t row = 0; row < w.height; ++row) {
         uint8_t* to = w.data + row * w.pitch;
@@ -184,7 +183,7 @@ void fill_window(const Source<uint8_t>& source, const uint8_t* fill, const Windo
             continue;
         }
         if (columns.outside < 0) {
-            fill_row_slowly<C, taps>(source, fill, flip, w, padding, first, second, to);
+            fill_row_slowly<C, taps>(source, fill, w, padding, first, second, to);
             continue;
         }
         Isa::template pack<C, taps>(source, source.data + (first < 0 ? second : first) * source.row + at,
@@ -194,7 +193,7 @@ void fill_window(const Source<uint8_t>& source, const uint8_t* fill, const Windo
             const void* from = columns.from[i] < 0 ? static_cast<const void*>(both.set) : to + columns.from[i] * bytes;
             __builtin_memcpy(to + columns.to[i] * bytes, from, bytes);
         }
-        if (first < 0 || second < 0) paint_of<C, taps>(fill, flip, first < 0, second < 0).over(to, w.width * bytes);
+        if (first < 0 || second < 0) paint_of<C, taps>(fill, first < 0, second < 0).over(to, w.width * bytes);
     }
 }
 

@@ -332,6 +332,13 @@ void warp_windowed(const AffineWarp& p, int64_t begin, int64_t end) {
         const bool more = image + 1 < p.batch && (image + 1) * p.output_height < end;
         const uint8_t* images = static_cast<const uint8_t*>(p.images);
         const uint8_t* next = more ? images + (image + 1) * p.images_stride[0] : nullptr;
+        Ahead ahead{next, p.height * p.width * C, (y_end - y_begin) * ((p.output_width + kBlock - 1) / kBlock), 0};
+        const auto warp_from_patches = [&](int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
+            if constexpr (taps < 4 && Isa::kPatches)
+                return epilogue.moderate && Isa::template warp_blocks<C, taps, T>(p, map, source, epilogue, fill, image,
+                                                                                  y0, y1, x0, x1, ahead);
+            return false;
+        };
         const auto warp = [&](int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
             Window w = window_of<C>(map, source, p.padding, taps, y0, y1, x0, x1);
             const int64_t outputs = (y1 - y0) * (x1 - x0);
@@ -347,13 +354,18 @@ void warp_windowed(const AffineWarp& p, int64_t begin, int64_t end) {
             warp_strips<Isa, C, taps, false, T>(p, map, source, w, epilogue, image, y0, y1, x0, x1, next);
             return true;
         };
-        if (warp(y_begin, y_end, 0, p.output_width)) return;
+        if (warp_from_patches(y_begin, y_end, 0, p.output_width)) return;
+        // Where a homography shrinks the image little, patches serve; where it shrinks it more, they do not.
+        const bool mixed = Isa::kPatches && taps < 4 && !map.affine;
+        if (!mixed && warp(y_begin, y_end, 0, p.output_width)) return;
+        const int64_t side = mixed ? kBlock : kTile;
         Ahead nothing{};
-        for (int64_t y0 = y_begin; y0 < y_end; y0 += kTile)
-            for (int64_t x0 = 0; x0 < p.output_width; x0 += kTile) {
-                const int64_t y1 = y0 + kTile < y_end ? y0 + kTile : y_end;
-                const int64_t x1 = x0 + kTile < p.output_width ? x0 + kTile : p.output_width;
-                if (!warp(y0, y1, x0, x1)) warp_tile<uint8_t, float>(p, map, source, image, y0, y1, x0, x1, nothing);
+        for (int64_t y0 = y_begin; y0 < y_end; y0 += side)
+            for (int64_t x0 = 0; x0 < p.output_width; x0 += side) {
+                const int64_t y1 = y0 + side < y_end ? y0 + side : y_end;
+                const int64_t x1 = x0 + side < p.output_width ? x0 + side : p.output_width;
+                if ((mixed && warp_from_patches(y0, y1, x0, x1)) || warp(y0, y1, x0, x1)) continue;
+                warp_tile<uint8_t, float>(p, map, source, image, y0, y1, x0, x1, nothing);
             }
     });
 }
