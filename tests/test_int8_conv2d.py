@@ -238,6 +238,25 @@ def test_depthwise_lanes_and_strips(isa: str, rng: np.random.Generator, kernel: 
         check(*layer(rng, n=2, c=c, o=c, groups=c, h=h, w=w, input_dtype=DTYPES[c // 8 % 2], **geometry))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("steps", [0, 8_090_000, 8_500_000, -8_500_000])
+def test_depthwise_behind_a_relu(isa: str, rng: np.random.Generator, stride: int, steps: int) -> None:
+    """Zero point 0, every remainder of a vector's lanes; sums around 2^23, up to which they may be taken as floats."""
+    for c, (h, w) in itertools.product((16, 32, 64, 72, 80, 96, 144), ((5, 33), (6, 4), (2, 1))):
+        x, weight, _, settings = layer(
+            rng, c=c, o=c, groups=c, h=h, w=w, stride=(stride, stride), padding=((1, 1), (1, 1)), output_zero_point=0
+        )
+        one_step = settings["input_scale"] * settings["weight_scale"]
+        settings["output_scale"] *= 1 + abs(steps) / 60_000
+        check(x, weight, steps * one_step, settings)
+
+
+DEPTHWISE_LAYERS: list[dict[str, Any]] = [
+    {"c": c, "o": c, "groups": c, "stride": (s, s), "padding": ((1, 1), (1, 1)), "w": w}
+    for c, s, w in ((16, 1, 9), (32, 1, 8), (32, 2, 9), (72, 1, 5), (80, 2, 8), (96, 1, 7))
+]
+
+
 # First layers: windows that hang over either side, images narrower than a window, rows of 1 to 5 dwords and a rest.
 FIRST_LAYERS: list[dict[str, Any]] = [
     {"c": c, "o": o, "k": (k, k), "stride": (s, s), "padding": ((p, p), (p, q)), "h": h, "w": w, "n": n}
@@ -260,7 +279,7 @@ def test_first_layers(isa: str, rng: np.random.Generator, geometry: dict[str, An
 
 
 @pytest.mark.skipif(not hasattr(mmap, "PROT_READ"), reason="needs mprotect")
-@pytest.mark.parametrize("geometry", [*FIRST_LAYERS, *GEOMETRIES[1:6], *GEOMETRIES[12:16]], ids=str)
+@pytest.mark.parametrize("geometry", [*FIRST_LAYERS, *GEOMETRIES[1:6], *GEOMETRIES[12:16], *DEPTHWISE_LAYERS], ids=str)
 def test_nothing_is_read_behind_the_images(isa: str, rng: np.random.Generator, geometry: dict[str, Any]) -> None:
     """Images that end where a page without access begins: one byte more ends the process."""
     x, weight, bias, settings = layer(rng, **geometry)

@@ -3,6 +3,7 @@
 // the core, not its load ports, as the limit; narrower panels use taller tiles.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 on its own _mm512_undefined_*, GCC bug 105593
+#pragma GCC diagnostic ignored "-Wuninitialized"        // the same
 #endif
 #include <immintrin.h>
 

@@ -1,22 +1,21 @@
-// Depthwise convolution on AVX-512 VNNI, 64 lanes at a time. vpdpbusd wants the four products of a sum in one dword,
-// so four rows of an input column are interleaved to [r0 r1 r2 r3] per channel: once per column, however many taps read
-// it, and once for two output rows, which differ in their weights only: [w0 w1 w2 0] and [0 w0 w1 w2] for 3 rows.
-// Interleaving works within 128-bit lanes and leaves vector j with channels 16L + 4j + i in dword 4L + i, which is
-// exactly the order that packing to bytes undoes. Lanes are 64 channels of a pixel, or, where at most 32 channels are
-// left, those of two neighbouring pixels.
+// Depthwise convolution on AVX-512 VNNI for every geometry but 3 x 3 with strides 1 and 2 (depthwise3_avx512.h), 64
+// lanes at a time. vpdpbusd wants the four products of a sum in one dword, so four rows of an input column are
+// interleaved to [r0 r1 r2 r3] per channel: once per column, however many taps read it, and once for two output rows,
+// which differ in their weights only: [w0 w1 w2 0] and [0 w0 w1 w2] for 3 rows. Interleaving works within 128-bit lanes
+// and leaves vector j with channels 16L + 4j + i in dword 4L + i, which is exactly the order that packing to bytes
+// undoes. Lanes are 64 channels of a pixel, or, where at most 32 channels are left, those of two neighbouring pixels.
 //
 // Work runs along memory, all channels of a strip of pixels before the next strip. A pass over the image per block of
 // channels, a row at a time, took 621 us instead of 251 for eight images of 192 channels at 28 x 28 that had left the
 // caches.
 #pragma once
 
-#include "depthwise_weight_avx512.h"
+#include "depthwise3_avx512.h"
 
 namespace imgopt::avx512 {
 namespace {
 
 constexpr int64_t kStripBytes = 16384;  // of the columns that are interleaved together; they stay in L1
-constexpr int64_t kStripPixels = 28;    // at most so many output pixels of a row
 
 // Where a vector of bytes goes: all its lanes to one pixel, or half of them to each of two.
 struct DepthwiseOutput {
@@ -39,7 +38,7 @@ template <class L>
 template <class G, int ROWS, int PIXELS, int COUNT>
 [[gnu::always_inline]] inline void depthwise_sums(const G& g, const DepthwiseBlock* block, const uint8_t* strip, int j,
                                                   __m512i (&sums)[ROWS][COUNT]) {
-    const int64_t column_bytes = column_groups(g) * kColumnBytes, vector_bytes = PIXELS * g.stride * column_bytes;
+    const int64_t column_bytes = g.groups * kColumnBytes, vector_bytes = PIXELS * g.stride * column_bytes;
 #pragma GCC unroll 2
     for (int v = 0; v < ROWS; ++v)
 #pragma GCC unroll 4
@@ -54,8 +53,7 @@ template <class G, int ROWS, int PIXELS, int COUNT>
         for (int i = 0; i < COUNT; ++i) {
 #pragma GCC unroll 2
             for (int v = 0; v < ROWS; ++v) {
-                const int64_t own = G::kShared ? 0 : v * g.groups * kColumnBytes;
-                const __m512i x = _mm512_load_si512(column + i * vector_bytes + own);
+                const __m512i x = _mm512_load_si512(column + i * vector_bytes);
                 sums[v][i] = _mm512_dpbusd_epi32(sums[v][i], x, w[v]);
             }
         }
@@ -107,7 +105,7 @@ template <class G, int ROWS, class L, int COUNT>
 template <class G, int ROWS, class L>
 void depthwise_strip(const G& g, const DepthwiseBlock* block, const ByteEpilogue<false>& to_bytes, const uint8_t* strip,
                      const DepthwiseOutput& to, int64_t pixels) {
-    const int64_t vectors = ceil_div(pixels, L::kPixels), pixel_bytes = g.stride * column_groups(g) * kColumnBytes;
+    const int64_t vectors = ceil_div(pixels, L::kPixels), pixel_bytes = g.stride * g.groups * kColumnBytes;
     const bool even = pixels % L::kPixels == 0;
     int64_t i = 0;
     for (; i + 4 <= vectors; i += 4)
@@ -144,18 +142,19 @@ struct Depthwise {
           block_bytes(static_cast<int64_t>(sizeof(DepthwiseBlock)) + G::kRows * g.taps * g.groups * kColumnBytes),
           strip_pixels(pixels_of_strip()) {
         const int64_t channels = p.weight.out_channels;
-        const int64_t inputs_bytes = round_up(column_groups(g) * static_cast<int64_t>(sizeof(InputRows)), 64);
+        const int64_t inputs_bytes = round_up(g.groups * static_cast<int64_t>(sizeof(InputRows)), 64);
         const int64_t blocks_bytes = depthwise_blocks(p.weight) * block_bytes;
         // Two pixels of a vector read their columns side by side, where the second may lie behind the strip.
         const int64_t columns = strip_pixels * g.stride + (g.taps - 1) * g.dilation + 1;
-        const int64_t strip_bytes = columns * column_groups(g) * kColumnBytes;
+        const int64_t strip_bytes = columns * g.groups * kColumnBytes;
         uint8_t* scratch = static_cast<uint8_t*>(thread_scratch(inputs_bytes + blocks_bytes + strip_bytes + 64));
         inputs = reinterpret_cast<InputRows*>(scratch);
         blocks = scratch + inputs_bytes;
         strip = blocks + blocks_bytes;
         padding = strip + strip_bytes;
         memset(padding, p.input_zero_point ^ p.input_flip, 64);
-        for (int64_t c = 0; c < channels; c += kDepthwiseChannels) prepare_block(p, g, c, halves(c), block_at(c));
+        for (int64_t c = 0; c < channels; c += kDepthwiseChannels)
+            prepare_block(p, g, c, halves(c) ? 32 : 64, block_at(c));
     }
 
     bool halves(int64_t channel) const { return !rare && p.weight.out_channels - channel <= 32; }
@@ -165,7 +164,7 @@ struct Depthwise {
 
     // Strips of nearly equal length, a multiple of four pixels.
     int64_t pixels_of_strip() const {
-        const int64_t columns = kStripBytes / (column_groups(g) * kColumnBytes) - (g.taps - 1) * g.dilation;
+        const int64_t columns = kStripBytes / (g.groups * kColumnBytes) - (g.taps - 1) * g.dilation;
         int64_t most = smaller(columns / g.stride / 4 * 4, kStripPixels);
         most = most > 4 ? most : 4;
         return round_up(ceil_div(p.out_w, ceil_div(p.out_w, most)), 4);
@@ -175,13 +174,13 @@ struct Depthwise {
     template <int ROWS>
     void find_rows(int64_t n, int64_t oy) const {
         const int64_t row_bytes = p.in_w * p.input_stride;
-        const int64_t rows = p.weight.kernel_h + (G::kShared ? (ROWS - 1) * g.stride : 0);
-        for (int64_t group = 0; group < (G::kShared ? 1 : ROWS) * g.groups; ++group) {
+        const int64_t rows = p.weight.kernel_h + (ROWS - 1) * g.stride;
+        for (int64_t group = 0; group < g.groups; ++group) {
             InputRows& in = inputs[group];
-            const int64_t first = group % g.groups * 4, own = group / g.groups;  // own: the output row of the group
+            const int64_t first = group * 4;
             in.real = smaller(4, rows - first);
             for (int64_t i = 0; i < in.real; ++i) {
-                const int64_t y = (oy + own) * p.stride_h - p.pad_top + (first + i) * p.dilation_h;
+                const int64_t y = oy * p.stride_h - p.pad_top + (first + i) * p.dilation_h;
                 const bool inside = y >= 0 && y < p.in_h;
                 in.row[i] = inside ? p.input + (n * p.in_h + y) * row_bytes : padding;
                 in.step[i] = inside ? p.input_stride : 0;
@@ -192,7 +191,7 @@ struct Depthwise {
 
     template <int ROWS, class L>
     void interleave(int64_t channel, const ColumnRange& columns) const {
-        for (int64_t group = 0; group < (G::kShared ? 1 : ROWS) * g.groups; ++group)
+        for (int64_t group = 0; group < g.groups; ++group)
             interleave_function<L>(inputs[group].real)(inputs[group], channel, columns, strip + group * kColumnBytes);
     }
 
@@ -209,7 +208,7 @@ struct Depthwise {
                             (pixels - 1) * g.stride + (g.taps - 1) * g.dilation + 1,
                             p.in_w,
                             g.stride,
-                            column_groups(g) * kColumnBytes,
+                            g.groups * kColumnBytes,
                             ~uint64_t{0},
                             _mm512_set1_epi8(static_cast<char>(p.input_flip)),
                             _mm512_set1_epi8(static_cast<char>(p.input_zero_point))};
@@ -279,19 +278,21 @@ struct Depthwise {
 // Calls `use` with the geometry that serves the layer.
 template <class Use>
 auto with_geometry(const Int8Conv2d& p, const Use& use) {
-    if (Geometry<3, 1, 1, 2, true>::fits(p)) return use(Geometry<3, 1, 1, 2, true>(p));
-    if (Geometry<3, 1, 2, 2, false>::fits(p)) return use(Geometry<3, 1, 2, 2, false>(p));
-    if (Geometry<5, 2, 1, 2, true>::fits(p)) return use(Geometry<5, 2, 1, 2, true>(p));
-    if (Geometry<5, 2, 2, 2, true>::fits(p)) return use(Geometry<5, 2, 2, 2, true>(p));
+    if (Geometry<5, 2, 1, 2>::fits(p)) return use(Geometry<5, 2, 1, 2>(p));
+    if (Geometry<5, 2, 2, 2>::fits(p)) return use(Geometry<5, 2, 2, 2>(p));
     return use(AnyGeometry(p));
 }
 
 int64_t depthwise_units(const Int8Conv2d& p) {
     if (p.batch * p.out_h * p.out_w == 0) return 0;
+    if (is_depthwise3(p, 1)) return Depthwise3<1, false>::units(p);
+    if (is_depthwise3(p, 2)) return Depthwise3<2, false>::units(p);
     return with_geometry(p, [&](auto g) { return Depthwise<decltype(g)>::units(p); });
 }
 
 void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
+    if (is_depthwise3(p, 1)) return depthwise3<1>(p, begin, end);
+    if (is_depthwise3(p, 2)) return depthwise3<2>(p, begin, end);
     with_geometry(p, [&](auto g) { Depthwise<decltype(g)>(p).run(begin, end); });
 }
 

@@ -10,6 +10,7 @@ namespace imgopt::avx512 {
 namespace {
 
 constexpr int64_t kDepthwiseChannels = 64;
+constexpr int64_t kStripPixels = 28;  // output pixels of a row, at most, of which all channels are computed together
 
 bool is_depthwise(const Int8Weight& w) { return w.group_channels == 1 && w.out_channels == w.groups; }
 
@@ -35,10 +36,10 @@ void depthwise_weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* p
 
 // What the common kernels know when they are compiled: then addresses are constants, and neighbouring pixels share
 // their loads of columns. An output row reads `groups` groups of four input rows; ROWS output rows are computed
-// together, either from the same groups (SHARED) or each from its own, which saves the steps between strips only.
-template <int TAPS, int GROUPS, int STRIDE, int ROWS, bool SHARED>
+// together from the same groups.
+template <int TAPS, int GROUPS, int STRIDE, int ROWS>
 struct Geometry {
-    static constexpr bool kFixed = true, kShared = SHARED;
+    static constexpr bool kFixed = true;
     static constexpr int kRows = ROWS;
     static constexpr int64_t taps = TAPS, groups = GROUPS, stride = STRIDE, dilation = 1;
 
@@ -47,13 +48,13 @@ struct Geometry {
     static bool fits(const Int8Conv2d& p) {
         const Int8Weight& w = p.weight;
         return w.kernel_w == TAPS && row_groups(w.kernel_h) == GROUPS && p.stride_w == STRIDE && p.stride_h == STRIDE &&
-               p.dilation_w == 1 && p.dilation_h == 1 &&
-               (!SHARED || row_groups(w.kernel_h + (ROWS - 1) * STRIDE) == GROUPS) && !p.residual && !is_rare(p);
+               p.dilation_w == 1 && p.dilation_h == 1 && row_groups(w.kernel_h + (ROWS - 1) * STRIDE) == GROUPS &&
+               !p.residual && !is_rare(p);
     }
 };
 
 struct AnyGeometry {
-    static constexpr bool kFixed = false, kShared = true;
+    static constexpr bool kFixed = false;
     static constexpr int kRows = 1;
     int64_t taps, groups, stride, dilation;
 
@@ -61,23 +62,18 @@ struct AnyGeometry {
         : taps(p.weight.kernel_w), groups(row_groups(p.weight.kernel_h)), stride(p.stride_w), dilation(p.dilation_w) {}
 };
 
-// Groups of a column of the strip.
-template <class G>
-int64_t column_groups(const G& g) {
-    return g.groups * (G::kShared ? 1 : G::kRows);
-}
-
 // A block of channels, ready for the lanes: its constants, then (output row, tap, rows / 4, vector) of weights.
 struct DepthwiseBlock {
     __m512i offset[4];
     __m512 multiplier[4];
+    __m512 base[4];  // 2^23 times the multiplier, where sums_are_floats
     __m512i weight[];
 };
 
-// Vector j of four holds lanes L of `in`, channels 16L + 4j..; with `halves` lanes 2 and 3 repeat 0 and 1.
-void lanes_of_channels(const void* in, bool halves, void* out) {
+// Vector j of four holds lanes L of `in`, channels 16L + 4j..; after `bytes` channels, 64, 32 or 16, they are repeated.
+void lanes_of_channels(const void* in, int64_t bytes, void* out) {
     __m512i v[4];
-    for (int i = 0; i < 4; ++i) v[i] = _mm512_loadu_si512(static_cast<const char*>(in) + 64 * (halves ? i % 2 : i));
+    for (int i = 0; i < 4; ++i) v[i] = _mm512_loadu_si512(static_cast<const char*>(in) + 64 * (i % (bytes / 16)));
     const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44), b = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
     const __m512i c = _mm512_shuffle_i32x4(v[0], v[1], 0xee), d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
     __m512i* to = static_cast<__m512i*>(out);
@@ -87,14 +83,14 @@ void lanes_of_channels(const void* in, bool halves, void* out) {
     _mm512_store_si512(to + 3, _mm512_shuffle_i32x4(c, d, 0xdd));
 }
 
-// The weights of output row v lie v * stride rows further down, or are the same for groups of its own.
+// The weights of output row v lie v * stride rows further down. Lanes behind `bytes` channels repeat those before.
 template <class G>
-void prepare_block(const Int8Conv2d& p, const G& g, int64_t channel, bool halves, DepthwiseBlock* block) {
-    lanes_of_channels(p.offset + channel, halves, block->offset);
-    lanes_of_channels(p.multiplier + channel, halves, block->multiplier);
+void prepare_block(const Int8Conv2d& p, const G& g, int64_t channel, int64_t bytes, DepthwiseBlock* block) {
+    lanes_of_channels(p.offset + channel, bytes, block->offset);
+    lanes_of_channels(p.multiplier + channel, bytes, block->multiplier);
     const uint8_t* packed = p.packed + channel / kDepthwiseChannels * depthwise_block_bytes(p.weight);
     __m512i* out = block->weight;
-    const int shift = G::kShared ? static_cast<int>(g.stride) : 0;
+    const int shift = static_cast<int>(g.stride);
     for (int v = 0; v < G::kRows; ++v) {
         const __m128i down = _mm_cvtsi32_si128(8 * v * shift);
         const __m128i up = _mm_cvtsi32_si128(32 - 8 * v * shift);
@@ -102,7 +98,8 @@ void prepare_block(const Int8Conv2d& p, const G& g, int64_t channel, bool halves
             __m512i w = _mm512_sll_epi32(_mm512_loadu_si512(packed + 64 * i), down);
             if (v * shift > 0 && i / 4 % g.groups > 0)
                 w = _mm512_or_si512(w, _mm512_srl_epi32(_mm512_loadu_si512(packed + 64 * (i - 4)), up));
-            _mm512_store_si512(out++, halves ? _mm512_shuffle_i32x4(w, w, 0x44) : w);
+            if (bytes < 64) w = bytes == 32 ? _mm512_shuffle_i32x4(w, w, 0x44) : _mm512_shuffle_i32x4(w, w, 0x00);
+            _mm512_store_si512(out++, w);
         }
     }
 }
