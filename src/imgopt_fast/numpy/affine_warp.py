@@ -1,0 +1,167 @@
+"""`affine_warp` on NumPy arrays."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imgopt_fast import _native
+from imgopt_fast._arguments import (
+    normalization,
+    one_of,
+    per_channel,
+    uint8_fill,
+)
+
+_PIXELS = ("uint8", "float16", "float32", "float64")
+
+
+def affine_warp(
+    images: NDArray[Any],
+    matrix: NDArray[Any],
+    *,
+    size: Sequence[int] | None = None,
+    interpolation: str = "bilinear",
+    padding_mode: str = "constant",
+    fill: float | Sequence[float] = 0.0,
+    antialias: bool = False,
+    table: NDArray[np.uint8] | None = None,
+    color_matrix: NDArray[Any] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    dtype: Any = None,
+    channels_first: bool = False,
+) -> NDArray[Any]:
+    """`imgopt_fast.affine_warp` for arrays: the same arguments and results, with channels last.
+
+    Args:
+        images: (N, H, W, C) or (H, W, C), uint8, float16, float32 or float64; any strides.
+        matrix: (N or 1, 2 or 3, 3), or (2 or 3, 3) for all images; floating, finite. Output to input, x before y,
+            pixel centres at integers.
+        size, interpolation, padding_mode, fill, antialias, mean, std: as in `imgopt_fast.affine_warp`.
+        table: (N or 1, C, 256) or (C, 256) uint8.
+        color_matrix: (N or 1, 3, 4) or (3, 4), floating, finite.
+        dtype: of the output; the input's by default.
+        channels_first: return (N, C, H, W) or (C, H, W), as networks take it.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or value; the text names it.
+    """
+    if not isinstance(images, np.ndarray):
+        raise TypeError(f"images: expected a NumPy array, got {type(images).__name__}")
+    if images.ndim not in (3, 4):
+        raise ValueError(f"images: expected shape (N, H, W, C) or (H, W, C), got {images.shape}")
+    if images.dtype.name not in _PIXELS:
+        raise TypeError(f"images: expected one of {', '.join(_PIXELS)}, got {images.dtype}")
+    batch = images if images.ndim == 4 else images[None]
+    n, height, width, channels = batch.shape
+    try:
+        out_height, out_width = (height, width) if size is None else (int(side) for side in size)
+    except (TypeError, ValueError):
+        raise ValueError(f"size: expected (height, width), got {size!r}") from None
+    for name, side, least in (
+        ("images", height, 1), ("images", width, 1), ("size", out_height, 0), ("size", out_width, 0),
+    ):  # fmt: skip
+        if not least <= side < 1 << 30:
+            raise ValueError(f"{name}: expected sides between {least} and {(1 << 30) - 1}, got {side}")
+    one_of("interpolation", interpolation, ("nearest", "bilinear", "bicubic"))
+    one_of("padding_mode", padding_mode, ("constant", "edge", "reflect", "symmetric"))
+    fills = per_channel("fill", fill, channels)
+    if images.dtype == np.uint8:
+        fills = uint8_fill(fills)
+    means, stds = normalization(mean, std, channels)
+    out_dtype = images.dtype if dtype is None else np.dtype(dtype)
+    if out_dtype.name not in _PIXELS:
+        raise TypeError(f"dtype: expected one of {', '.join(_PIXELS)}, got {out_dtype}")
+    if stds and out_dtype == np.uint8:
+        raise ValueError("mean, std: expected a floating output, got dtype uint8; pass dtype=np.float32")
+    homographies = _homographies(matrix, n)
+    tables = None
+    if table is not None:
+        if images.dtype != np.uint8:
+            raise TypeError(f"table: expected uint8 images with it, got {images.dtype} images")
+        if not isinstance(table, np.ndarray) or table.dtype != np.uint8:
+            raise TypeError(f"table: expected a uint8 array, got {getattr(table, 'dtype', type(table).__name__)}")
+        tables = np.ascontiguousarray(_leading("table", table, n, [(channels, 256)]))
+    colors = None
+    if color_matrix is not None:
+        if channels != 3:
+            raise ValueError(f"color_matrix: expected images with 3 channels, got {channels}")
+        colors = np.ascontiguousarray(_leading("color_matrix", _floating("color_matrix", color_matrix), n, [(3, 4)]))
+
+    if _native.backend() != "native":
+        result = _affine_warp_by_torch(
+            batch, homographies, (out_height, out_width), interpolation, padding_mode, fills, antialias, tables, colors,
+            means, stds, out_dtype,
+        )  # fmt: skip
+    else:
+        core = _native.core()
+        assert core is not None
+        if not batch.flags.aligned or any(s < 0 or s % batch.itemsize for s in batch.strides):
+            batch = np.ascontiguousarray(batch)
+        if channels_first:
+            result = np.empty((n, channels, out_height, out_width), out_dtype)
+        else:
+            result = np.empty((n, out_height, out_width, channels), out_dtype).transpose(0, 3, 1, 2)
+        core.affine_warp(
+            batch.transpose(0, 3, 1, 2), result, homographies, interpolation, padding_mode, fills, antialias, tables,
+            colors, means, stds,
+        )  # fmt: skip
+    if not channels_first:
+        result = result.transpose(0, 2, 3, 1)
+    return result if images.ndim == 4 else result[0]
+
+
+def _homographies(matrix: NDArray[Any], n: int) -> NDArray[np.float64]:
+    values = _leading("matrix", _floating("matrix", matrix), n, [(2, 3), (3, 3)])
+    if values.shape[1] == 3:
+        return np.ascontiguousarray(values)
+    last = np.broadcast_to(np.array([[0.0, 0.0, 1.0]]), (len(values), 1, 3))
+    return np.concatenate([values, last], 1)
+
+
+def _floating(name: str, array: NDArray[Any]) -> NDArray[np.float64]:
+    if not isinstance(array, np.ndarray) or array.dtype.name not in ("float32", "float64"):
+        raise TypeError(
+            f"{name}: expected a float32 or float64 array, got {getattr(array, 'dtype', type(array).__name__)}"
+        )
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite values")
+    return array.astype(np.float64)
+
+
+def _leading(name: str, array: NDArray[Any], n: int, shapes: Sequence[tuple[int, int]]) -> NDArray[Any]:
+    """`array` with a leading dimension of 1 or `n`."""
+    values = array if array.ndim == 3 else array[None]
+    if values.ndim != 3 or values.shape[1:] not in shapes or values.shape[0] not in (1, n):
+        expected = " or ".join(f"(N, {a}, {b})" for a, b in shapes)
+        raise ValueError(f"{name}: expected shape {expected} with N = {n} or 1, or without N, got {array.shape}")
+    return values
+
+
+def _affine_warp_by_torch(
+    batch: NDArray[Any], matrix: NDArray[np.float64], size: tuple[int, int], interpolation: str, padding_mode: str,
+    fill: list[float], antialias: bool, table: NDArray[np.uint8] | None, colors: NDArray[np.float64] | None,
+    mean: list[float], std: list[float], dtype: Any,
+) -> NDArray[Any]:  # fmt: skip
+    import torch
+
+    from imgopt_fast.ops.affine_warp import affine_warp as warp
+
+    result = warp(
+        torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2),
+        torch.from_numpy(matrix),
+        size=size,
+        interpolation=interpolation,
+        padding_mode=padding_mode,
+        fill=fill,
+        antialias=antialias,
+        table=None if table is None else torch.from_numpy(table),
+        color_matrix=None if colors is None else torch.from_numpy(colors),
+        mean=mean or None,
+        std=std or None,
+        dtype=getattr(torch, dtype.name),
+    )
+    found: NDArray[Any] = result.numpy()
+    return found
