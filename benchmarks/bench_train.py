@@ -10,7 +10,7 @@
 CIFAR is a zip or folder of CIFAR-10 as JPEG files, PHOTOS a folder of photos; IMGOPT_CIFAR and IMGOPT_PHOTOS serve as
 well. OMP_NUM_THREADS sets the threads of both sides. The plain loop is what a careful user writes: a DataLoader over
 decoded images in memory with as many workers as threads, the same augmentation per sample in albumentations, float32,
-NCHW, SGD with the same settings, in a process of its own. What both do is checked before it is timed.
+NCHW, SGD with the same settings. Contestants have processes of their own. What both do is checked before it is timed.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,6 +41,7 @@ from imgopt_fast.data import Dataset, load_dataset
 from imgopt_fast.data.decode import decode_whole
 from imgopt_fast.models import create_model
 from imgopt_fast.training import TrainConfig, evaluate, train
+from imgopt_fast.training.allocator import freed_memory_kept
 from imgopt_fast.training.augmentation import Augmentation
 from imgopt_fast.training.clock import share
 from imgopt_fast.training.distributed import Process
@@ -49,8 +51,10 @@ from imgopt_fast.training.loop import Fitting, fit
 from imgopt_fast.training.run_folder import RunFolder
 from imgopt_fast.training.stages import Stage
 
+Call = Callable[[int], int]  # takes a number of steps or rounds, returns that of the images
 SIDE, PHOTOS = 224, 25  # pixels of a view, and views of a batch
 CROP = {"scale": (0.25, 1.0), "ratio": (3 / 4, 4 / 3)}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECIPE = TrainConfig(
     model="resnet20", epochs=30, batch_size=128, lr=0.2, quantize="none", prune_epochs=0, reference_epoch=False
 )
@@ -118,17 +122,46 @@ def plain_steps(config: TrainConfig, data: Dataset, model: nn.Module, workers: i
                 return
 
 
-def serve_plain_steps(connection: Connection, path: str, config: TrainConfig, workers: int) -> None:
-    """In a process of its own, whose memory ours does not manage: answers a number of steps with their images/s."""
+def plain_training(path: str, config: TrainConfig, workers: int) -> Call:
+    """Trains for a number of steps."""
     torch.set_num_threads(workers)
     torch.manual_seed(0)
     data = load_dataset(path)
     model = create_model(config.model, num_classes=len(data.class_names), in_channels=data.channels)
     loop = plain_steps(config, data, model, workers, config.epochs * len(data.train) // config.batch_size)
-    while count := connection.recv():
-        begin = time.perf_counter()
-        images = sum(next(loop) for _ in range(count))
-        connection.send(images / (time.perf_counter() - begin))
+    return lambda count: sum(next(loop) for _ in range(count))
+
+
+# --------------------------------------------------------------------------------------------------------- contestants
+
+
+class Contestant:
+    """What `make` returns, called in a process of its own, so that none runs in the memory that another one left."""
+
+    def __init__(self, make: Callable[..., Call], *arguments: Any) -> None:
+        context = get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, make, *arguments))
+        self.process.start()
+
+    def rate(self, count: int) -> float:
+        """Images/s of a call with `count`."""
+        self.connection.send(count)
+        images_per_second: float = self.connection.recv()
+        return images_per_second
+
+    def close(self) -> None:
+        self.connection.send(0)
+        self.process.join()
+
+
+def serve(connection: Connection, make: Callable[..., Call], *arguments: Any) -> None:
+    with freed_memory_kept() if make is our_photos else nullcontext():  # as in every training of ours
+        call = make(*arguments)
+        while count := connection.recv():
+            begin = time.perf_counter()
+            images = call(count)
+            connection.send(images / (time.perf_counter() - begin))
 
 
 # ------------------------------------------------------------------------------------------------------- measurements
@@ -156,11 +189,8 @@ def throughput(path: str, rounds: int, images: int) -> None:
     mean, std = data.statistics()
     workers = torch.get_num_threads()
     part, steps, skip = shortened(data, images), images // config.batch_size, 4
-    here, there = get_context("spawn").Pipe()
-    plain = get_context("spawn").Process(target=serve_plain_steps, args=(there, path, config, workers))
-    plain.start()
-    here.send(skip)
-    here.recv()  # it has loaded its images
+    plain = Contestant(plain_training, path, config, workers)
+    plain.rate(skip)
     our_epoch(config, shortened(data, 4 * config.batch_size), mean, std)
     rates: dict[str, list[float]] = {"ours": [], "plain": []}
     waits = []
@@ -168,12 +198,9 @@ def throughput(path: str, rounds: int, images: int) -> None:
         rate, times = our_epoch(config, part, mean, std)
         rates["ours"].append(rate)
         waits.append(share(times, "wait"))
-        for count in (skip, steps):  # the workers' queues have filled while ours ran
-            here.send(count)
-            rate = here.recv()
-        rates["plain"].append(rate)
-    here.send(0)
-    plain.join()
+        plain.rate(skip)  # the workers' queues have filled while ours ran
+        rates["plain"].append(plain.rate(steps))
+    plain.close()
     ratios = [a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)]
     precision = config.amp_dtype if config.uses_amp() else "float32"
     print(f"{workers} threads; ours in {precision}, channels_last; plain in float32 with {workers} workers")
@@ -259,44 +286,67 @@ def sampling(seeds: list[int], epochs: int) -> None:
         )
 
 
-def photos(folder: str, rounds: int) -> None:
-    """Images/s from JPEG bytes to normalized 224x224 floats, in one thread: ours, and Pillow with NumPy."""
-    files = [path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in (".jpg", ".jpeg")]
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+def photo_files(folder: str) -> list[bytes]:
+    paths = [path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in (".jpg", ".jpeg")]
+    return [path.read_bytes() for path in paths]
+
+
+def in_batches(files: list[bytes], views: Callable[[list[bytes]], Tensor]) -> Call:
+    """Makes the views of all files a number of times."""
+
+    def call(count: int) -> int:
+        for first in [*range(0, len(files), PHOTOS)] * count:
+            some = files[first : first + PHOTOS]
+            assert views(some).shape == (len(some), 3, SIDE, SIDE)
+        return count * len(files)
+
+    return call
+
+
+def our_photos(folder: str) -> Call:
     torch.set_num_threads(1)
-    crop = Compose([RandomResizedCrop(SIDE, **CROP), RandomHorizontalFlip(), Normalize(mean, std)])
+    crop = Compose([RandomResizedCrop(SIDE, **CROP), RandomHorizontalFlip(), Normalize(MEAN, STD)])
+
+    def views(some: list[bytes]) -> Tensor:
+        images = [torch.from_numpy(decode_whole(data)).permute(2, 0, 1) for data in some]
+        crops = [crop(image, key=(0, 0, i)) for i, image in enumerate(images)]
+        return torch.stack([view.permute(1, 2, 0) for view in crops]).permute(0, 3, 1, 2)  # channels_last, as they are
+
+    return in_batches(photo_files(folder), views)
+
+
+def plain_photos(folder: str) -> Call:
+    torch.set_num_threads(1)
     rng = np.random.default_rng(0)
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
 
-    def ours(some: list[bytes]) -> Tensor:
-        views = [crop(torch.from_numpy(decode_whole(d)).permute(2, 0, 1), key=(0, 0, i)) for i, d in enumerate(some)]
-        return torch.stack(views)
+    def view(data: bytes) -> Tensor:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        width, height = image.size
+        area = rng.uniform(*CROP["scale"]) * width * height
+        ratio = math.exp(rng.uniform(*map(math.log, CROP["ratio"])))
+        w, h = min(width, round(math.sqrt(area * ratio))), min(height, round(math.sqrt(area / ratio)))
+        left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+        part = image.crop((left, top, left + w, top + h)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        if rng.random() < 0.5:
+            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        tensor = torch.from_numpy(np.array(part)).permute(2, 0, 1).contiguous().float().div_(255)
+        return tensor.sub_(mean).div_(std)
 
-    def plain(some: list[bytes]) -> Tensor:
-        views = []
-        for data in some:
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-            width, height = image.size
-            area = rng.uniform(*CROP["scale"]) * width * height
-            ratio = math.exp(rng.uniform(*map(math.log, CROP["ratio"])))
-            w, h = min(width, round(math.sqrt(area * ratio))), min(height, round(math.sqrt(area / ratio)))
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            view = image.crop((left, top, left + w, top + h)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-            if rng.random() < 0.5:
-                view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            tensor = torch.from_numpy(np.array(view)).permute(2, 0, 1).contiguous().float().div_(255)
-            views.append((tensor - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])
-        return torch.stack(views)
+    return in_batches(photo_files(folder), lambda some: torch.stack([view(data) for data in some]))
 
-    calls: dict[str, Callable[[list[bytes]], Tensor]] = {"ours": ours, "plain": plain}
-    for call in calls.values():
-        assert call(files[:PHOTOS]).shape == (PHOTOS, 3, SIDE, SIDE)
-    rates: dict[str, list[float]] = {name: [] for name in calls}
+
+def photos(folder: str, rounds: int) -> None:
+    """Images/s from JPEG bytes to normalized 224x224 floats, in one thread: ours, and Pillow with torch."""
+    sides = {"ours": Contestant(our_photos, folder), "plain": Contestant(plain_photos, folder)}
+    for side in sides.values():
+        side.rate(1)
+    rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            for first in range(0, len(files), PHOTOS):
-                call(files[first : first + PHOTOS])
-            rates[name].append(len(files) / (time.perf_counter() - begin))
+        for name, side in sides.items():
+            rates[name].append(side.rate(2))
+    for side in sides.values():
+        side.close()
     ratios = [a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)]
     for name, values in rates.items():
         print(f"{name:6} {statistics.median(values):6.0f} photos/s  ({min(values):.0f} to {max(values):.0f})")
