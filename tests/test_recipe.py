@@ -68,6 +68,26 @@ def test_one_report_shows_every_stage(whole: Report) -> None:
     markdown = (whole.path / "report.md").read_text()
     for word in ("memory", "dense float", "distilled", "wait", "![samples](samples.png)", "bad<b>.png"):
         assert word in markdown
+    lines = whole.layers.splitlines()
+    assert lines[0].split() == [
+        "layer",
+        "operation",
+        "runs",
+        "in",
+        "time",
+        "KiB",
+        "live",
+        "dB",
+        "alone",
+        "why",
+        "not",
+        "int8",
+    ]
+    shares = [float(line.split()[3].rstrip("%")) for line in lines if " int8 " in line]
+    assert 50 < sum(shares) <= 100.5  # the rest are steps between the layers
+    assert re.search(r"^8 +linear +int8 +[\d.]+% +[\d.]+ +[\d.]+ +(9|8)\d% zeros", whole.layers, re.MULTILINE)
+    assert "% zeros" in str(load_network(whole.path).module.report)
+    assert all(line in markdown for line in lines)
 
 
 @pytest.mark.parametrize("step", [8, 14, 15, 20])
@@ -126,7 +146,15 @@ def test_the_page_in_a_browser(whole: Report, tmp_path: Path) -> None:
         assert shown_width > 300
     assert found["cells"] == [1 + len(whole.stages), 1 + len(whole.epochs)]
     assert found["wide"] <= 1000
-    for words in ("dense float", "distilled", "bad<b>.png: not an image file", "Where the time went", "wait"):
+    for words in (
+        "dense float",
+        "distilled",
+        "Layers of the int8 network",
+        "conv2d",
+        "bad<b>.png: not an image file",
+        "Where the time went",
+        "wait",
+    ):
         assert words in found["body"]
 
 
@@ -158,6 +186,13 @@ def test_the_verbs_go_on_from_a_run(teacher: Report, capfd: pytest.CaptureFixtur
     assert main(["distill", str(teacher.path), *flags, *quick]) == 0
     assert evaluate.density(load_network(runs / "student").module) < 0.25
     capfd.readouterr()
+    tables = {"int8": ("dB alone", "2d  "), "pruned": ("break-even", "3x3"), "dense": ("float32", "Conv2d")}
+    for stage, words in tables.items():
+        run = runs / "teacher-prune-quantize" if stage == "int8" else pruned
+        assert main(["eval", str(run), "--layers", "--stage", stage]) == 0
+        out = capfd.readouterr().out
+        assert all(word in out for word in words), stage
+    assert main(["eval", str(pruned), "--stage", "qat"]) == 2
     assert main(["quantize", str(runs / "missing")]) == 2
     assert "missing" in capfd.readouterr().err
 

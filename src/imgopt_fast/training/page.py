@@ -47,6 +47,9 @@ def page(report: Report) -> str:
         _list(time_lines(report)),
         *(_figure(name, (report.path / name).read_bytes(), caption) for name, caption in shown),
     ]
+    if report.layers:
+        parts.append("<h2>Layers of the int8 network</h2>")
+        parts.append(f'<div class="wide"><pre>{html.escape(report.layers)}</pre></div>')
     if data.skipped:
         parts.append(f"<h2>{len(data.skipped)} images that cannot be read were left out</h2>")
         parts.append(_list([f"{name}: {reason}" for name, reason in data.skipped]))

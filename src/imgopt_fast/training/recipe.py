@@ -30,10 +30,11 @@ from imgopt_fast.training.evaluate import accuracy, density, measure_speed, pred
 from imgopt_fast.training.events import Events
 from imgopt_fast.training.head import fit_head
 from imgopt_fast.training.images import load_images, preparation
+from imgopt_fast.training.layers import layer_table
 from imgopt_fast.training.loop import Fitting, fit
 from imgopt_fast.training.memory import peak_memory
 from imgopt_fast.training.network import FILE as CARD
-from imgopt_fast.training.network import WEIGHTS, Card, load_network
+from imgopt_fast.training.network import WEIGHTS, Card, last_float, load_network
 from imgopt_fast.training.reference_loop import reference_epoch
 from imgopt_fast.training.report import Report, StageRow, write_report, write_summary
 from imgopt_fast.training.run_folder import RunFolder
@@ -43,6 +44,7 @@ from imgopt_fast.training.transfer import freeze_body, read_checkpoint, thaw, tr
 
 PRUNE_RAMP = 0.5  # share of the pruning steps over which weights are removed; the rest recovers
 PRUNE_UPDATES = 20  # mask updates on that way
+LAYER_IMAGES = 32  # that the layers of the int8 network are measured on
 
 logger = logging.getLogger("imgopt_fast")
 
@@ -144,7 +146,9 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
     dataset = dataclasses.replace(dataset, skipped=tuple(dict.fromkeys(left_out)))
     if not process.main:  # the tests are measurements, and the first process makes them alone
         empty = torch.empty(0, dtype=torch.int64)
-        return Report(config, dataset, run.path, epochs, [], empty, None, time.perf_counter() - began, fitting.times)
+        return Report(
+            config, dataset, run.path, epochs, [], empty, None, time.perf_counter() - began, fitting.times, ""
+        )
 
     # The choices are made. Now, and only now, the test images.
     memory = peak_memory(run.path, list(files)) if config.memory else {}
@@ -160,6 +164,9 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
         )
         for name, network in networks.items()
     ]
+    before = networks[rows[-2].stage] if rows[-1].stage == "int8" else None
+    shift = config.quantize == "pow2"
+    layers = layer_table(networks[rows[-1].stage], images[:LAYER_IMAGES], before, power_of_two=shift) if before else ""
     reference = None
     if config.reference_epoch and isinstance(dataset.train, Split) and config.crop_scale is None:
         plain = _create(dataclasses.replace(config, channels_last=False), dataset)
@@ -168,7 +175,7 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
     seconds = time.perf_counter() - began
     times = {"data": {"decode": decoding}} | fitting.times
     shown = dataset.to(torch.device("cpu"))
-    report = Report(config, shown, run.path, epochs, rows, found, reference, seconds, times)
+    report = Report(config, shown, run.path, epochs, rows, found, reference, seconds, times, layers)
     write_report(run, report, augment)
     return report
 
@@ -205,7 +212,9 @@ def _start(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, str]:
         return _create(config, dataset), ""
     path, card = Path(config.pretrained), _source(config)
     if card is not None:
-        source = load_network(path, _last_float(path) if card.stage == "int8" else None)
+        source = last_float(path)
+        if source is None:
+            raise ValueError(f"{path}: has no float network")
         if card.channels != dataset.channels:
             raise ValueError(
                 f"pretrained: {path} takes {card.channels} channels, {dataset.name} has {dataset.channels}"
@@ -223,14 +232,6 @@ def _start(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, str]:
     if config.transfer != "finetune":
         freeze_body(model)
     return model, "" if config.epochs else "dense"
-
-
-def _last_float(path: Path) -> str:
-    """The last stage before int8 whose weights the run folder has."""
-    for stage in ("distilled", "pruned", "dense"):
-        if (path / f"{stage}.safetensors").exists():
-            return stage
-    raise ValueError(f"{path}: has no float network")
 
 
 def _few(names: list[str]) -> str:

@@ -58,6 +58,7 @@ class Report:
     reference_seconds: float | None  # of one epoch in the plain PyTorch loop
     seconds: float  # of everything
     times: dict[str, dict[str, float]]  # seconds per stage and phase
+    layers: str  # of the int8 network, a line each; "" where there is none
 
     def cells(self) -> list[tuple[str, ...]]:
         """The networks side by side: a line of titles, then one for each."""
@@ -164,7 +165,8 @@ How often the final network takes images of one class (row) for another (column)
 ![confusion](confusion.png)
 ![mistakes](mistakes.png)
 
-{_unreadable(report)}Repeat it with `imgopt-fast train --config config.yaml`. The final network is `model.safetensors`.
+{_layers(report)}{_unreadable(report)}Repeat it with `imgopt-fast train --config config.yaml`. \
+The final network is `model.safetensors`.
 """
 
 
@@ -185,6 +187,20 @@ def _times(report: Report) -> str:
 def _skipped(report: Report) -> str:
     count = len(report.dataset.skipped)
     return f" {count} images that cannot be read were left out." if count else ""
+
+
+def _layers(report: Report) -> str:
+    if not report.layers:
+        return ""
+    return f"""The layers of the int8 network: what they run in, their shares of the time, the activations in memory \
+meanwhile, and the signal to noise ratio of the result when one alone is int8: low is bad, and \
+`Int8Config(exclude=...)` keeps a layer float.
+
+```
+{report.layers}
+```
+
+"""
 
 
 def _unreadable(report: Report) -> str:
