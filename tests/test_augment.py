@@ -99,6 +99,39 @@ def test_torch_seeds_the_calls_without_a_key():
     assert torch.equal(aug(images, generator=generator.manual_seed(3)), drawn)
 
 
+def test_draws_stay_what_they_were():
+    """A key means the same augmentation in every version; these were drawn by the first one."""
+    aug = Compose(
+        [
+            RandomResizedCrop(24),
+            RandomCrop(20, padding=4),
+            RandomHorizontalFlip(),
+            RandomRotation(30),
+            RandomAffine(15, (0.1, 0.1), (0.8, 1.2), 5),
+            RandomPerspective(),
+            ColorJitter(0.4, 0.4, 0.4, 0.1),
+            RandomGrayscale(0.3),
+            RandAugment(),
+            TrivialAugmentWide(),
+            RandomErasing(1.0),
+        ]
+    )
+    params = aug.make_params(torch.zeros(2, 3, 32, 40, dtype=torch.uint8), key=(2**63 + 11, 3, [5, 2**40 + 7]))
+    assert params.describe(1).split("  ") == [
+        "RandomResizedCrop(top=0, left=12, height=27, width=28)",
+        "RandomCrop(top=4, left=-4)",
+        "RandomHorizontalFlip(flip=True)",
+        "RandomRotation(angle=-3.74)",
+        "RandomAffine(angle=11.4, translate=(1, 1), scale=1.04, shear=(4.83, 0))",
+        "RandomPerspective(corners=((4, 4), (16, 0), (15, 15), (5, 16)))",
+        "ColorJitter(brightness=0.649, contrast=0.881, saturation=0.91, hue=-0.067, after_hue=(True, True, True))",
+        "RandomGrayscale(gray=False)",
+        "RandAugment(operation=(TranslateX, Identity), magnitude=(2, 0))",
+        "TrivialAugmentWide(operation=(AutoContrast), magnitude=(0))",
+        "RandomErasing(top=3, left=4, height=16, width=6)",
+    ]
+
+
 def test_transforms_of_one_kind_draw_independently():
     params = Compose([RandomHorizontalFlip(), RandomHorizontalFlip()]).make_params(
         torch.empty(2000, 3, 2, 2), key=(0, 0, range(2000))
@@ -559,6 +592,17 @@ def test_a_call_compiles_into_one_graph(size):
     assert torch.equal(one(images[0]), aug(images[0], key=(1, 2, 3)))
     listed = torch.compile(lambda x: aug(x, key=(1, 2, range(size))), fullgraph=True, backend="aot_eager")
     assert torch.equal(listed(images), aug(images, key=(1, 2, range(size))))
+
+
+def test_opcheck_of_the_operations_that_stand_for_a_pipeline():
+    images, aug = photos(4), Compose([RandomAffine(20), RandAugment(), Normalize(MEAN, STD)])
+    ops = torch.ops.imgopt_fast
+    torch.library.opcheck(ops.augment_keyed.default, (images, 3, 1, torch.arange(4), aug.number))
+    names = ["0:angle", "1:operation", "1:magnitude"]
+    values = [torch.rand(4).double(), torch.randint(0, 14, (4, 2)), torch.rand(4, 2).double()]
+    torch.library.opcheck(ops.augment.default, (images, names, values, aug.number))
+    structure = ("test_schema", "test_faketensor")  # the others compare two calls, which draw anew
+    torch.library.opcheck(ops.augment_seeded.default, (images, aug.number), test_utils=structure)
 
 
 def test_a_compiled_call_without_a_key_draws_from_torchs_generator():

@@ -75,6 +75,18 @@ def test_mixing_is_keyed_per_sample_and_apart_from_the_pipeline():
     assert torch.equal(MixUp(num_classes=2)(images, torch.zeros(8, dtype=torch.long))[0], first)
 
 
+@pytest.mark.parametrize("mix", [MixUp(num_classes=3), CutMix(num_classes=3)], ids=["mixup", "cutmix"])
+def test_a_replay_of_mixing_compiles_into_one_graph(mix):
+    images, targets = torch.rand(6, 3, 8, 9), torch.tensor([0, 1, 2, 0, 1, 2])
+    compiled = torch.compile(mix.transform, fullgraph=True, backend="aot_eager")
+    for epoch in range(2):
+        params = mix.make_params(images, key=(0, epoch, range(6)))
+        for ours, expected in zip(
+            compiled(images, targets, params), mix.transform(images, targets, params), strict=True
+        ):
+            torch.testing.assert_close(ours, expected)
+
+
 def test_mixing_names_bad_arguments():
     images, targets = torch.rand(4, 3, 5, 5), torch.zeros(4, dtype=torch.long)
     for call, text in (

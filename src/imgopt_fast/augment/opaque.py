@@ -38,7 +38,7 @@ def call(pipeline: Transform, images: torch.Tensor, key: Key | None) -> torch.Te
     seed, epoch, index = key
     if not isinstance(index, torch.Tensor):
         index = torch.tensor([index] if isinstance(index, int) else list(index))
-    signed = ((seed + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)  # the generator takes 64 bits, a schema signed ones
+    signed = ((int(seed) + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)  # 64 bits, as the generator's, but with a sign
     return _keyed_op(images, signed, epoch, index, pipeline.number)  # type: ignore[no-any-return]
 
 
