@@ -11,23 +11,7 @@ namespace imgopt::avx512 {
 namespace {
 
 constexpr int kTaps = 3;
-constexpr int kVectors = 2;                 // neighbouring vectors of an output row, which share their weights
-constexpr int32_t kFloatBits = 0x4b000000;  // of 2^23; those of 2^23 + s for a sum s >= 0 that is added
-constexpr float kFloatBase = 8388608.0f;
-
-// Whether the sums of a layer whose output is zero below zero (is_plain) can be taken as floats: with 2^23 added, the
-// bits of a sum s >= 0 are those of the number 2^23 + s, and one fused multiplication rounds
-// (2^23 + s) * m - 2^23 * m as the product s * m would be. Below zero the bits are those of a smaller number, which
-// becomes zero as well.
-bool sums_are_floats(const Int8Conv2d& p) {
-    const int64_t most = (1 << 23) - 255 * 128 * taps_of(p.weight);
-    int32_t low = 0, high = 0;
-    for (int64_t c = 0; c < p.weight.out_channels; ++c) {
-        low = p.offset[c] < low ? p.offset[c] : low;
-        high = p.offset[c] > high ? p.offset[c] : high;
-    }
-    return high < most && -most < low;
-}
+constexpr int kVectors = 2;  // neighbouring vectors of an output row, which share their weights
 
 // What the lanes of a vector are: BYTES channels of each of 64 / BYTES neighbouring output pixels, of which pixels have
 // more, have no more (whole), or, of one pixel, fewer (masked).
@@ -95,10 +79,7 @@ struct Depthwise3 {
         for (int64_t c = 0; c < channels; c += kDepthwiseChannels) {
             DepthwiseBlock* block = block_at(c);
             prepare_block(p, G(p), c, lanes_of(channels - c), block);
-            for (int j = 0; PLAIN && j < 4; ++j) {
-                block->offset[j] = _mm512_add_epi32(block->offset[j], _mm512_set1_epi32(kFloatBits));
-                block->base[j] = _mm512_mul_ps(block->multiplier[j], _mm512_set1_ps(kFloatBase));
-            }
+            if (PLAIN) take_as_floats(block);
         }
     }
 
@@ -132,7 +113,8 @@ struct Depthwise3 {
                 const int64_t at = x + k * STRIDE;
                 pixel[k] = s.row[i] + at * s.pixel;
                 if constexpr (BORDER) {  // without a branch, which would be mispredicted at every border
-                    const int64_t inside = -static_cast<int64_t>(at >= 0 && at < s.in_w);
+                    const int64_t inside =
+                        -static_cast<int64_t>(static_cast<uint64_t>(at) < static_cast<uint64_t>(s.in_w));
                     pixel[k] = padding + ((pixel[k] - padding) & inside);
                 }
             }
@@ -175,16 +157,12 @@ struct Depthwise3 {
                 }
         }
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-            const __m512 multiplier = block->multiplier[j];
-            const __m512 base = block->base[j];
+        for (int j = 0; j < 4; ++j)
 #pragma GCC unroll 4
             for (int i = 0; i < ROWS * COUNT; ++i) {
                 __m512i& sum = sums[i / COUNT][i % COUNT][j];
-                sum = _mm512_cvtps_epi32(PLAIN ? _mm512_fmsub_ps(_mm512_castsi512_ps(sum), multiplier, base)
-                                               : _mm512_mul_ps(_mm512_cvtepi32_ps(sum), multiplier));
+                sum = rounded<PLAIN>(sum, block, j);
             }
-        }
 #pragma GCC unroll 2
         for (int v = 0; v < ROWS; ++v)
 #pragma GCC unroll 4
@@ -266,7 +244,7 @@ struct Depthwise3 {
 
 template <int STRIDE>
 void depthwise3(const Int8Conv2d& p, int64_t begin, int64_t end) {
-    if (p.input_flip == 0 && is_plain(p, byte_range(p)) && sums_are_floats(p))
+    if (p.input_flip == 0 && has_float_sums(p))
         Depthwise3<STRIDE, true>(p).run(begin, end);
     else
         Depthwise3<STRIDE, false>(p).run(begin, end);

@@ -70,9 +70,9 @@ template <class G, int ROWS, int PIXELS, int COUNT>
 }
 
 // COUNT vectors of each of ROWS output rows. `second`: the last vector has two real pixels.
-template <class G, int ROWS, class L, int COUNT>
+template <class G, int ROWS, class L, int COUNT, bool PLAIN>
 [[gnu::always_inline]] inline void depthwise_vectors(const G& g, const DepthwiseBlock* block,
-                                                     const ByteEpilogue<false>& to_bytes, const uint8_t* strip,
+                                                     const ByteEpilogue<PLAIN>& to_bytes, const uint8_t* strip,
                                                      const DepthwiseOutput& to, int64_t pixel, bool second) {
     __m512i words[2][ROWS][COUNT];
 #pragma GCC unroll 2
@@ -84,9 +84,7 @@ template <class G, int ROWS, class L, int COUNT>
 #pragma GCC unroll 2
             for (int v = 0; v < ROWS; ++v)
 #pragma GCC unroll 4
-                for (int i = 0; i < COUNT; ++i)
-                    q[j][v][i] = _mm512_cvtps_epi32(
-                        _mm512_mul_ps(_mm512_cvtepi32_ps(q[j][v][i]), block->multiplier[2 * pair + j]));
+                for (int i = 0; i < COUNT; ++i) q[j][v][i] = rounded<PLAIN>(q[j][v][i], block, 2 * pair + j);
         }
 #pragma GCC unroll 2
         for (int v = 0; v < ROWS; ++v)
@@ -102,31 +100,32 @@ template <class G, int ROWS, class L, int COUNT>
 }
 
 // One strip of one block: `pixels` output pixels of ROWS rows.
-template <class G, int ROWS, class L>
-void depthwise_strip(const G& g, const DepthwiseBlock* block, const ByteEpilogue<false>& to_bytes, const uint8_t* strip,
+template <class G, int ROWS, class L, bool PLAIN>
+void depthwise_strip(const G& g, const DepthwiseBlock* block, const ByteEpilogue<PLAIN>& to_bytes, const uint8_t* strip,
                      const DepthwiseOutput& to, int64_t pixels) {
     const int64_t vectors = ceil_div(pixels, L::kPixels), pixel_bytes = g.stride * g.groups * kColumnBytes;
     const bool even = pixels % L::kPixels == 0;
     int64_t i = 0;
     for (; i + 4 <= vectors; i += 4)
-        depthwise_vectors<G, ROWS, L, 4>(g, block, to_bytes, strip + i * L::kPixels * pixel_bytes, to, i * L::kPixels,
-                                         even || i + 4 < vectors);
+        depthwise_vectors<G, ROWS, L, 4, PLAIN>(g, block, to_bytes, strip + i * L::kPixels * pixel_bytes, to,
+                                                i * L::kPixels, even || i + 4 < vectors);
     if (i + 2 <= vectors) {
-        depthwise_vectors<G, ROWS, L, 2>(g, block, to_bytes, strip + i * L::kPixels * pixel_bytes, to, i * L::kPixels,
-                                         even || i + 2 < vectors);
+        depthwise_vectors<G, ROWS, L, 2, PLAIN>(g, block, to_bytes, strip + i * L::kPixels * pixel_bytes, to,
+                                                i * L::kPixels, even || i + 2 < vectors);
         i += 2;
     }
     if (i < vectors)
-        depthwise_vectors<G, ROWS, L, 1>(g, block, to_bytes, strip + i * L::kPixels * pixel_bytes, to, i * L::kPixels,
-                                         even);
+        depthwise_vectors<G, ROWS, L, 1, PLAIN>(g, block, to_bytes, strip + i * L::kPixels * pixel_bytes, to,
+                                                i * L::kPixels, even);
 }
 
-// The operation for one geometry. A unit of work is G::kRows output rows, or the last ones of an image.
-template <class G>
+// The operation for one geometry. PLAIN: see ByteEpilogue; the sums are floats then. A unit of work is G::kRows output
+// rows, or the last ones of an image.
+template <class G, bool PLAIN>
 struct Depthwise {
     const Int8Conv2d& p;
     const G g;
-    const ByteEpilogue<false> to_bytes;
+    const ByteEpilogue<PLAIN> to_bytes;
     const bool rare;
     const int64_t block_bytes, strip_pixels;
     InputRows* inputs;  // per group
@@ -198,7 +197,7 @@ struct Depthwise {
     template <int ROWS, class L>
     void strip_of(int64_t channel, const ColumnRange& columns, const DepthwiseOutput& to, int64_t pixels) const {
         interleave<ROWS, L>(channel, columns);
-        depthwise_strip<G, ROWS, L>(g, block_at(channel), to_bytes, strip, to, pixels);
+        depthwise_strip<G, ROWS, L, PLAIN>(g, block_at(channel), to_bytes, strip, to, pixels);
     }
 
     // One strip, all channels: `pixels` outputs of ROWS rows from `pixel` on, which is at column ox.
@@ -287,13 +286,18 @@ int64_t depthwise_units(const Int8Conv2d& p) {
     if (p.batch * p.out_h * p.out_w == 0) return 0;
     if (is_depthwise3(p, 1)) return Depthwise3<1, false>::units(p);
     if (is_depthwise3(p, 2)) return Depthwise3<2, false>::units(p);
-    return with_geometry(p, [&](auto g) { return Depthwise<decltype(g)>::units(p); });
+    return with_geometry(p, [&](auto g) { return Depthwise<decltype(g), false>::units(p); });
 }
 
 void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
     if (is_depthwise3(p, 1)) return depthwise3<1>(p, begin, end);
     if (is_depthwise3(p, 2)) return depthwise3<2>(p, begin, end);
-    with_geometry(p, [&](auto g) { Depthwise<decltype(g)>(p).run(begin, end); });
+    with_geometry(p, [&](auto g) {
+        if (decltype(g)::kFixed && has_float_sums(p))
+            Depthwise<decltype(g), decltype(g)::kFixed>(p).run(begin, end);
+        else
+            Depthwise<decltype(g), false>(p).run(begin, end);
+    });
 }
 
 }  // namespace

@@ -66,7 +66,7 @@ struct AnyGeometry {
 struct DepthwiseBlock {
     __m512i offset[4];
     __m512 multiplier[4];
-    __m512 base[4];  // 2^23 times the multiplier, where sums_are_floats
+    __m512 base[4];  // see take_as_floats
     __m512i weight[];
 };
 
@@ -102,6 +102,35 @@ void prepare_block(const Int8Conv2d& p, const G& g, int64_t channel, int64_t byt
             _mm512_store_si512(out++, w);
         }
     }
+}
+
+// Whether the sums of a layer whose output is uint8 and zero below zero can be taken as floats: with 2^23 added, the
+// bits of a sum s >= 0 are those of the number 2^23 + s, and one fused multiplication rounds (2^23 + s) * m - 2^23 * m
+// as the product s * m would be. Below zero the bits are those of a smaller number, which becomes zero as well.
+bool has_float_sums(const Int8Conv2d& p) {
+    if (is_rare(p) || p.residual || !is_plain(p, byte_range(p))) return false;
+    const int64_t most = (1 << 23) - 255 * 128 * taps_of(p.weight);
+    int32_t low = 0, high = 0;
+    for (int64_t c = 0; c < p.weight.out_channels; ++c) {
+        low = p.offset[c] < low ? p.offset[c] : low;
+        high = p.offset[c] > high ? p.offset[c] : high;
+    }
+    return high < most && -most < low;
+}
+
+void take_as_floats(DepthwiseBlock* block) {
+    for (int j = 0; j < 4; ++j) {
+        block->offset[j] = _mm512_add_epi32(block->offset[j], _mm512_set1_epi32(0x4b000000));  // the bits of 2^23
+        block->base[j] = _mm512_mul_ps(block->multiplier[j], _mm512_set1_ps(8388608.0f));
+    }
+}
+
+// Sums of vector j, scaled and rounded. FLOATS: taken as floats.
+template <bool FLOATS>
+[[gnu::always_inline]] inline __m512i rounded(__m512i sum, const DepthwiseBlock* block, int j) {
+    const __m512 m = block->multiplier[j];
+    return _mm512_cvtps_epi32(FLOATS ? _mm512_fmsub_ps(_mm512_castsi512_ps(sum), m, block->base[j])
+                                     : _mm512_mul_ps(_mm512_cvtepi32_ps(sum), m));
 }
 
 }  // namespace
