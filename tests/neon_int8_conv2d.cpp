@@ -32,7 +32,7 @@ int main() {
     std::mt19937 random(1);
     int cases = 0, differ = 0;
     for (const Geometry& g : kGeometries) {
-        for (int variant = 0; variant < 4; ++variant, ++cases) {
+        for (int variant = 0; variant < 10; ++variant, ++cases) {
             Int8Conv2d p{};
             p.weight = {g.outputs, g.channels / g.groups, g.groups, g.kernel, g.kernel};
             p.batch = 2;
@@ -48,14 +48,21 @@ int main() {
             p.input_flip = variant & 1 ? 0x80 : 0;
             p.input_zero_point = 77;
             p.output_zero_point = 100;
-            p.float_output = variant & 2;
+            p.float_output = variant < 8 && variant & 2;
+            const bool shifts = variant >= 6, huge = variant == 5;
             p.low = p.float_output ? -1e30f : -100.0f;
             p.high = p.float_output ? 1e30f : 155.0f;
             const size_t outputs = static_cast<size_t>(2 * p.out_h * p.out_w * g.outputs);
             std::vector<uint8_t> input(static_cast<size_t>(2 * g.height * g.width * g.channels)), residual(outputs);
             std::vector<int8_t> weight(static_cast<size_t>(g.outputs * p.weight.group_channels * g.kernel * g.kernel));
             std::vector<int32_t> offset(static_cast<size_t>(g.outputs + kChannelSlack));
-            std::vector<float> multiplier(offset.size(), 0.003f);
+            // Multipliers beyond 0.5 make values that no int32 holds.
+            std::vector<float> multiplier(offset.size(), huge ? 1e30f : 0.003f);
+            std::vector<Int8Shift> shift(offset.size());
+            for (auto& s : shift)
+                s = {static_cast<int8_t>(variant == 9 ? static_cast<int>(random() % 94) - 31 : 5 + random() % 9),
+                     static_cast<int8_t>(variant == 9 ? random() % 30 : random() % 3),
+                     static_cast<int8_t>(variant == 9 ? random() % 52 : random() % 8), 0};
             for (auto& x : input) x = static_cast<uint8_t>(random());
             for (auto& x : residual) x = static_cast<uint8_t>(random());
             for (auto& x : weight) x = static_cast<int8_t>(random());
@@ -63,7 +70,8 @@ int main() {
             p.input = input.data();
             p.offset = offset.data();
             p.multiplier = multiplier.data();
-            p.residual = variant == 1 || variant == 2 ? residual.data() : nullptr;
+            p.shift = shifts ? shift.data() : nullptr;
+            p.residual = variant % 4 == 1 || variant % 4 == 2 ? residual.data() : nullptr;
             p.residual_multiplier = 0.3f;
             p.residual_zero_point = 9;
             std::vector<uint8_t> results[2];

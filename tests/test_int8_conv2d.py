@@ -677,4 +677,4 @@ def test_neon_unit_in_an_emulator(tmp_path: Path) -> None:
     command = [compiler, *flags, f"-I{csrc}", str(tests / "neon_int8_conv2d.cpp"), *map(str, units), "-o", str(program)]
     subprocess.run(command, check=True, timeout=300)
     found = subprocess.run([emulator, str(program)], capture_output=True, text=True, timeout=300, check=False)
-    assert found.stdout == "32 cases, 0 differ\n"
+    assert found.stdout == "80 cases, 0 differ\n"
