@@ -16,10 +16,9 @@ What stands between these cases and their goals, measured on a Zen 5 core with A
 - 45 times grid_sample would be 27 cycles, less than that nearest pixel of one channel takes.
 - Homographies take 2 ms more than affine maps: float64 coordinates with a division, and clamped offsets everywhere.
 - 512 images of 32 x 32 would take 0.52 ms at the rate of the large ones, and take 0.8 to 0.9: the rest is per image.
-- The pipeline's 5.3 ms are 3.8 of warp, 0.2 to 0.3 for the mean of the source, 0.2 to 0.4 of Python, which the 48 MB of
-  the warp have driven out of the caches (0.1 where they have not), and by difference 0.9 for the colour matrix and the
-  flipped half. 512 images of 32 x 32 take 1.6: 1.0 in the kernel (0.16 of it per image, whatever its size), 0.06 for
-  the mean, 0.3 of Python and NumPy.
+- The pipeline's 5.3 to 5.8 ms are 4.5 of kernel (the colour matrix and the flipped half make it 0.8 more than the plain
+  warp's), 0.3 for the mean of the source, and 0.45 of Python, which the 48 MB of the warp have driven out of the caches
+  (0.1 where they have not). 512 images of 32 x 32 take 1.2, of which 0.06 for the mean and 0.3 of Python and NumPy.
 - A fresh float32 batch of 38 MB cost 3 ms of page faults, 20 to 90 where the system had to move memory to find large
   pages. Outputs now take over the memory of dropped ones (csrc/outputs.h); the peers' memory is torch's.
 - The Numba twin takes 30 cycles for one pixel: 10 to copy its twelve taps, a load and a store of a byte each, because
