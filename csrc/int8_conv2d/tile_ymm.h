@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "igemm.h"
+#include "shift_ymm.h"
 
 namespace imgopt {
 namespace {
@@ -16,27 +17,48 @@ inline __m128i load_channels(const uint8_t* in, int64_t channels) {
     return _mm_cvtsi64_si128(static_cast<long long>(bytes));
 }
 
+// The residual's bytes of 8 channels, flipped to uint8.
+inline __m128i residual_bytes(const Tile& t, int64_t pixel, int64_t channel) {
+    const Int8Conv2d& p = *t.conv;
+    const uint8_t* in = p.residual + pixel * p.residual_stride + t.channel + channel;
+    return _mm_xor_si128(load_channels(in, t.channels - channel), _mm_set1_epi8(static_cast<char>(p.residual_flip)));
+}
+
 inline __m256 requantize(const Tile& t, int64_t pixel, int64_t channel, __m256i sum) {
     const Int8Conv2d& p = *t.conv;
     const __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(p.multiplier + t.channel + channel));
     if (!p.residual) return y;
-    const uint8_t* in = p.residual + pixel * p.residual_stride + t.channel + channel;
-    const __m128i bytes =
-        _mm_xor_si128(load_channels(in, t.channels - channel), _mm_set1_epi8(static_cast<char>(p.residual_flip)));
-    const __m256i r = _mm256_sub_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(p.residual_zero_point));
+    const __m256i bytes = _mm256_cvtepu8_epi32(residual_bytes(t, pixel, channel));
+    const __m256i r = _mm256_sub_epi32(bytes, _mm256_set1_epi32(p.residual_zero_point));
     return _mm256_add_ps(y, _mm256_mul_ps(_mm256_cvtepi32_ps(r), _mm256_set1_ps(p.residual_multiplier)));
+}
+
+// Float output, and multipliers that is_bounded refuses, a sum at a time; shifts in vectors.
+template <int NV>
+[[gnu::noinline]] void store_rare(const Tile& t, int64_t pixel, const __m256i* sums) {
+    const Int8Conv2d& p = *t.conv;
+    if (p.shift && !p.float_output) {
+        const ShiftEpilogueYmm to_bytes(p);
+        uint8_t* out = static_cast<uint8_t*>(p.output) + pixel * p.output_stride + t.channel;
+        for (int64_t c = 0; c < t.channels; c += 8) {
+            const __m128i residual = p.residual ? residual_bytes(t, pixel, c) : _mm_setzero_si128();
+            const __m128i bytes = to_bytes(t.channel + c, sums[c / 8], residual);
+            uint8_t eight[8];
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(eight), bytes);
+            copy_bytes(out + c, eight, smaller(t.channels - c, 8));
+        }
+        return;
+    }
+    alignas(32) int32_t values[16];
+    for (int j = 0; j < NV; ++j) _mm256_store_si256(reinterpret_cast<__m256i*>(values + 8 * j), sums[j]);
+    for (int64_t c = 0; c < t.channels; ++c) store_sum(p, pixel, t.channel + c, values[c]);
 }
 
 // One row of sums of 16 (or, with NV = 1, 8) channels.
 template <int NV>
 void store_row(const Tile& t, int64_t pixel, const __m256i* sums) {
     const Int8Conv2d& p = *t.conv;
-    if (t.rare) {
-        alignas(32) int32_t values[16];
-        for (int j = 0; j < NV; ++j) _mm256_store_si256(reinterpret_cast<__m256i*>(values + 8 * j), sums[j]);
-        for (int64_t c = 0; c < t.channels; ++c) store_sum(p, pixel, t.channel + c, values[c]);
-        return;
-    }
+    if (t.rare) return store_rare<NV>(t, pixel, sums);
     const __m256i q0 = _mm256_cvtps_epi32(requantize(t, pixel, 0, sums[0]));
     const __m256i q1 = NV == 2 ? _mm256_cvtps_epi32(requantize(t, pixel, 8, sums[NV - 1])) : q0;
     // Packing works within 128-bit lanes; the permutation brings the channels back into order.
