@@ -1,4 +1,4 @@
-// A plan of int8_graph as the runner sees it; src/imgopt_fast/ops/int8_graph/plan.py writes it and states its format.
+// A plan of int8_graph as the runner sees it; src/imgopt_fast/ops/int8_graph/plan.py states its format.
 #pragma once
 
 #include <cstdint>

@@ -19,7 +19,7 @@ import torch
 
 from imgopt_fast._arguments import as_pair, as_sides
 from imgopt_fast.augment import Compose, Normalize
-from imgopt_fast.ops.int8_graph.plan import offsets, shifts
+from imgopt_fast.ops.int8_graph.constants import offsets, shifts
 from imgopt_fast.targets import c_source as source
 from imgopt_fast.targets.c_compile import engines
 from imgopt_fast.targets.c_layout import place

@@ -17,7 +17,7 @@ import torch
 
 from imgopt_fast._arguments import as_sides
 from imgopt_fast.ops.int8_conv2d.reference import INTEGER_RANGE
-from imgopt_fast.ops.int8_graph.plan import multipliers
+from imgopt_fast.ops.int8_graph.constants import multipliers
 from imgopt_fast.targets.errors import refuse
 from imgopt_fast.targets.fresh_process import openvino
 from imgopt_fast.targets.network import FLOAT, Layer, Network

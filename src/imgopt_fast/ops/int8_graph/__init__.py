@@ -9,7 +9,8 @@ from torch import Tensor
 
 from imgopt_fast.ops import registration
 from imgopt_fast.ops.int8_graph import reference
-from imgopt_fast.ops.int8_graph.plan import DTYPES, Int8GraphBuilder, Int8Program, output_shapes, repack
+from imgopt_fast.ops.int8_graph.builder import Int8GraphBuilder
+from imgopt_fast.ops.int8_graph.plan import DTYPES, Int8Program, output_shapes, repack
 
 __all__ = ["Int8GraphBuilder", "Int8Program", "int8_graph", "repack"]
 
