@@ -2,13 +2,14 @@
 
     python benchmarks/tune_masked_matmul.py                  # every table for the active instruction set
     IMGOPT_ISA=avx2 python benchmarks/tune_masked_matmul.py  # another that the processor has
-    python benchmarks/tune_masked_matmul.py blocks           # one of: blocks, copy, form, conv, int8
+    python benchmarks/tune_masked_matmul.py blocks           # one of: blocks, copy, form, conv, packed_conv, int8
 
 blocks  the block of columns per density: packed forward of 1024 × 1024 at batch 256, a uniform mask and one of blocks
         of four rows
 copy    the density from which a dense copy is faster for one sample by what its memory is worth, 1024 × 1024
 form    the density from which torch's dense product is faster in bfloat16, 1024 × 1024 at batch 256
 conv    the density up to which a 3 × 3 convolution trains faster on the sparse kernels, by its channels
+packed_conv  the same for its packed weight at inference, in float32
 int8    the share of groups of four up to which the sparse product is faster than the dense one, by the number of
         inputs, at the least and at a large number of images
 
@@ -134,6 +135,32 @@ def form(rounds: int) -> None:
     print(f'DENSE_BFLOAT16: "{_native.active_isa()}": {_limit(faster)},')
 
 
+def packed_conv(rounds: int) -> None:
+    limits: list[tuple[int, float]] = [(0, 0.0)]
+    for channels in CONV_CHANNELS:
+        images = max(4, CONV_VALUES // (channels * 16 * 16))
+        x = torch.randn(images, channels, 16, 16).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(channels, channels, 3, 3)
+        limit = 0.0
+        for density in (*CONV_DENSITIES, 0.7, 0.85, 1.0):
+            mask = torch.rand(weight.shape) < density
+            with mock.patch.object(layout, "infers_sparse", return_value=True):
+                packed = pack_masked_weight(weight, mask)
+            dense = torch.where(mask, weight, 0).contiguous(memory_format=torch.channels_last)
+            ways = {
+                "sparse": partial(masked_conv2d, x, packed, padding=1),
+                "dense": partial(torch.nn.functional.conv2d, x, dense, padding=1),
+            }
+            best = fastest(ways, max(5, rounds // 4))
+            report(f"{channels} channels, density {density:.2f}", best)
+            if best["sparse"] >= best["dense"]:
+                break
+            limit = density
+        if limit > limits[-1][1]:
+            limits.append((channels, limit))
+    print(f'SPARSE_CONVOLUTIONS: "{_native.active_isa()}": {tuple(limits)},')
+
+
 def conv(rounds: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         limits: list[tuple[int, float]] = [(0, 0.0)]
@@ -203,7 +230,7 @@ def int8(rounds: int) -> None:
     print(f'LARGEST_SHARE: "{_native.active_isa()}": {table},')
 
 
-TABLES = {"blocks": blocks, "copy": copy, "form": form, "conv": conv, "int8": int8}
+TABLES = {"blocks": blocks, "copy": copy, "form": form, "conv": conv, "packed_conv": packed_conv, "int8": int8}
 
 
 def main() -> None:

@@ -7,12 +7,12 @@ runs this same file with the kernels compiled for the processor (IMGOPT_CUDA_EMU
 import os
 from typing import Any
 
+import masked_problems
 import numpy as np
 import pytest
 import test_affine_warp as warp_tests
 import test_int8_conv2d as conv_tests
 import test_int8_graph as graph_tests
-import test_masked_matmul as masked_tests
 import test_photometric as photometric_tests
 import torch
 
@@ -461,28 +461,28 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return int(request.param)
 
 
-@pytest.mark.parametrize("size", masked_tests.SIZES, ids=str)
+@pytest.mark.parametrize("size", masked_problems.SIZES, ids=str)
 def test_masked_matmul(device: torch.device, block: int, size: tuple[int, int, int, float]) -> None:
     samples, out, inputs, density = size
-    mask = masked_tests.random_mask(out, inputs, density)
+    mask = masked_problems.random_mask(out, inputs, density)
     assert_near(*masked_problem(device, mask, samples, torch.float32), torch.float32)
 
 
-@pytest.mark.parametrize("name", masked_tests.adversarial_masks())
+@pytest.mark.parametrize("name", masked_problems.adversarial_masks())
 def test_masked_matmul_of_adversarial_masks(device: torch.device, block: int, name: str) -> None:
-    mask = masked_tests.adversarial_masks()[name]
+    mask = masked_problems.adversarial_masks()[name]
     assert_near(*masked_problem(device, mask, 33, torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_masked_matmul_dtypes(device: torch.device, dtype: torch.dtype) -> None:
-    found, expected = masked_problem(device, masked_tests.random_mask(70, 300, 0.3), 67, dtype)
+    found, expected = masked_problem(device, masked_problems.random_mask(70, 300, 0.3), 67, dtype)
     assert_near(found, expected, dtype)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_masked_conv2d(device: torch.device, stride: int) -> None:
-    mask = masked_tests.random_mask(24, 3 * 3 * 8, 0.15).view(24, 8, 3, 3)
+    mask = masked_problems.random_mask(24, 3 * 3 * 8, 0.15).view(24, 8, 3, 3)
     x, w = torch.randn(2, 16, 9, 11), torch.randn(24, 8, 3, 3)
     leaves = [x.to(device).requires_grad_(), w.to(device).requires_grad_()]
     layout = mask_layout(mask.to(device), groups=2)
@@ -500,7 +500,7 @@ def test_masked_conv2d(device: torch.device, stride: int) -> None:
 @pytest.mark.parametrize("size", [(1, 16, 16), (130, 400, 208), (257, 48, 592)])
 def test_block_matmul(device: torch.device, size: tuple[int, int, int], dtype: torch.dtype) -> None:
     samples, out, inputs = size
-    mask = masked_tests.random_mask(out // 16, inputs // 16, 0.4).repeat_interleave(16, 0).repeat_interleave(16, 1)
+    mask = masked_problems.random_mask(out // 16, inputs // 16, 0.4).repeat_interleave(16, 0).repeat_interleave(16, 1)
     bits = masked_cuda.block_bits(mask.to(device))
     assert bits is not None
     operands = [torch.randn(samples, inputs), torch.randn(out, inputs), torch.randn(out)]
@@ -518,9 +518,9 @@ def test_block_matmul(device: torch.device, size: tuple[int, int, int], dtype: t
 @pytest.mark.parametrize("kind", ["random", "sparse", "blocks", "2:4"])
 def test_masked_layers_choose_a_form(device: torch.device, kind: str, dtype: torch.dtype) -> None:
     """The public functions, with whatever form the table gives the mask."""
-    mask = masked_tests.random_mask(128, 192, 0.01 if kind == "sparse" else 0.5)
+    mask = masked_problems.random_mask(128, 192, 0.01 if kind == "sparse" else 0.5)
     if kind == "blocks":
-        mask = masked_tests.random_mask(8, 12, 0.3).repeat_interleave(16, 0).repeat_interleave(16, 1)
+        mask = masked_problems.random_mask(8, 12, 0.3).repeat_interleave(16, 0).repeat_interleave(16, 1)
     if kind == "2:4":
         mask = torch.tensor([True, False, False, True]).repeat(128, 48)
     x, w, b = (t.to(dtype) for t in (torch.randn(64, 192), torch.randn(128, 192), torch.randn(128)))
@@ -541,7 +541,7 @@ def test_int8_masked_matmul_is_exact(
     monkeypatch.setattr("imgopt_fast.ops.masked_matmul.int8.GROUP", 1)  # the device's format where it is emulated
     low, high = (0, 256) if dtype == torch.uint8 else (-128, 128)
     x = torch.randint(low, high, (35, 300)).to(dtype)
-    weight, mask = torch.randint(-128, 128, (67, 300), dtype=torch.int8), masked_tests.random_mask(67, 300, 0.2)
+    weight, mask = torch.randint(-128, 128, (67, 300), dtype=torch.int8), masked_problems.random_mask(67, 300, 0.2)
     scale, bias = torch.rand(67) * 0.01 + 0.001, torch.randn(67)
     options = {} if output_dtype is None else {"output_scale": 0.9, "output_zero_point": 3, "output_min": -20.0}
     settings = {"input_scale": 0.05, "input_zero_point": 7}

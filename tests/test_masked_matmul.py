@@ -1,4 +1,4 @@
-"""masked_matmul, masked_conv2d and int8_masked_matmul against dense products in float64 and int64."""
+"""masked_matmul against dense products in float64: every instruction set, dtype, adversarial mask and gradient."""
 
 import shutil
 import subprocess
@@ -6,20 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKEND
+from masked_problems import SIZES, adversarial_masks, assert_products, error_bound, random_mask
 from torch import Tensor
 
 from imgopt_fast import _native
-from imgopt_fast import numpy as face
 from imgopt_fast.ops import masked_matmul as module
-from imgopt_fast.ops.int8_conv2d import int8_conv2d, pack_int8_weight
 from imgopt_fast.ops.masked_matmul import (
     fallback,
-    int8,
     int8_masked_matmul,
     layout,
     mask_layout,
@@ -29,164 +25,6 @@ from imgopt_fast.ops.masked_matmul import (
     pack_masked_weight,
     reference,
 )
-
-HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
-# (samples, outputs, inputs, density): 0, 1, tile - 1, tile, tile + 1, and sizes that cross windows, blocks and panels
-SIZES = [
-    (1, 1, 1, 1.0), (3, 0, 4, 0.5), (3, 4, 0, 0.5), (0, 3, 4, 0.5), (5, 7, 13, 0.3), (15, 3, 129, 0.6),
-    (16, 64, 128, 0.5), (17, 65, 257, 0.9), (63, 5, 1000, 0.02), (65, 130, 300, 0.2), (130, 67, 300, 0.0),
-    (40, 33, 130, 1.0),
-]  # fmt: skip
-
-
-def random_mask(rows: int, columns: int, density: float) -> Tensor:
-    return torch.rand(rows, columns) < density
-
-
-STRUCTURES = ("16x16", "4x4", "16x1", "8x1", "4x1", "1:4", "2:4")
-
-
-def structured_mask(name: str, density: float, size: tuple[int, int]) -> Tensor:
-    """A random mask of blocks, or of N:M neighbours at their own density; cut off where the size does not fit."""
-    if ":" in name:
-        kept = torch.zeros(size[0], -(-size[1] // 4), 4, dtype=torch.bool)
-        order = torch.rand(kept.shape).argsort(2)[..., : int(name[0])]
-        return kept.scatter_(2, order, True).flatten(1)[:, : size[1]].contiguous()
-    rows, columns = map(int, name.split("x"))
-    blocks = random_mask(-(-size[0] // rows), -(-size[1] // columns), density)
-    return blocks.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: size[0], : size[1]].contiguous()
-
-
-def adversarial_masks() -> dict[str, Tensor]:
-    size = (67, 300)
-    one_row = torch.zeros(size, dtype=torch.bool)
-    one_row[11] = True
-    single = torch.zeros(size, dtype=torch.bool)
-    single[66, 299] = True
-    holes = random_mask(*size, 0.4)
-    holes[::3], holes[:, ::5] = False, False
-    blocks = random_mask(17, 300, 0.3).repeat_interleave(4, 0)[:67]
-    two_of_four = torch.zeros(size, dtype=torch.bool).view(67, 75, 4)
-    two_of_four[..., :2] = True
-    pairs = random_mask(34, 300, 0.3).repeat_interleave(2, 0)[:67]
-    return {
-        "one dense row": one_row,
-        "single": single,
-        "diagonal": torch.eye(*size, dtype=torch.bool),
-        "full": torch.ones(size, dtype=torch.bool),
-        "empty": torch.zeros(size, dtype=torch.bool),
-        "empty rows and columns": holes,
-        "4x1 blocks": blocks,
-        "2:4": two_of_four.view(size),
-        **{name: structured_mask(name, 0.3, size) for name in STRUCTURES},
-        "equal pairs of rows": pairs,
-    }
-
-
-def error_bound(absolute: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
-    """|error| ≤ γ_n Σ|x||w| for sums of n terms in float32 (or float64), and one rounding to the dtype."""
-    sums = 2.0**-53 if dtype == torch.float64 else 2.0**-24
-    n = terms + 2
-    gamma = n * sums / (1 - n * sums)
-    return absolute * (gamma + HALF_ULP[dtype] * (1 + gamma)) + 2.0**-24  # the least subnormal of float16
-
-
-def assert_products(mask: Tensor, samples: int, dtype: torch.dtype) -> None:
-    """Output and the three gradients of one random problem, each within its bound."""
-    out, inputs = mask.shape
-    x = torch.randn(samples, inputs).to(dtype).requires_grad_()
-    w = torch.randn(out, inputs).to(dtype).requires_grad_()
-    bias = torch.randn(out).to(dtype).requires_grad_()
-    grad = torch.randn(samples, out).to(dtype)
-    y = masked_matmul(x, w, mask_layout(mask), bias)
-    grads = torch.autograd.grad(y, (x, w, bias), grad)
-
-    x64, w64, g64, b64 = (t.detach().double() for t in (x, torch.where(mask, w, 0), grad, bias))
-    most = int(max(mask.sum(0).max(), mask.sum(1).max())) if mask.numel() else 0
-    kept = mask.double()
-    pairs: list[tuple[str, Tensor, Tensor, Tensor, int]] = [
-        ("output", y, x64 @ w64.t() + b64, x64.abs() @ w64.abs().t() + b64.abs(), most + 1),
-        ("input", grads[0], g64 @ w64, g64.abs() @ w64.abs(), most),
-        ("weight", grads[1], (g64.t() @ x64) * kept, (g64.abs().t() @ x64.abs()) * kept, samples),
-    ]
-    for name, got, expected, absolute, terms in pairs:
-        assert got.dtype == dtype
-        assert got.shape == expected.shape
-        error = (got.detach().double() - expected).abs()
-        assert bool((error <= error_bound(absolute, terms, dtype)).all()), (name, float(error.max()))
-    assert torch.equal(grads[1] != 0, (grads[1] != 0) & mask)
-    packed = pack_masked_weight(w.detach(), mask)
-    inferred = masked_matmul(x.detach(), packed, None, bias.detach())
-    if packed.dense is None:
-        assert torch.equal(inferred, y.detach())
-    else:  # few samples may have taken another way
-        _, _, expected, absolute, terms = pairs[0]
-        assert bool(((inferred.double() - expected).abs() <= error_bound(absolute, terms, dtype)).all())
-
-
-# --- the structure --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("block", [1, 3, 128, 256, 300])
-def test_structure_holds_every_entry_once(block: int) -> None:
-    for name, mask in adversarial_masks().items():
-        quads, columns, position = map(torch.from_numpy, reference.structure(mask.numpy(), block))
-        row, column = reference.entries(quads, columns, block)
-        real = position >= 0
-        assert torch.equal(position[real].long(), (row * mask.shape[1] + column)[real]), name
-        rebuilt = torch.zeros_like(mask)
-        rebuilt.view(-1)[position[real].long()] = True
-        assert torch.equal(rebuilt, mask), name
-        assert int(real.sum()) == int(mask.sum()), name
-
-
-@pytest.mark.skipif(BACKEND != "native", reason="compares with the compiled builder")
-@pytest.mark.parametrize("block", [1, 3, 128, 256, 300])
-def test_compiled_structure_is_the_reference(block: int) -> None:
-    masks = [*adversarial_masks().values(), torch.zeros(0, 5, dtype=torch.bool), torch.zeros(5, 0, dtype=torch.bool)]
-    for mask in masks:
-        compiled = _native.core().mask_structure(mask.numpy(), block)  # type: ignore[union-attr]
-        for ours, theirs in zip(compiled, reference.structure(mask.numpy(), block), strict=True):
-            assert ours.dtype == theirs.dtype
-            np.testing.assert_array_equal(ours, theirs)
-
-
-def test_packed_weight_is_small() -> None:
-    mask = random_mask(512, 512, 0.1)
-    packed = pack_masked_weight(torch.randn(512, 512), mask)
-    size = sum(t.numel() * t.element_size() for t in packed if isinstance(t, Tensor))
-    assert size < 0.25 * 512 * 512 * 4
-
-
-@pytest.mark.parametrize("name", STRUCTURES)
-def test_structure_is_recognised(name: str) -> None:
-    mask = structured_mask(name, 0.3, (64, 96))
-    assert mask_layout(mask).structure_name == name
-    assert pack_masked_weight(torch.randn(64, 96), mask).structure_name == name
-    spoilt = mask.clone()
-    spoilt[5, 7] = ~spoilt[5, 7]
-    assert mask_layout(spoilt).structure_name == "free"
-    image = mask.view(64, 2, 2, 24).permute(0, 3, 1, 2)  # columns of a convolution: taps, with channels side by side
-    assert mask_layout(image).structure_name == name
-
-
-def test_other_structures() -> None:
-    assert mask_layout(torch.ones(16, 16, dtype=torch.bool)).structure_name == "dense"
-    for mask in (torch.zeros(16, 16, dtype=torch.bool), torch.eye(16, dtype=torch.bool), random_mask(64, 64, 0.5)):
-        assert mask_layout(mask).structure_name == "free"
-    assert mask_layout(structured_mask("4x1", 0.5, (62, 40))).structure_name == "free"  # the last block is cut off
-
-
-def test_layouts_are_tensors_and_ints_that_a_compiled_function_takes() -> None:
-    x, weight, mask = torch.randn(3, 16), torch.randn(8, 16), structured_mask("2:4", 0.5, (8, 16))
-    packed, made = pack_masked_weight(weight, mask), mask_layout(mask)
-    for value in [*packed, *made]:
-        assert value is None or isinstance(value, (Tensor, int)) or all(isinstance(size, int) for size in value)
-    torch._dynamo.reset()
-    for args in ((x, packed), (x, weight, made)):
-        compiled = torch.compile(masked_matmul, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*args), masked_matmul(*args))  # type: ignore[arg-type]
-
 
 # --- products -------------------------------------------------------------------------------------------------------
 
@@ -316,52 +154,6 @@ def test_twins(twin: Any) -> None:
         torch.testing.assert_close(y.double(), clamped, rtol=1e-4, atol=1e-4)
     grad = twin.masked_matmul_weight_grad(x, g, *made[1:7], shape, [], [67, 300])
     torch.testing.assert_close(grad.double(), (g.double().t() @ x.double()) * mask, rtol=1e-4, atol=1e-4)
-
-
-# (groups, stride, padding, dilation, kernel): every pair of axes differs
-CONVOLUTIONS = [
-    (1, 1, 0, 1, (1, 1)), (1, (2, 1), (1, 2), (1, 2), (3, 2)), (2, (1, 2), (2, 0), (2, 1), (2, 3)),
-    (4, 3, 1, 1, (3, 3)), (16, 2, 1, 1, (3, 3)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_convolutions(isa: str, case: tuple[Any, ...], dtype: torch.dtype) -> None:
-    assert_convolution(case, dtype)
-
-
-@pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_convolutions_in_float64(case: tuple[Any, ...]) -> None:
-    assert_convolution(case, torch.float64)
-
-
-def assert_convolution(case: tuple[Any, ...], dtype: torch.dtype) -> None:
-    groups, stride, padding, dilation, kernel = case
-    w = torch.randn(32, 16 // groups, *kernel).to(dtype).requires_grad_()
-    mask = torch.rand(w.shape) < 0.4
-    x = torch.randn(3, 16, 9, 7).to(dtype).requires_grad_()
-    bias = torch.randn(32).to(dtype).requires_grad_()
-    made = mask_layout(mask, groups=groups)
-    y = masked_conv2d(x, w, made, bias, stride, padding, dilation, groups)
-    x64, w64, b64 = (t.detach().double().requires_grad_() for t in (x, w, bias))
-    expected = F.conv2d(x64, torch.where(mask, w64, 0), b64, stride, padding, dilation, groups)
-    grad = torch.randn(y.shape).to(dtype)
-    got = (y, *torch.autograd.grad(y, (x, w, bias), grad))
-    oracle = (expected, *torch.autograd.grad(expected, (x64, w64, b64), grad.double()))
-    tolerance = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
-    for name, ours, theirs in zip(("output", "input", "weight", "bias"), got, oracle, strict=True):
-        assert ours.shape == theirs.shape
-        assert ours.dtype == dtype
-        ours, theirs = ours.detach(), theirs.detach()
-        assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max()), name
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    packed = pack_masked_weight(w.detach(), mask, groups=groups)
-    with torch.no_grad():
-        assert torch.equal(masked_conv2d(x, packed, None, bias, stride, padding, dilation, groups), y)
-    torch.testing.assert_close(
-        masked_conv2d(x, w, mask, bias, stride, padding, dilation, groups), y, rtol=2e-2, atol=0.1
-    )
 
 
 def test_masked_means_absent() -> None:
@@ -509,49 +301,6 @@ def test_compile_and_export() -> None:
     torch.testing.assert_close(program.module()(x[:2]), network(x[:2]))
 
 
-# --- int8 -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
-@pytest.mark.parametrize("kind", ["reference", "fallback"])
-def test_int8_twins(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "_op", int8._reference if kind == "reference" else fallback.int8_masked_matmul)
-    assert_int8(dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
-def test_int8(isa: str, dtype: torch.dtype) -> None:
-    assert_int8(dtype)
-
-
-def assert_int8(dtype: torch.dtype) -> None:
-    for out, inputs, samples, extreme in [
-        (1, 1, 1, False), (10, 33, 5, False), (67, 300, 65, False), (130, 1603, 130, False), (5, 1203, 17, True),
-    ]:  # fmt: skip
-        mask = random_mask(out, inputs, 0.4)
-        weight = torch.randint(-128, 128, mask.shape, dtype=torch.int8)
-        x = torch.randint(0, 256, (samples, inputs)).to(torch.uint8).view(dtype)
-        if extreme:  # every product as large as it can be, of one sign in each row
-            weight[:], x[:] = (
-                torch.tensor([-128, 127])[torch.arange(out) % 2, None],
-                255 if dtype == torch.uint8 else -128,
-            )
-        scale, bias = torch.rand(out) * 0.02 + 1e-3, torch.randn(out)
-        zero = 100 if dtype == torch.uint8 else -7
-        packed = pack_int8_masked_weight(weight, mask, scale, bias, input_scale=0.02, input_zero_point=zero)
-        dense = pack_int8_weight(
-            torch.where(mask, weight, 0)[:, :, None, None], scale, bias, input_scale=0.02, input_zero_point=zero
-        )
-        for options in (
-            {},
-            {"output_scale": 0.5, "output_zero_point": 11},
-            {"output_scale": 0.3, "output_dtype": torch.int8, "output_min": -2.5, "output_max": 20.0},
-        ):
-            ours = int8_masked_matmul(x, packed, **options)  # type: ignore[arg-type]
-            theirs = int8_conv2d(x[:, :, None, None], dense, **options)[:, :, 0, 0]  # type: ignore[arg-type]
-            assert torch.equal(ours, theirs)
-
-
 # --- other instruction sets ------------------------------------------------------------------------------------------
 
 
@@ -570,50 +319,6 @@ def test_neon_unit_in_an_emulator(tmp_path: Path) -> None:
     subprocess.run(command, check=True, timeout=300)
     found = subprocess.run([emulator, program], capture_output=True, text=True, timeout=300, check=False)
     assert found.stdout == "52 cases, 0 differ\n"
-
-
-# --- NumPy -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_numpy(dtype: str) -> None:
-    mask = random_mask(67, 300, 0.3).numpy()
-    rng = np.random.default_rng(0)
-    x, w, bias = (rng.standard_normal(s).astype(dtype) for s in ((2, 5, 600), (67, 300), (67,)))
-    x = x[..., ::2]
-    expected = x.astype(np.float64) @ np.where(mask, w, 0).astype(np.float64).T
-    tolerance = {"float16": 2e-3, "float32": 1e-5, "float64": 1e-13}[dtype]
-    packed = face.pack_masked_weight(w, mask)
-    for ours in (face.masked_matmul(x, w, mask, bias), face.masked_matmul(x, packed, None, bias)):
-        assert ours.dtype == dtype
-        np.testing.assert_allclose(ours, expected + bias, rtol=tolerance, atol=20 * tolerance)
-    np.testing.assert_allclose(face.masked_matmul(x[0, 0], packed), expected[0, 0], rtol=tolerance, atol=20 * tolerance)
-
-
-def test_numpy_is_torch(isa: str) -> None:
-    mask = random_mask(67, 300, 0.3)
-    x, w = torch.randn(9, 300), torch.randn(67, 300)
-    ours = face.masked_matmul(x.numpy(), w.numpy(), mask.numpy())
-    np.testing.assert_array_equal(ours, masked_matmul(x, pack_masked_weight(w, mask)).numpy())
-
-
-def test_numpy_bad_arguments() -> None:
-    x, w, mask = np.zeros((2, 6), np.float32), np.zeros((4, 6), np.float32), np.ones((4, 6), bool)
-    cases: list[tuple[str, type[Exception], Callable[[], object]]] = [
-        ("input", TypeError, lambda: face.masked_matmul(x.astype(int), w, mask)),
-        ("input", ValueError, lambda: face.masked_matmul(x[:, :5], w, mask)),
-        ("weight", TypeError, lambda: face.masked_matmul(x, w.astype(np.float64), mask)),
-        ("weight", ValueError, lambda: face.pack_masked_weight(w[0], mask[0])),
-        ("mask", TypeError, lambda: face.masked_matmul(x, w)),
-        ("mask", TypeError, lambda: face.masked_matmul(x, w, mask.astype(int))),
-        ("mask", ValueError, lambda: face.masked_matmul(x, w, mask[1:])),
-        ("mask", ValueError, lambda: face.masked_matmul(x, face.pack_masked_weight(w, mask), mask)),
-        ("bias", ValueError, lambda: face.masked_matmul(x, w, mask, np.zeros(3, np.float32))),
-        ("bias", TypeError, lambda: face.masked_matmul(x, w, mask, np.zeros(4))),
-    ]
-    for name, error, call in cases:
-        with pytest.raises(error, match=f"^{name}: "):
-            call()
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from imgopt_fast.nn import MaskedConv2d, MaskedLinear, PackedMaskedConv2d, PackedMaskedLinear, pack
+from imgopt_fast.ops.masked_matmul import layout
 
 MASKS = ["random", "empty", "full", "one row", "diagonal", "one entry"]
 
@@ -42,8 +43,12 @@ def layers(kind: str) -> list[tuple[MaskedLinear | MaskedConv2d, Tensor]]:
     return found
 
 
+@pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("kind", MASKS)
-def test_computes_what_the_masked_layer_does_and_gives_its_weight_back(kind: str) -> None:
+def test_computes_what_the_masked_layer_does_and_gives_its_weight_back(
+    kind: str, sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "infers_sparse", lambda *_: sparse)
     for layer, x in layers(kind):
         packed = pack(layer)
         assert isinstance(packed, (PackedMaskedLinear, PackedMaskedConv2d))

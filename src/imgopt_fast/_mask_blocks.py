@@ -69,6 +69,16 @@ SPARSE_TRAINING: dict[tuple[str | None, str], tuple[tuple[int, float], ...]] = {
     ("avx512", "bfloat16"): ((0, 0.0), (64, 0.1), (128, 0.2), (256, 0.3), (512, 0.4)),
 }
 
+# The same for the packed weight of a convolution at inference, in float32.
+AVX2_SPARSE_CONVOLUTIONS = ((0, 0.0), (32, 0.1), (64, 0.2), (128, 0.3))
+SPARSE_CONVOLUTIONS: dict[str | None, tuple[tuple[int, float], ...]] = {
+    "avx2": AVX2_SPARSE_CONVOLUTIONS,
+    "avxvnni": AVX2_SPARSE_CONVOLUTIONS,
+    "avx512": ((0, 0.0), (32, 0.3), (64, 0.5), (128, 0.6)),
+}
+
+ALWAYS = ((0, 1.0),)
+
 # What a mask is recognised to consist of, by the number that a layout holds: blocks of rows x columns that are set as a
 # whole or not at all, the largest first, and so many of four neighbours. 0 is none of them.
 STRUCTURES = ("free", "dense", "16x16", "4x4", "16x1", "8x1", "4x1", "1:4", "2:4")
@@ -127,5 +137,13 @@ def trains_sparse(channels: int, density: float, isa: str | None, dtype: str) ->
 
     Without a table for the instruction set and the dtype the sparse kernels serve everything.
     """
-    table = SPARSE_TRAINING.get((isa, dtype), ((0, 1.0),))
+    return _up_to(SPARSE_TRAINING.get((isa, dtype), ALWAYS), channels, density)
+
+
+def infers_sparse(channels: int, density: float, isa: str | None) -> bool:
+    """The same for the packed weight of a convolution at inference, in float32."""
+    return _up_to(SPARSE_CONVOLUTIONS.get(isa, ALWAYS), channels, density)
+
+
+def _up_to(table: tuple[tuple[int, float], ...], channels: int, density: float) -> bool:
     return density <= next(limit for least, limit in reversed(table) if channels >= least)

@@ -29,7 +29,14 @@ import torch
 from torch import Tensor
 
 from imgopt_fast import _native
-from imgopt_fast._mask_blocks import STRUCTURES, block_columns, dense_in_bfloat16, keeps_dense_copy, structure_of
+from imgopt_fast._mask_blocks import (
+    STRUCTURES,
+    block_columns,
+    dense_in_bfloat16,
+    infers_sparse,
+    keeps_dense_copy,
+    structure_of,
+)
 from imgopt_fast.ops.masked_matmul import cuda, reference
 
 MAX_COUNT = 2**31 - 1  # positions in the weight are int32
@@ -67,8 +74,9 @@ class PackedMaskedWeight(NamedTuple):
     """The values of a masked weight in the order in which the kernel visits them. Made by `pack_masked_weight`.
 
     On CUDA, where `cuda.choose` says so, `values` is the weight itself with zeros, or torch's 2:4 form of it, and
-    `quads` and `columns` are empty, or hold the bits of its blocks. On the CPU so it is in bfloat16 where
-    torch's dense product is faster (`_mask_blocks.DENSE_BFLOAT16`). `dense` is a copy for few samples
+    `quads` and `columns` are empty, or hold the bits of its blocks. On the CPU so it is where torch's dense product is
+    faster: in bfloat16 (`_mask_blocks.DENSE_BFLOAT16`), and of a convolution of few channels in float32
+    (`_mask_blocks.SPARSE_CONVOLUTIONS`). `dense` is a copy for few samples
     (`_mask_blocks.DENSE_COPY`).
     """
 
@@ -119,8 +127,9 @@ def pack_masked_weight(weight: Tensor, mask: Tensor, *, groups: int = 1) -> Pack
     """Values and structure of `torch.where(mask, weight, 0)` for inference, instead of `weight` and `mask`. Eager only.
 
     `weight` is floating, (O, K) or (O, C / groups, kH, kW); `mask` bool of its shape. At 90 % sparsity the result
-    takes about 15 % of the bytes of the float32 weight; a linear of more than about half its weights holds the dense
-    weight too, for a few samples. Raises TypeError and ValueError for anything else.
+    takes about 15 % of the bytes of the float32 weight. A linear of more than about half its weights holds the dense
+    weight too, for a few samples; a float32 convolution of fewer than 32 channels holds nothing else. Raises TypeError
+    and ValueError for anything else.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise TypeError(f"weight: expected a floating tensor, got {_describe(weight)}")
@@ -132,7 +141,9 @@ def pack_masked_weight(weight: Tensor, mask: Tensor, *, groups: int = 1) -> Pack
     kept = int(mask.sum())
     structure = structure_of(_kept(mask, _gather_index(mask, groups)).numpy())
     whole = torch.where(mask, weight.detach(), 0)
-    if weight.dtype == torch.bfloat16 and _dense_in_bfloat16(mask):
+    if _is_dense(weight, mask, groups):
+        if weight.dim() == 4:
+            whole = whole.contiguous(memory_format=torch.channels_last)
         empty = torch.empty(0, dtype=torch.int32, device=weight.device)
         return PackedMaskedWeight(whole, empty, empty, tuple(weight.shape), 0, kept, groups, structure)
     values, quads, columns, block = pack_values(weight, mask, groups)
@@ -213,6 +224,16 @@ def _kept(mask: Tensor, index: Tensor) -> Tensor:
 
 def _isa(mask: Tensor) -> str | None:
     return "cuda" if mask.is_cuda else _native.active_isa()
+
+
+def _is_dense(weight: Tensor, mask: Tensor, groups: int) -> bool:
+    """Whether torch's dense product serves the weight at inference."""
+    if weight.dtype == torch.bfloat16:
+        return _dense_in_bfloat16(mask)
+    if weight.dim() != 4 or weight.dtype != torch.float32 or mask.is_cuda or mask.numel() == 0:
+        return False
+    channels = min(mask.shape[0] // groups, mask.shape[1])
+    return not infers_sparse(channels, int(mask.sum()) / mask.numel(), _isa(mask))
 
 
 def _dense_in_bfloat16(mask: Tensor) -> bool:
