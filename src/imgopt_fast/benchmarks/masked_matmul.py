@@ -35,19 +35,28 @@ STRUCTURES: tuple[tuple[float, tuple[int, int] | str], ...] = (
 )  # fmt: skip
 
 # Why goals are missed, measured in a C++ program that calls the kernels (one Zen 5 core, 1024 x 1024 at batch 256).
+# With the host's other guests at rest they reach 1.04, 1.6, 3.1, 5.3, 8.3 and 20 times ideal dense at 0, 50, 80, 90, 95
+# and 99 %, 4 x 1 blocks 1.94, 4.55, 8.3 and 13.5 at 50, 80, 90 and 95 %, weight gradients 2.05, 3.6 and 6.1 at 80, 90
+# and 95 %; minutes later the same program was 1.3 times slower, at an unchanged rate of multiply-adds in registers,
+# which is what ideal dense is counted in: the caches are shared, registers are not.
 PACKED_NOTE = (
-    "beside the multiply-adds, which go from one sparsity to the next at 77 to 86 % of their rate, the activations are "
-    "brought into panels and back, 95 us at any sparsity, and each of 8192 visits of four rows to a block costs 80 "
-    "cycles: sums from and to the second-level cache, a mispredicted end of a loop. Asking for sums or inputs ahead "
-    "changed nothing, for lines to be written 2 %"
+    "beside the multiply-adds, 16 of which wait for 18 loads where no column is shared, the activations are brought "
+    "into panels and back, 40 to 50 us at any sparsity, and each of 6144 visits of four rows to a block (at 90 %) "
+    "costs some 70 cycles: sums from and to a cache, a mispredicted end of a loop. Passing over all blocks with 64 to "
+    "512 rows at a time, asking for sums or inputs ahead, or asking for less changed nothing; then the host's caches, "
+    "which other guests share: up to a third of the time"
 )
 TRAINING_NOTE = (
-    "the values are gathered from the dense weight in every call, in a pass of its own, 300 us at 50 % and 85 at 90 %: "
-    "four of five lines of the weight hold a kept value even then, so all 4 MB are read"
+    "the values are gathered from the dense weight in every call, in a pass of its own, 270 us at 50 % and 80 at 90 %, "
+    "with gather instructions or single loads, asking ahead for every, every other, every fourth or no value alike: "
+    "four of five lines of the weight hold a kept value even at 90 %, so all 4 MB are read. The dispatcher takes 9 us "
+    "more than for a packed weight. What would end it is an optimizer that keeps the values in order beside the weight"
 )
 GRADIENT_NOTE = (
     "a value's products with 64 samples are four multiply-adds, whose lanes a tree of 30 shuffles for every 16 values "
-    "then adds up; the dense gradient of 4 MB is cleared and written; autograd takes 30 us"
+    "then adds up; clearing and writing the dense gradient of 4 MB takes 240 us at 80 % and 150 at 90 % (clearing the "
+    "rows of four just before they are written, asking for their lines, or no branch for padding changed nothing); "
+    "the last steps of a visit as one masked tree took 1.05 times as long; autograd takes 27 us"
 )
 INPUT_NOTE = "the values are gathered from the dense weight, transposed, and autograd takes 15 to 30 us more"
 
