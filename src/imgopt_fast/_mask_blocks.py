@@ -74,7 +74,7 @@ AVX2_SPARSE_CONVOLUTIONS = ((0, 0.0), (32, 0.1), (64, 0.2), (128, 0.3))
 SPARSE_CONVOLUTIONS: dict[str | None, tuple[tuple[int, float], ...]] = {
     "avx2": AVX2_SPARSE_CONVOLUTIONS,
     "avxvnni": AVX2_SPARSE_CONVOLUTIONS,
-    "avx512": ((0, 0.0), (32, 0.3), (64, 0.5), (128, 0.6)),
+    "avx512": ((0, 0.0), (32, 0.2), (64, 0.5), (128, 0.7), (512, 0.85)),
 }
 
 ALWAYS = ((0, 1.0),)
