@@ -16,8 +16,10 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc cmake
 train: $(VENV)/.installed
 	$(BIN)/imgopt-fast train
 
+# A file is one process' work from begin to end: its fixtures train networks. Each process has one thread, because two
+# that have two each wait for one another.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: $(VENV)/.peers
 	$(BIN)/imgopt-fast bench
