@@ -239,13 +239,16 @@ def test_depthwise_lanes_and_strips(isa: str, rng: np.random.Generator, kernel: 
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("steps", [0, 8_090_000, 8_500_000, -8_500_000])
-def test_depthwise_behind_a_relu(isa: str, rng: np.random.Generator, stride: int, steps: int) -> None:
+@pytest.mark.parametrize("steps", [0, 7_570_000, 8_090_000, 8_500_000, -8_500_000])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_depthwise_behind_a_relu(isa: str, rng: np.random.Generator, kernel: int, stride: int, steps: int) -> None:
     """Zero point 0, every remainder of a vector's lanes; sums around 2^23, up to which they may be taken as floats."""
     for c, (h, w) in itertools.product((16, 32, 64, 72, 80, 96, 144), ((5, 33), (6, 4), (2, 1))):
+        pad = kernel // 2
         x, weight, _, settings = layer(
-            rng, c=c, o=c, groups=c, h=h, w=w, stride=(stride, stride), padding=((1, 1), (1, 1)), output_zero_point=0
-        )
+            rng, c=c, o=c, groups=c, h=h, w=w, k=(kernel, kernel), stride=(stride, stride),
+            padding=((pad, pad), (pad, pad)), output_zero_point=0,
+        )  # fmt: skip
         one_step = settings["input_scale"] * settings["weight_scale"]
         settings["output_scale"] *= 1 + abs(steps) / 60_000
         check(x, weight, steps * one_step, settings)

@@ -152,8 +152,10 @@ struct Depthwise {
         strip = blocks + blocks_bytes;
         padding = strip + strip_bytes;
         memset(padding, p.input_zero_point ^ p.input_flip, 64);
-        for (int64_t c = 0; c < channels; c += kDepthwiseChannels)
+        for (int64_t c = 0; c < channels; c += kDepthwiseChannels) {
             prepare_block(p, g, c, halves(c) ? 32 : 64, block_at(c));
+            if (PLAIN) take_as_floats(block_at(c));
+        }
     }
 
     bool halves(int64_t channel) const { return !rare && p.weight.out_channels - channel <= 32; }
