@@ -40,10 +40,12 @@ NOTES = (
     "Tiles of half the height, to overlap more, were slower by a quarter.",
     "7 x 7 stem: the 21 bytes of a kernel row take 6 dwords, 42 instead of 37 for all rows, which bounds it at 276 us; "
     "1.5 times oneDNN's 416 us would be 277. 353 us are the kernel's, the rest is the call and its output.",
-    "Depthwise 3 x 3: 15 cycles per 64 channels of a pixel, of which the 12 vpdpbusd need 6; with stride 2 no output "
-    "row shares its input rows. At N = 8 some lose half of that again: 144 channels at 56 x 56, stride 2, take 205 us "
-    "in a loop of the kernel alone, 377 to 405 as calls beside the others. Keeping the memory of such outputs, 0.1 to "
-    "2 MB, took off 13 %, prefetching input rows nothing; the rest is not explained.",
+    "Depthwise 3 x 3: 13 cycles per 64 outputs with stride 1 and 20 with stride 2 (192 channels at 28 x 28, N = 1), of "
+    "which the 12 vpdpbusd and 4 multiplications need 8; the vectors at a row's borders, 2 of 7 at 14 x 14, cost twice "
+    "as much as the others. 144 channels at 56 x 56, stride 2, N = 8, take 118 us in a loop of the kernel alone and "
+    "215 to 261 as calls, without a page fault; why is not explained.",
+    "Depthwise 5 x 5 stores the columns of a strip before it multiplies them: some 40 cycles per 64 outputs at 14 x "
+    "14, stride 1, of which 40 vpdpbusd need 20. Taking the fifth row four columns at a time would leave 28 of these.",
     "AVX2: exact products need words, vpmaddwd and vpaddd: four vector instructions for 32 products on four pipes. "
     "fbgemm's vpmaddubsw needs three, but saturates pairs at 16 bits, which is why torch halves the range of its "
     "activations for it (reduce_range); the results here are exact for all 8 bits.",
