@@ -19,7 +19,7 @@ enum class Pixels { cut, whole, masked };
 
 template <int BYTES, Pixels PIXELS>
 struct PixelLanes {
-    static constexpr int kBytes = BYTES, kPixels = 64 / BYTES;
+    static constexpr int kPixels = 64 / BYTES;
 
     // TOGETHER: the pixels follow each other.
     template <bool TOGETHER>
