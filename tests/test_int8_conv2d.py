@@ -210,11 +210,12 @@ PADDED: list[dict[str, Any]] = [
     {"c": 4, "o": 16, "h": 2, "w": 3, "padding": ((4, 5), (6, 4))},
     {"c": 4, "o": 12, "h": 9, "w": 9, "k": (9, 9), "padding": ((4, 4), (4, 4))},
     {"c": 32, "o": 32, "groups": 4, "h": 8, "w": 20, "padding": ((1, 1), (1, 1))},
+    {"c": 32, "o": 80, "k": (1, 1)},
 ]
 
 
 @pytest.mark.parametrize("geometry", PADDED, ids=str)
-@pytest.mark.parametrize("mode", ["float", "shift", "residual", "real"])
+@pytest.mark.parametrize("mode", ["float", "shift", "residual", "plain residual", "real"])
 def test_taps_that_meet_padding_are_left_out(
     isa: str, rng: np.random.Generator, geometry: dict[str, Any], mode: str
 ) -> None:
@@ -224,8 +225,13 @@ def test_taps_that_meet_padding_are_left_out(
         if mode == "real":
             changes |= {"output_scale": None, "output_zero_point": 0, "output_dtype": None}
         shift = {"power_of_two": True, "requantize": "shift"} if mode == "shift" else {}
-        with_residual = mode in ("shift", "residual")
-        check(*layer(rng, input_dtype=dtype, with_residual=with_residual, **geometry, **shift, **changes))
+        with_residual = mode in ("shift", "residual", "plain residual")
+        call = layer(rng, input_dtype=dtype, with_residual=with_residual, **geometry, **shift, **changes)
+        if mode == "plain residual":  # an output that needs no zero point, with a residual that needs one, or does not
+            call[3]["output_zero_point"] = 0
+            if dtype == torch.uint8:
+                call[3].update(residual=call[3]["residual"].view(torch.uint8), residual_zero_point=0)
+        check(*call)
 
 
 @pytest.mark.parametrize("kernel", [3, 5])

@@ -14,8 +14,8 @@
 namespace imgopt::avx512 {
 namespace {
 
-// What the epilogue of bytes needs, broadcast once. PLAIN: uint8 with zero point 0 and no narrower clamp, what follows
-// a ReLU; half of the instructions behind the rounding do nothing then.
+// What the epilogue of bytes needs, broadcast once. PLAIN: uint8 with zero point 0, of the residual too, and no
+// narrower clamp, what follows a ReLU; half of the instructions behind the rounding do nothing then.
 template <bool PLAIN>
 struct ByteEpilogue {
     __m512i zero_point, low, high, flip;
@@ -40,10 +40,12 @@ struct ByteEpilogue {
 };
 
 bool is_plain(const Int8Conv2d& p, ByteRange range) {
-    return p.output_zero_point == 0 && p.output_flip == 0 && range.low == 0 && range.high == 255;
+    const bool residual = !p.residual || (p.residual_zero_point == 0 && p.residual_flip == 0);
+    return residual && p.output_zero_point == 0 && p.output_flip == 0 && range.low == 0 && range.high == 255;
 }
 
-// float(r - zero point) * multiplier of 16 channels.
+// float(r - zero point) * multiplier of 16 channels; PLAIN: uint8 with zero point 0.
+template <bool PLAIN>
 struct ResidualTerm {
     __m128i flip;
     __m512i zero_point;
@@ -55,9 +57,9 @@ struct ResidualTerm {
           multiplier(_mm512_set1_ps(p.residual_multiplier)) {}
 
     __m512 operator()(const uint8_t* residual, __mmask16 mask) const {
-        const __m128i bytes = _mm_xor_si128(_mm_maskz_loadu_epi8(mask, residual), flip);
-        const __m512i r = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), zero_point);
-        return _mm512_mul_ps(_mm512_cvtepi32_ps(r), multiplier);
+        const __m128i bytes = _mm_maskz_loadu_epi8(mask, residual);
+        const __m512i r = _mm512_cvtepu8_epi32(PLAIN ? bytes : _mm_xor_si128(bytes, flip));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(PLAIN ? r : _mm512_sub_epi32(r, zero_point)), multiplier);
     }
 };
 
@@ -138,8 +140,8 @@ template <int FIRST, bool RESIDUAL, bool PLAIN, int MR, int NV>
             if constexpr (RESIDUAL) {
                 const int64_t left = t.channels - 16 * j;
                 const uint8_t* residual = p.residual + (pixel + FIRST + r) * p.residual_stride + t.channel + 16 * j;
-                y = _mm512_add_ps(y,
-                                  ResidualTerm(p)(residual, static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : -1)));
+                y = _mm512_add_ps(
+                    y, ResidualTerm<PLAIN>(p)(residual, static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : -1)));
             }
             q[NV >= 3 ? j : r * NV + j] = _mm512_cvtps_epi32(y);
         }
@@ -166,7 +168,7 @@ template <int NV>
         __m512i row[1][NV];
         for (int j = 0; j < NV; ++j) row[0][j] = _mm512_load_si512(sums + 16 * j);
         if (t.conv->residual)
-            store_tile<0, true, false>(t, pixel, row);
+            plain ? store_tile<0, true, true>(t, pixel, row) : store_tile<0, true, false>(t, pixel, row);
         else if (plain)
             store_tile<0, false, true>(t, pixel, row);
         else
@@ -248,6 +250,8 @@ void tiles(const Tile& t) {
         sum_tile<false, MR, NV>(t, t.rows + m, sums);
         if (t.rare)
             store_tile_apart<MR, NV>(t, m, sums);
+        else if (residual && plain)
+            store_tile<0, true, true>(t, t.pixel + m, sums);
         else if (residual)
             store_tile<0, true, false>(t, t.pixel + m, sums);
         else if (plain)
