@@ -191,8 +191,8 @@ def test_layouts_of_memory() -> None:
 
 def test_bit_equal_over_thread_counts(isa: str) -> None:
     mask = torch.rand(300, 40, 3, 3) < 0.2
-    w, x = torch.randn(mask.shape, requires_grad=True), torch.randn(4, 40, 14, 14, requires_grad=True)
-    grad, made = torch.randn(4, 300, 12, 12), mask_layout(mask)
+    w, x = torch.randn(mask.shape, requires_grad=True), torch.randn(5, 40, 14, 14, requires_grad=True)
+    grad, made = torch.randn(5, 300, 12, 12), mask_layout(mask)  # eleven panels and a quarter
 
     def products() -> list[Tensor]:
         y = masked_conv2d(x, w, made)
