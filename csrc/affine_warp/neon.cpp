@@ -1,8 +1,8 @@
 // affine_warp for AArch64 with the dot product. Eight pixels at a time, four in a vector: one sixteen-byte load brings
 // the taps of a pixel, a table look-up over four such loads collects those of one channel, and the 15-bit weights go
-// into two signed dot products, high bytes and low ones, exactly. The window's bytes are stored with their top bit
-// flipped, as levels less 128; 128 times the sum of the weights, which is a multiple of 256, goes into the accumulator
-// first. Tested bit by bit in an emulator; no AArch64 was at hand to time it.
+// into two signed dot products, high bytes and low ones, exactly. Levels are taken less 128, their top bit flipped; 128
+// times the sum of the weights, which is a multiple of 256, goes into the accumulator first. Tested bit by bit in an
+// emulator; no AArch64 was at hand to time it.
 #include <arm_neon.h>
 
 #include "backward.h"
@@ -11,7 +11,7 @@
 namespace imgopt::neon {
 namespace {
 
-constexpr int32_t kFlipped = 128 * kWeightSum / 256;  // what flipped bytes take away, before the shift by 8
+constexpr int32_t kFlipped = 128 * kWeightSum / 256;  // what levels less 128 lack, before the shift by 8
 
 // --- packing -------------------------------------------------------------------------------------------------------
 
@@ -47,29 +47,27 @@ template <int C, int taps>
 void pack_pixels(const Source<uint8_t>& source, const uint8_t* first, const uint8_t* second, int32_t count,
                  uint8_t* to) {
     constexpr int bytes = position_bytes(C, taps);
-    constexpr uint8_t flip = taps == 2 ? 0x80 : 0;
     const bool planar = !(source.column == C && source.channel == 1);
     const int64_t column = planar ? 1 : C, channel = planar ? source.channel : 1;
-    const uint8x16_t top = vdupq_n_u8(flip);
     int32_t i = 0;
     if constexpr (C == 1) {
         for (; i + 16 <= count; i += 16) {
-            const uint8x16_t a = veorq_u8(vld1q_u8(first + i), top);
+            const uint8x16_t a = vld1q_u8(first + i);
             if constexpr (taps == 2)
-                vst2q_u8(to + 2 * i, {{a, veorq_u8(vld1q_u8(second + i), top)}});
+                vst2q_u8(to + 2 * i, {{a, vld1q_u8(second + i)}});
             else
                 vst1q_u8(to + i, a);
         }
     } else {
         const int ahead = planar || C == 4 ? 4 : 6;  // pixels that a 16-byte load of interleaved RGB touches
         for (; i + ahead <= count; i += 4)
-            put_positions<C, taps>(to + i * bytes, veorq_u8(four_pixels<C>(source, first + i * column, planar), top),
-                                   veorq_u8(four_pixels<C>(source, second + i * column, planar), top));
+            put_positions<C, taps>(to + i * bytes, four_pixels<C>(source, first + i * column, planar),
+                                   four_pixels<C>(source, second + i * column, planar));
     }
     for (; i < count; ++i)
         for (int c = 0; c < C; ++c) {
-            to[i * bytes + c] = first[i * column + c * channel] ^ flip;
-            if (taps == 2) to[i * bytes + C + c] = second[i * column + c * channel] ^ flip;
+            to[i * bytes + c] = first[i * column + c * channel];
+            if (taps == 2) to[i * bytes + C + c] = second[i * column + c * channel];
         }
 }
 
@@ -263,11 +261,11 @@ IMGOPT_INLINE float32x4_t weighted(int8x16_t taps, int8x16_t high, int8x16_t low
     return vcvtq_f32_s32(vdotq_s32(sum, taps, low));
 }
 
-// Sums of the 16 bytes at each of four positions, C channels; `flip` turns them into levels less 128.
+// Sums of the 16 bytes at each of four positions, C channels.
 template <int C>
-IMGOPT_INLINE void dot_samples(const uint8_t* data, const int32_t* offset, uint8_t flip, int8x16_t high, int8x16_t low,
+IMGOPT_INLINE void dot_samples(const uint8_t* data, const int32_t* offset, int8x16_t high, int8x16_t low,
                                float32x4_t* to) {
-    const auto flipped = [&](uint8x16_t v) { return vreinterpretq_s8_u8(flip ? veorq_u8(v, vdupq_n_u8(flip)) : v); };
+    const auto flipped = [](uint8x16_t v) { return vreinterpretq_s8_u8(veorq_u8(v, vdupq_n_u8(0x80))); };
     if constexpr (C == 1) {
         to[0] = weighted(flipped(vreinterpretq_u8_u32(load_dwords(data, offset))), high, low);
     } else {
@@ -286,7 +284,7 @@ IMGOPT_INLINE void bicubic_samples(const Window& w, const Group& at, int half, f
     float32x4_t rows[4], sum[C];
     bicubic_weights(at.fy[half], rows);
     for (int row = 0; row < 4; ++row) {
-        dot_samples<C>(at.origin + row * w.pitch, at.offset + half * kLanes, 0x80, at.high[half], at.low[half], sum);
+        dot_samples<C>(at.origin + row * w.pitch, at.offset + half * kLanes, at.high[half], at.low[half], sum);
         for (int c = 0; c < C; ++c) to[c] = row ? vfmaq_f32(to[c], rows[row], sum[c]) : vmulq_f32(rows[0], sum[c]);
     }
 }
@@ -324,7 +322,7 @@ struct Isa {
     using Steps = neon::Steps;
     using Rows = StripRows;
     static constexpr int kLanes = neon::kLanes;
-    static constexpr uint8_t kFlip = 0x80;
+    static constexpr bool kPatches = false;  // registers hold too little of an image
 
     IMGOPT_INLINE static float32x4_t all(float v) { return vdupq_n_f32(v); }
     IMGOPT_INLINE static bool all_finite(const Group& group) {
@@ -347,8 +345,7 @@ struct Isa {
     template <int C, int taps>
     IMGOPT_INLINE static void samples(const Window& w, const Group& at, int half, float32x4_t* to) {
         if constexpr (taps == 1) nearest_samples<C>(at, half, to);
-        if constexpr (taps == 2)
-            dot_samples<C>(at.origin, at.offset + half * kLanes, 0, at.high[half], at.low[half], to);
+        if constexpr (taps == 2) dot_samples<C>(at.origin, at.offset + half * kLanes, at.high[half], at.low[half], to);
         if constexpr (taps == 4) bicubic_samples<C>(w, at, half, to);
     }
     template <int C, int taps>
