@@ -1,8 +1,11 @@
 // affine_warp for AArch64 with the dot product. Eight pixels at a time, four in a vector: one sixteen-byte load brings
 // the taps of a pixel, a table look-up over four such loads collects those of one channel, and the 15-bit weights go
 // into two signed dot products, high bytes and low ones, exactly. Levels are taken less 128, their top bit flipped; 128
-// times the sum of the weights, which is a multiple of 256, goes into the accumulator first. Tested bit by bit in an
-// emulator; no AArch64 was at hand to time it.
+// times the sum of the weights, which is a multiple of 256, goes into the accumulator first.
+//
+// No AArch64 was at hand to time it. Instructions per pixel, all told, counted in qemu over turned images of 64 x 64,
+// compiled at -O3, and in brackets those of the portable kernel with the same flags: bilinear RGB to uint8 45 (161) and
+// to float32 44 (157), one channel 30 (97), nearest 30 (110), bicubic 95 (626).
 #include <arm_neon.h>
 
 #include "backward.h"

@@ -12,8 +12,8 @@ struct Lanes {
 
     static Reg zero() { return vdupq_n_f32(0); }
     static Reg splat(float x) { return vdupq_n_f32(x); }
-    static const float* load_four(const float* from) { return from; }
-    static Reg spread(const float* four, int i) { return vdupq_n_f32(four[i]); }  // one instruction from memory
+    static Reg load_four(const float* from) { return vld1q_f32(from); }
+    static Reg spread(Reg four, int i) { return vdupq_n_f32(four[i]); }  // a lane of the multiply-add
     static Reg load(const float* from) { return vld1q_f32(from); }
     static void store(float* to, Reg x) { vst1q_f32(to, x); }
     static Reg add(Reg a, Reg b) { return vaddq_f32(a, b); }
