@@ -3,11 +3,8 @@
 import csv
 import dataclasses
 import io
-import math
 import os
-import resource
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,7 +39,6 @@ from imgopt_fast.training.evaluate import accuracy, density, measure_speed, pred
 from imgopt_fast.training.network import Card
 from imgopt_fast.training.optimizers import learning_rate
 from imgopt_fast.training.progress import Progress
-from imgopt_fast.training.run_folder import RunFolder
 from imgopt_fast.training.stages import Stage
 
 # Seconds, not minutes: two epochs of a network of one stage on the images of `few_images`.
@@ -369,82 +365,6 @@ def test_the_second_ctrl_c_interrupts_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_run_folder_files_are_whole_or_not_there(tmp_path: Path) -> None:
-    def fail(path: Path) -> None:
-        path.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with RunFolder.create(tmp_path / "a" / "run") as run:
-        run.write("file.txt", lambda path: path.write_text("whole"))
-        with pytest.raises(OSError, match=r"No space left on device.*file\.txt"):
-            run.write("file.txt", fail)
-        assert [path.name for path in run.path.iterdir()] == ["file.txt"]
-        assert (run.path / "file.txt").read_text() == "whole"
-    with pytest.raises(ValueError, match="exists already"), RunFolder.create(tmp_path / "a" / "run"):
-        pass
-
-
-def test_run_folder_files_and_their_names_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file before it gets its name, then the folder that holds the name: a power cut leaves it there, and whole."""
-    seen: list[tuple[str, list[str]]] = []
-    flush = os.fsync
-
-    def note(descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        seen.append((path.name, sorted(file.name for file in (tmp_path / "a" / "run").iterdir())))
-        flush(descriptor)
-
-    monkeypatch.setattr(os, "fsync", note)
-    with RunFolder.create(tmp_path / "a" / "run") as run:
-        run.write("file.txt", lambda path: path.write_text("whole"))
-    assert seen == [
-        ("a", []),
-        (tmp_path.name, []),
-        (".partial-file.txt", [".partial-file.txt"]),
-        ("run", ["file.txt"]),
-    ]
-
-
-def test_memory_that_a_step_frees_is_kept_for_the_next() -> None:
-    """Fresh pages are page faults: what is as large as this, glibc asks the system for every time."""
-    if sys.platform != "linux":
-        pytest.skip("glibc's malloc")
-    code = """if True:
-        import resource
-        from imgopt_fast.training.allocator import freed_memory_kept
-        def faults():
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            bytearray(64 << 20)
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        with freed_memory_kept():
-            faults()
-            print(faults())
-        print(faults())
-    """
-    alone = {**os.environ, "MALLOC_ARENA_MAX": "1"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=alone)
-    kept, given_back = map(int, result.stdout.split())
-    pages = (64 << 20) // resource.getpagesize()
-    assert kept < pages / 10
-    assert given_back > pages / 2
-
-
-def fill_and_fail(path: Path, keep: bool) -> None:
-    with RunFolder.create(path) as run:
-        run.write("file.txt", lambda path: path.write_text("whole"))
-        run.keep = keep
-        raise RuntimeError
-
-
-def test_run_folder_leaves_nothing_when_nothing_was_worth_keeping(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError):
-        fill_and_fail(tmp_path / "a" / "b" / "run", keep=False)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(RuntimeError):
-        fill_and_fail(tmp_path / "a" / "b" / "run", keep=True)
-    assert (tmp_path / "a" / "b" / "run" / "file.txt").exists()
-
-
 # ------------------------------------------------------------------------------------------------------- the parts
 
 
@@ -463,69 +383,6 @@ def test_learning_rate_rises_and_falls() -> None:
     assert rates[28:56] == pytest.approx([0.2] * 28)
     assert rates[56:] == pytest.approx([0.04] * 14)
     assert learning_rate(0, dataclasses.replace(stage, warmup_epochs=0.0), 7, TrainConfig()) == 1
-
-
-def test_config_comes_back_from_its_file(tmp_path: Path) -> None:
-    config = TrainConfig(data="somewhere", epochs=3, scale=(0.5, 2.0), amp=False, experiment="x")
-    config.save(tmp_path / "config.yaml")
-    assert TrainConfig.load(tmp_path / "config.yaml") == config
-    (tmp_path / "config.yaml").write_text("lr: 1\nscale: [1, 2]\n")
-    assert TrainConfig.load(tmp_path / "config.yaml") == TrainConfig(lr=1.0, scale=(1.0, 2.0))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("epoch: 3", "there is no option 'epoch'"),
-        ("epochs: many", "epochs: expected int, got 'many'"),
-        ("epochs: true", "epochs: expected int, got True"),
-        ("scale: 1.0", "scale: expected a list of 2, got 1.0"),
-        ("- 1", "expected names and values, got list"),
-        ("a: [", "not a YAML file"),
-        ("epochs: 0", "epochs: expected at least 1, got 0"),
-    ],
-)
-def test_a_wrong_config_file_is_explained(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        TrainConfig.load(tmp_path / "config.yaml")
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"batch_size": -1},
-        {"lr": -0.1},
-        {"lr": math.nan},
-        {"momentum": 1.0},
-        {"sparsity": 1.0},
-        {"hflip": 1.5},
-        {"reprob": -0.5},
-        {"mixup": -1.0},
-        {"clip_grad": 0.0},
-        {"opt": "lion"},
-        {"weight_decay": -1.0},
-        {"scale": (2.0, 1.0)},
-        {"validation": 0.5},
-        {"img_size": 4},
-        {"sched": "poly"},
-        {"qat_lr": -0.1},
-        {"unfreeze": 3},
-        {"unfreeze": 20, "transfer": "frozen", "pretrained": "a"},
-        {"layer_decay": 0.0},
-        {"grad_accum_steps": 0},
-        {"grad_sampling": 0},
-        {"model_ema_decay": 1.0},
-        {"distill_epochs": -1},
-        {"l1": -0.1},
-        {"transfer": "frozen"},
-        {"kd_cache": True, "mixup": 0.2},
-        {"experiment": "a/b"},
-    ],
-)
-def test_a_value_out_of_range_is_named(values: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"^{next(iter(values))}: expected .*, got "):
-        TrainConfig(**values)
 
 
 def test_weights_come_back_bit_for_bit_and_zeros_cost_a_bit(tmp_path: Path) -> None:
