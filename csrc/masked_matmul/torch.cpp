@@ -15,26 +15,6 @@ int64_t windows_of(const RowQuads& weight) { return (weight.rows + RowQuads::kWi
 // Units that make a thread worth waking.
 int64_t grain(int64_t work, int64_t units) { return units == 0 ? 1 : 1 + kWorthThread * units / (work + 1); }
 
-// What threads divide among them: panels count by their registers of kLane samples, so that the last one, which may
-// hold a few samples, is not taken for a whole (of 196 samples, 14 x 14 pixels, two threads had 128 and 68).
-struct PanelWork {
-    static constexpr int64_t kLane = 16, kWhole = MaskedMatmul::kPanel / kLane;
-    int64_t windows, whole, last;  // per window: `whole` panels of kWhole, one of `last`
-
-    PanelWork(int64_t samples, int64_t windows)
-        : windows(windows),
-          whole(samples / MaskedMatmul::kPanel),
-          last((samples % MaskedMatmul::kPanel + kLane - 1) / kLane) {}
-
-    int64_t total() const { return windows * (whole * kWhole + last); }
-
-    // The unit that begins at or before a position.
-    int64_t unit(int64_t position) const {
-        const int64_t rest = position - windows * whole * kWhole;
-        return rest <= 0 || last == 0 ? position / kWhole : windows * whole + rest / last;
-    }
-};
-
 // A dense tensor of the input's device and `size`, its values not set. The gradient of a large weight is what outputs.h
 // is for: 64 MB fresh from the system took longer to clear than to compute (29 of 45 ms in small pages).
 Tensor new_rows(const Tensor& input, const std::vector<int64_t>& size) {
@@ -80,9 +60,10 @@ Tensor run(const Tensor& input, const Tensor& values, const std::optional<Tensor
                          output_min.value_or(-kInfinity),
                          output_max.value_or(kInfinity),
                          dense};
-    const PanelWork work(x.samples, windows_of(weight));
-    parallel_units(work.total(), grain(values.numel() * x.samples, work.total()),
-                   [&](int64_t begin, int64_t end) { kernels().masked.matmul(p, work.unit(begin), work.unit(end)); });
+    const int64_t panels = (x.samples + MaskedMatmul::kPanel - 1) / MaskedMatmul::kPanel;
+    const int64_t units = panels * windows_of(weight);
+    parallel_units(units, grain(values.numel() * x.samples, units),
+                   [&](int64_t begin, int64_t end) { kernels().masked.matmul(p, begin, end); });
     return as_image(output, window);
 }
 
