@@ -24,6 +24,9 @@ What stands between these cases and their goals, measured on a Zen 5 core with A
 - The Numba twin takes 30 cycles for one pixel: 10 to copy its twelve taps, a load and a store of a byte each, because
   LLVM makes no vectors of loads from everywhere; 10 for coordinates, sums, rounding and stores, in vectors; the rest
   for blocks, which cost 700 cycles each, and for pixels at or beyond the border. OpenCV takes 17 to 20.
+- The gradients of 16 float32 images take 13 to 16 ms: 5 those of the images, where every pixel adds four vectors to
+  memory, 8 those of the matrix, whose taps are two loads from each of three planes per pixel, a third of them late. The
+  floor of 0.3 ms counts bytes and arithmetic only.
 """
 
 import math
