@@ -1,8 +1,8 @@
 // Nearest and bilinear uint8 warps from patches of the source in registers. Eight by eight output pixels reach at most
 // 15 x 16 source pixels, as long as the image shrinks by less than 1.8: that patch of a channel fits four registers, in
 // which vpermi2b looks up all taps of sixteen pixels in three instructions. So the source is read where it lies, row by
-// row, without a copy of it, offsets in memory or a load per pixel; the last byte of a patch, beyond its pixels, is
-// what taps outside the image look up.
+// row: no copy of it, no offsets in memory, no load per pixel. The last byte of a patch, beyond its pixels, is what
+// taps outside the image look up.
 #pragma once
 
 #include "patch_plan_avx512.h"
@@ -319,17 +319,14 @@ template <int C, int taps, bool affine, bool colored, class T>
 
 // --- tiles ----------------------------------------------------------------------------------------------------------
 
-// Output that is written soon: the order of blocks is one that no processor foresees.
+// Output that is written soon, as the order of blocks is one that no processor foresees: one row of a strip.
 template <class T>
-IMGOPT_INLINE void prefetch_rows(const AffineWarp& p, int planes, int64_t image, int64_t y0, int64_t y1, int64_t x0,
-                                 int64_t columns) {
+IMGOPT_INLINE void prefetch_row(const AffineWarp& p, const T* to, int planes, int64_t columns) {
     const int64_t bytes = columns * p.output_stride[3] * int64_t{sizeof(T)};
-    const T* to = static_cast<const T*>(p.output) + image * p.output_stride[0] + x0 * p.output_stride[3];
-    for (int plane = 0; plane < planes; ++plane)
-        for (int64_t y = y0; y < y1; ++y) {
-            const void* row = to + plane * p.output_stride[1] + y * p.output_stride[2];
-            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 1, 3);
-        }
+    for (int plane = 0; plane < planes; ++plane, to += p.output_stride[1]) {
+        const int64_t in_line = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64);
+        for (int64_t i = -in_line; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(to) + i, 1, 3);
+    }
 }
 
 // kBlock columns at a time, downwards: the patches of a block and of the one below it overlap.
@@ -338,26 +335,30 @@ void warp_blocks(const PatchJob<C, T>& job, int64_t y0, int64_t y1, int64_t x0, 
     const AffineWarp& p = job.p;
     const int64_t row_step = p.output_stride[2], step = p.output_stride[3];
     T* output = static_cast<T*>(p.output) + job.image * p.output_stride[0];
-    for (int64_t x = x0; x < x1; x += kBlock)
+    for (int64_t x = x0; x < x1; x += kBlock) {
+        const int64_t columns = x1 - x < kBlock ? x1 - x : kBlock;
+        const int blocks = static_cast<int>((columns + kSide - 1) / kSide);
         for (int64_t y = y0; y < y1; y += kSide) {
-            for (int64_t row = y; row < y1 && row < y + kSide; ++row) ahead.row();
-            const int64_t below = y + kSide, end = below + kSide < y1 ? below + kSide : y1;
-            prefetch_rows<T>(p, step == 1 ? C : 1, job.image, below, end, x, x1 - x < kBlock ? x1 - x : kBlock);
             Patches patches;
             RowPairs rows;
             plan_patches<taps>(job.map, job.source, p.padding, x, y, patches);
             if constexpr (affine) rows.place(job.map, x, y);
             T* to = output + y * row_step + x * step;
-            for (int i = 0; i < kSide && x + i * kSide < x1; ++i, to += kSide * step) {
-                const int64_t column = x + i * kSide;
-                Block block{i, column, y, x1 - column, y1 - y, patches.x[i], patches.y[i]};
-                if (patches.reach[i] != kInside || block.columns < kSide || block.rows < kSide) {
-                    warp_any_block<C, taps, affine, colored>(job, rows, block, patches.reach[i], to);
-                    continue;
+            for (int i = 0; i < blocks; ++i, to += kSide * step) {
+                for (int row = i; row < kSide && y + row < y1; row += blocks) {
+                    ahead.row();
+                    if (y + kSide + row < y1)
+                        prefetch_row(p, output + (y + kSide + row) * row_step + x * step, step == 1 ? C : 1, columns);
                 }
-                warp_block<C, taps, affine, false, colored>(job, rows, block, to);
+                const int64_t column = x + i * kSide;
+                const Block block{i, column, y, x1 - column, y1 - y, patches.x[i], patches.y[i]};
+                if (patches.reach[i] == kInside && block.columns >= kSide && block.rows >= kSide)
+                    warp_block<C, taps, affine, false, colored>(job, rows, block, to);
+                else
+                    warp_any_block<C, taps, affine, colored>(job, rows, block, patches.reach[i], to);
             }
         }
+    }
 }
 
 // A tile of an image, x0 a multiple of kBlock; false: it has to be warped otherwise.

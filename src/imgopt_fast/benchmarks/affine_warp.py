@@ -7,18 +7,17 @@ with a little noise, as photographs are.
 
 What stands between these cases and their goals, measured on a Zen 5 core with AVX-512; cycles are per sixteen pixels:
 
-- Bilinear uint8 RGB takes 56, the nearest pixel of one channel 39, and where the pixels lie hardly matters: 52 and 37
-  for a shift, 54 and 48 for a turn by 90 degrees, and 8 images take a ninth less than 64. So two thirds
-  are what all cases share: coordinates, sixteen offsets through memory, sixteen loads, stores, and the window (9 % of
-  the samples of a profile). That is why nearest, one and four channels, cheaper for OpenCV too, gain least. Locating
-  a block ahead of the one that is sampled, so that no load waits for an offset just stored, has since taken 5 from
-  nearest.
-- 45 times grid_sample would be 27 cycles, less than that nearest pixel of one channel takes.
-- Homographies take 2 ms more than affine maps: float64 coordinates with a division, and clamped offsets everywhere.
-- 512 images of 32 x 32 would take 0.52 ms at the rate of the large ones, and take 0.8 to 0.9: the rest is per image.
-- The pipeline's 5.3 to 5.8 ms are 4.5 of kernel (the colour matrix and the flipped half make it 0.8 more than the plain
-  warp's), 0.3 for the mean of the source, and 0.45 of Python, which the 48 MB of the warp have driven out of the caches
-  (0.1 where they have not). 512 images of 32 x 32 take 1.2, of which 0.06 for the mean and 0.3 of Python and NumPy.
+- Nearest and bilinear uint8 look their taps up in patches of the source in registers (csrc/affine_warp/patch_avx512.h).
+  With images and results in the L2 cache, RGB takes 36 bilinear and 29 nearest, one channel 21 and 17. About 75 vector
+  instructions could issue in 20; shuffles, which two of four ports do, are most of them. A batch of RGB, 10 MB in and
+  10 MB out, adds 8: lines of the result are fetched before they are written, in blocks of eight rows.
+- 45 times grid_sample would be 27 cycles, less than the look-ups take with everything in the cache.
+- Homographies take 2 ms more than affine maps: float64 coordinates with a reciprocal each, and where one shrinks the
+  image by more than 1.8, the window (csrc/affine_warp/window.h) that also serves bicubic and stronger minification.
+- The pipeline's 5.3 ms are 3.8 of warp, 0.2 to 0.3 for the mean of the source, 0.2 to 0.4 of Python, which the 48 MB of
+  the warp have driven out of the caches (0.1 where they have not), and by difference 0.9 for the colour matrix and the
+  flipped half. 512 images of 32 x 32 take 1.6: 1.0 in the kernel (0.16 of it per image, whatever its size), 0.06 for
+  the mean, 0.3 of Python and NumPy.
 - A fresh float32 batch of 38 MB cost 3 ms of page faults, 20 to 90 where the system had to move memory to find large
   pages. Outputs now take over the memory of dropped ones (csrc/outputs.h); the peers' memory is torch's.
 - The Numba twin takes 30 cycles for one pixel: 10 to copy its twelve taps, a load and a store of a byte each, because
