@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from imgopt_fast import _native
 from imgopt_fast.benchmarks import onnx_models
 from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
+from imgopt_fast.benchmarks.counting import taps_inside
 from imgopt_fast.ops.int8_conv2d import int8_conv2d, pack_int8_weight
 from imgopt_fast.ops.int8_graph import Int8GraphBuilder, int8_graph
 
@@ -32,8 +33,8 @@ NOTES = (
     "A call of its own costs 2.7 us: 1.1 the dispatcher with four arguments, 0.5 the output's memory, 1 Python, which "
     "finds the checked call again. 192->64 at 14 x 14 is 5.7 us of arithmetic in a call of 8.2.",
     "3 x 3: the loop runs at the measured vpdpbusd rate, as oneDNN's does. Taps that meet only padding are left out "
-    "where the zero point is 0, which is why the share of the floor, counted with them, may pass 100 %: 16 % of the "
-    "products at 7 x 7 pixels, 9 % at 14 x 14; at 28 x 28 sorting the pixels costs as much as it saves.",
+    "where the zero point is 0, and the floor does not count them: 19 % of the products at 7 x 7 pixels, of which 16 % "
+    "go, and 9 % at 14 x 14; at 28 x 28 (5 %) sorting the pixels costs as much as it saves.",
     "1 x 1 with K <= 64: 64->256 at 56 x 56 takes 240 cycles per tile of 6 x 64 sums, of which the products need 192; "
     "rounding and packing overlap with the next tile only in part. With 24 filters a quarter of the lanes is empty. "
     "Tiles of half the height, to overlap more, were slower by a quarter.",
@@ -72,7 +73,8 @@ class Layer(NamedTuple):
 
     @property
     def multiply_adds(self) -> int:
-        return self.out_side**2 * self.filters * self.channels // self.groups * self.kernel**2
+        taps = taps_inside((self.side, self.side), self.kernel, self.stride, self.padding)
+        return taps * self.filters * self.channels // self.groups
 
     def __str__(self) -> str:
         kind = f"dw {self.channels}" if self.groups == self.channels > 1 else f"{self.channels}->{self.filters}"

@@ -22,6 +22,7 @@ from torch import nn
 
 from imgopt_fast.benchmarks import onnx_models
 from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
+from imgopt_fast.benchmarks.counting import layers_of, multiply_adds
 from imgopt_fast.models import create_model
 
 SIDE = 224
@@ -176,9 +177,9 @@ class Int8Case(Case):
     def work(self) -> Work:
         # Two operations per multiply-add of the convolutions and the classifier; the weights, a byte each, and the
         # float images are read once, the logits written. Activations may stay in a cache.
-        multiply_adds, weights = size_of(self.model)
+        products, weights = size_of(self.model)
         return Work(
-            int8_ops=2.0 * self.batch * multiply_adds,
+            int8_ops=2.0 * self.batch * products,
             bytes_read=weights + 4.0 * self.input.numel(),
             bytes_written=4.0 * self.batch * 1000,
         )
@@ -187,23 +188,8 @@ class Int8Case(Case):
 @cache
 def size_of(name: str) -> tuple[int, int]:
     """Multiply-adds per image, and number of weights, of the convolutions and linear layers."""
-    counts = [0, 0]
-
-    def count(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        positions = output.numel() // weight.shape[0]
-        counts[0] += positions * weight.numel()
-        counts[1] += weight.numel()
-
     model = float_model(name)
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    with torch.no_grad():
-        model(images(1, seed=2))
-    for hook in hooks:
-        hook.remove()
-    return counts[0], counts[1]
+    return multiply_adds(model, images(1, seed=2)), sum(layer.weight.numel() for layer in layers_of(model))
 
 
 def _cases() -> list[Case]:

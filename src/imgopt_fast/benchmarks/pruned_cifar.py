@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
+from imgopt_fast.benchmarks.counting import multiply_adds
 from imgopt_fast.benchmarks.networks import channels_last
 from imgopt_fast.compress import MaskedSGD, PruneConfig, pack, prune
 from imgopt_fast.models import resnet20
@@ -55,24 +56,6 @@ def dense(name: str, sparsity: float) -> nn.Module:
     model = channels_last(NETWORKS[name](CLASSES))
     model.load_state_dict({k: v for k, v in pruned(name, sparsity).state_dict().items() if "weight_mask" not in k})
     return model
-
-
-def multiply_adds(model: nn.Module) -> int:
-    """Of the convolutions and linear layers, per image."""
-    count = 0
-
-    def add(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        nonlocal count
-        assert isinstance(module.weight, torch.Tensor)
-        count += output.numel() // output.shape[1] * module.weight.numel()
-
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(add) for layer in layers]
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, SIDE, SIDE))
-    for hook in hooks:
-        hook.remove()
-    return count
 
 
 @dataclass(eq=False)
@@ -119,7 +102,7 @@ class SmallInferenceCase(Case):
         model = dense(self.network, self.sparsity)
         kept, weights = 1 - self.sparsity, sum(p.numel() for p in model.parameters())
         return Work(
-            flops=2.0 * self.batch * kept * multiply_adds(model),
+            flops=2.0 * self.batch * kept * multiply_adds(model, self.input[:1]),
             bytes_read=4.0 * (kept * weights + self.input.numel()),
             bytes_written=4.0 * self.batch * CLASSES,
         )
