@@ -75,7 +75,9 @@ class PlainImages(TorchDataset[tuple[Tensor, int]]):
         shift = (-config.translate, config.translate)
         self.transform = A.Compose([
             A.HorizontalFlip(p=config.hflip),
-            A.Affine(scale=config.scale, translate_percent=shift, rotate=(-config.degrees, config.degrees), p=1.0),
+            A.Affine(
+                config.scale, shift, rotate=(-config.degrees, config.degrees), keep_ratio=True, p=1.0
+            ),
             A.Normalize(mean, std, max_pixel_value=255.0),
         ])  # fmt: skip
 

@@ -417,6 +417,14 @@ def test_resize_matches_interpolate():
     torch.testing.assert_close(Resize((20, 31), "bicubic")(images), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("shrink", [Resize((8, 10)), RandomResizedCrop((8, 10), (1.0, 1.0), (1.25, 1.25))])
+def test_shrinking_averages_unless_told_otherwise(shrink):
+    images = torch.rand(3, 2, 32, 40, dtype=torch.float64)
+    expected = torch.nn.functional.avg_pool2d(images, 4)
+    torch.testing.assert_close(shrink(images), expected, rtol=0, atol=1e-12)
+    assert (Resize((8, 10), antialias=False)(images) - expected).abs().max() > 0.05
+
+
 # ---------------------------------------------------------------------------------------------------- annotations
 
 

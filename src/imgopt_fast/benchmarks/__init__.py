@@ -10,7 +10,7 @@ from importlib import import_module
 
 from imgopt_fast.benchmarks.case import Case
 
-SUBJECTS = ("affine_warp", "int8_conv2d", "masked_matmul", "networks", "pruning")
+SUBJECTS = ("affine_warp", "photometric", "int8_conv2d", "masked_matmul", "networks", "pruning")
 
 
 def cases(subject: str, *, quick: bool = False) -> Iterator[Case]:
