@@ -196,7 +196,8 @@ IMGOPT_INLINE void locate_block(const AffineWarp& p, const Map& map, const Sourc
         groups->touched = reach != kReachFill;
         groups->plain = reach == kReachInside;
         if (reach == kReachFill) continue;
-        if (reach == kReachInside) {
+        // Beyond the end of the row the window may end, though the image does not: those offsets are clamped.
+        if (reach == kReachInside && lane + 2 * lanes <= count) {
             groups->origin = origin;
             for (int h = 0; h < 2; ++h)
                 Isa::template locate_inside<C, taps>(steps, fx, fy, lane + h * lanes, *groups, h);
