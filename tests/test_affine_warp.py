@@ -2,13 +2,13 @@
 
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import neon_units
 import numpy as np
 import pytest
 import torch
@@ -567,21 +567,7 @@ def test_empty() -> None:
 
 
 def test_neon_unit_in_an_emulator(tmp_path: Path) -> None:
-    """The NEON kernels against the scalar ones, where a cross compiler and an emulator are installed."""
-    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
-    if compiler is None or emulator is None:
-        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
-    tests = Path(__file__).parent
-    csrc = tests.parent / "csrc"
-    units = [str(csrc / "affine_warp" / f"{isa}.cpp") for isa in ("neon", "scalar")]
-    program = str(tmp_path / "compare")
-    flags = ["-O1", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-trapping-math", "-static"]
-    flags += ["-march=armv8.2-a+dotprod+fp16", f"-I{csrc}"]
-    subprocess.run(
-        [compiler, *flags, str(tests / "neon_affine_warp.cpp"), *units, "-o", program], check=True, timeout=300
-    )
-    found = subprocess.run([emulator, program], capture_output=True, text=True, timeout=300, check=False)
-    assert found.stdout == "960 cases, 0 differ\n", found.stderr
+    assert neon_units.compared("affine_warp", tmp_path) == "960 cases, 0 differ\n"
 
 
 # --- against other libraries ---------------------------------------------------------------------------------------

@@ -5,11 +5,10 @@ import itertools
 import math
 import mmap
 import pickle
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
+import neon_units
 import numpy as np
 import pytest
 import torch
@@ -673,17 +672,4 @@ def test_agrees_with_torch_quantized(rng: np.random.Generator) -> None:
 
 
 def test_neon_unit_in_an_emulator(tmp_path: Path) -> None:
-    """The NEON kernels against the scalar ones, where a cross compiler and an emulator are installed."""
-    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
-    if compiler is None or emulator is None:
-        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
-    tests = Path(__file__).parent
-    csrc = tests.parent / "csrc"
-    units = [csrc / "int8_conv2d" / "neon.cpp", csrc / "int8_conv2d" / "scalar.cpp"]
-    program = tmp_path / "compare"
-    flags = ["-O1", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-static"]
-    flags += ["-march=armv8.2-a+dotprod+fp16"]
-    command = [compiler, *flags, f"-I{csrc}", str(tests / "neon_int8_conv2d.cpp"), *map(str, units), "-o", str(program)]
-    subprocess.run(command, check=True, timeout=300)
-    found = subprocess.run([emulator, str(program)], capture_output=True, text=True, timeout=300, check=False)
-    assert found.stdout == "80 cases, 0 differ\n"
+    assert neon_units.compared("int8_conv2d", tmp_path) == "80 cases, 0 differ\n"

@@ -1,11 +1,10 @@
 """masked_matmul against dense products in float64: every instruction set, dtype, adversarial mask and gradient."""
 
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import neon_units
 import pytest
 import torch
 import torch.nn.functional as F
@@ -305,20 +304,7 @@ def test_compile_and_export() -> None:
 
 
 def test_neon_unit_in_an_emulator(tmp_path: Path) -> None:
-    """The NEON kernels against the scalar ones, where a cross compiler and an emulator are installed."""
-    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
-    if compiler is None or emulator is None:
-        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
-    tests = Path(__file__).parent
-    csrc = tests.parent / "csrc"
-    units = [str(csrc / "masked_matmul" / f"{isa}.cpp") for isa in ("neon", "scalar")]
-    program = str(tmp_path / "compare")
-    flags = ["-O1", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-static"]
-    flags += ["-march=armv8.2-a+dotprod+fp16", f"-I{csrc}"]
-    command = [compiler, *flags, str(tests / "neon_masked_matmul.cpp"), *units, "-o", program]
-    subprocess.run(command, check=True, timeout=300)
-    found = subprocess.run([emulator, program], capture_output=True, text=True, timeout=300, check=False)
-    assert found.stdout == "52 cases, 0 differ\n"
+    assert neon_units.compared("masked_matmul", tmp_path) == "52 cases, 0 differ\n"
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
