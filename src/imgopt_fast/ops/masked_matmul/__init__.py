@@ -104,7 +104,8 @@ def masked_conv2d(
 
     `input` (N, C, H, W), channels_last preferred; `weight` (O, C / groups, kH, kW); `mask` as in `masked_matmul`, and
     a MaskLayout or PackedMaskedWeight made with the same `groups`. Zero padding. Returns (N, O, outH, outW) in
-    channels_last memory. Clamping, dtypes, gradients and errors as in `masked_matmul`.
+    channels_last memory. Clamping, dtypes, gradients and errors as in `masked_matmul`. On CUDA torch's own convolution
+    serves most masks, in float32 with TF32 unless `torch.backends.cudnn.allow_tf32` is off.
     """
     weight_shape = _check(input, weight, mask, bias, groups=groups, dims=4)
     check_clamp(output_min, output_max)
