@@ -1,5 +1,7 @@
 """MixUp, CutMix and RandomErasing: formulas per sample, distributions, and keys."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -87,12 +89,49 @@ def test_a_replay_of_mixing_compiles_into_one_graph(mix):
             torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("mix", [MixUp(num_classes=3), CutMix(num_classes=3)], ids=["mixup", "cutmix"])
+def test_a_call_of_mixing_compiles_into_one_graph(mix):
+    """Draws and all, with a key or by torch's generator; a copy draws the same."""
+    images, targets = torch.rand(6, 3, 8, 9), torch.tensor([0, 1, 2, 0, 1, 2])
+    mix = copy.deepcopy(mix)
+
+    def call(images: torch.Tensor, seed: int, epoch: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mixed, soft = mix(images * 1.0, targets, key=(seed, epoch, index))
+        return mixed + 1, soft
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for seed, epoch in ((0, 3), (2**64 - 5, 4), (7, 5)):
+        index = torch.arange(6) + 10 * epoch
+        for ours, expected in zip(compiled(images, seed, epoch, index), call(images, seed, epoch, index), strict=True):
+            torch.testing.assert_close(ours, expected)
+    twice = torch.compile(lambda x: (mix(x, targets)[0], mix(x, targets)[0]), fullgraph=True, backend="aot_eager")
+    torch.manual_seed(9)
+    first, second = twice(images)
+    assert not torch.equal(first, second)
+    torch.manual_seed(9)
+    torch.testing.assert_close(mix(images, targets)[0], first)
+    torch.testing.assert_close(mix(images, targets)[0], second)
+    drawn = torch.ops.imgopt_fast.augment_draws_keyed.default
+    torch.library.opcheck(drawn, (images, 3, 1, torch.arange(6), mix.number))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at one
+def test_a_compiled_mixing_passes_gradients_on():
+    images, targets = torch.rand(4, 3, 5, 6), torch.tensor([0, 1, 2, 0])
+    mix, key = MixUp(num_classes=3), (0, 1, range(4))
+    leaf, other = images.clone().requires_grad_(), images.clone().requires_grad_()
+    torch.compile(lambda x: mix(x, targets, key=key)[0].square().sum(), backend="aot_eager")(leaf).backward()
+    mix(other, targets, key=key)[0].square().sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad)
+
+
 def test_mixing_names_bad_arguments():
     images, targets = torch.rand(4, 3, 5, 5), torch.zeros(4, dtype=torch.long)
     for call, text in (
         (lambda: MixUp(alpha=0), "alpha"),
         (lambda: MixUp()(images, targets), "num_classes"),
         (lambda: CutMix(num_classes=2)(images, targets[:3]), "targets"),
+        (lambda: MixUp(num_classes=2).transform(images, targets, MixUp().make_params(images[:2])), "images"),
         (lambda: CutMix(num_classes=2)(images, torch.zeros(4)), "targets"),
         (lambda: MixUp(num_classes=2)(images[0], targets), "images"),
     ):

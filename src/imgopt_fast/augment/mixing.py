@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from imgopt_fast.augment import philox
+from imgopt_fast.augment import opaque, philox
 from imgopt_fast.augment.geometry import Size
 from imgopt_fast.augment.transform import Draw, Key, Params, resolve_key
 
 _LAST_POSITION = (1 << (32 - philox.BLOCK_BITS)) - 1  # mixing follows any pipeline, so it never shares its counters
 
 
-class _Mixing(torch.nn.Module):
+class Mixing(opaque.Numbered):
     """Called as `mix(images, targets, key=...)`; returns the mixed images and soft targets (N, classes).
 
     `images` (N, C, H, W) uint8 or floating. `targets` are class indices (N,), which needs `num_classes`, or already
@@ -26,6 +26,7 @@ class _Mixing(torch.nn.Module):
 
     position = 0
     words = 4
+    names: tuple[str, ...] = ("share",)  # of the parameters that `draw` makes
 
     def __init__(self, *, alpha: float = 1.0, num_classes: int | None = None) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class _Mixing(torch.nn.Module):
     def draw(self, u: NDArray[np.float64], size: Size) -> Draw:
         raise NotImplementedError
 
-    def mixed(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+    def mixed(self, images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.Tensor:
         raise NotImplementedError
 
     def forward(
@@ -47,6 +48,8 @@ class _Mixing(torch.nn.Module):
         generator: torch.Generator | None = None,
         key: Key | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.compiler.is_compiling() and generator is None:
+            return self._mix(images, targets, opaque.draws(self, _batch(images), key))
         return self.transform(images, targets, self.make_params(images, generator=generator, key=key))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -54,9 +57,7 @@ class _Mixing(torch.nn.Module):
         self, images: torch.Tensor, *, generator: torch.Generator | None = None, key: Key | None = None
     ) -> Params:
         """Draw the parameters for `images` (only their shape is looked at)."""
-        if images.dim() != 4:
-            raise ValueError(f"images: expected a batch (N, C, H, W), got {tuple(images.shape)}")
-        seed, epoch, index = resolve_key(len(images), generator, key)
+        seed, epoch, index = resolve_key(len(_batch(images)), generator, key)
         blocks = np.array(philox.blocks_of(self.position, self.words), np.uint64)
         size = (images.shape[2], images.shape[3])
         draw = self.draw(philox.uniforms(seed, epoch, index, blocks), size)
@@ -66,12 +67,19 @@ class _Mixing(torch.nn.Module):
         self, images: torch.Tensor, targets: torch.Tensor, params: Params
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Carry out `params`."""
-        if not len(images) == len(targets) == params.count:
-            raise ValueError(f"images, targets: expected {params.count} of each, got {len(images)}, {len(targets)}")
+        if len(images) != params.count:
+            raise ValueError(f"images: expected {params.count} of them, as many as params has, got {len(images)}")
         (draw,) = params.draws
+        return self._mix(images, targets, {k: torch.from_numpy(v).to(images.device) for k, v in draw.items()})
+
+    def _mix(
+        self, images: torch.Tensor, targets: torch.Tensor, draw: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(targets) != len(images):
+            raise ValueError(f"targets: expected {len(images)} of them, one per image, got {len(targets)}")
         return self.mixed(images, draw), self._soft(targets, draw["share"])
 
-    def _soft(self, targets: torch.Tensor, share: NDArray[np.float64]) -> torch.Tensor:
+    def _soft(self, targets: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         if targets.dim() == 1 and not targets.is_floating_point():
             if self.num_classes is None:
                 raise ValueError("num_classes: expected a number, as the targets are class indices")
@@ -81,14 +89,13 @@ class _Mixing(torch.nn.Module):
                 f"targets: expected class indices (N,) or soft targets (N, classes), got {tuple(targets.shape)} of "
                 f"{targets.dtype}"
             )
-        weight = torch.from_numpy(share).to(targets.device, targets.dtype)[:, None]
-        return torch.lerp(targets.roll(1, 0), targets, weight)
+        return torch.lerp(targets.roll(1, 0), targets, share.to(targets.device, targets.dtype)[:, None])
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, num_classes={self.num_classes}"
 
 
-class MixUp(_Mixing):
+class MixUp(Mixing):
     """`share · image + (1 - share) · previous image`, with share ~ Beta(alpha, alpha) per sample."""
 
     position = _LAST_POSITION
@@ -96,14 +103,14 @@ class MixUp(_Mixing):
     def draw(self, u: NDArray[np.float64], size: Size) -> Draw:
         return {"share": symmetric_beta(u, self.alpha)}
 
-    def mixed(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+    def mixed(self, images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.Tensor:
         wide = images if images.dtype == torch.float64 else images.float()
-        weight = torch.from_numpy(draw["share"]).to(wide.device, wide.dtype).view(-1, 1, 1, 1)
+        weight = draw["share"].to(wide.dtype).view(-1, 1, 1, 1)
         result = torch.lerp(wide.roll(1, 0), wide, weight)
         return (result.round() if images.dtype == torch.uint8 else result).to(images.dtype)
 
 
-class CutMix(_Mixing):
+class CutMix(Mixing):
     """A rectangle of 1 - Beta(alpha, alpha) of the area, at a random place, comes from the previous image.
 
     `share` is the part of the area that is left of the sample itself, once the rectangle is clipped to the image.
@@ -111,6 +118,7 @@ class CutMix(_Mixing):
 
     position = _LAST_POSITION - 1
     words = 6
+    names = ("share", "top", "bottom", "left", "right")
 
     def draw(self, u: NDArray[np.float64], size: Size) -> Draw:
         height, width = size
@@ -122,15 +130,18 @@ class CutMix(_Mixing):
         share = 1.0 - (bottom - top) * (right - left) / (height * width)
         return {"share": share, "top": top, "bottom": bottom, "left": left, "right": right}
 
-    def mixed(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        device = images.device
-        top, bottom, left, right = (
-            torch.from_numpy(draw[name]).to(device)[:, None] for name in ("top", "bottom", "left", "right")
-        )
-        y, x = (torch.arange(n, device=device) for n in images.shape[2:])
+    def mixed(self, images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.Tensor:
+        top, bottom, left, right = (draw[name][:, None] for name in ("top", "bottom", "left", "right"))
+        y, x = (torch.arange(n, device=images.device) for n in images.shape[2:])
         rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
         inside = rows[:, None, :, None] & columns[:, None, None, :]
         return torch.where(inside, images.roll(1, 0), images)
+
+
+def _batch(images: torch.Tensor) -> torch.Tensor:
+    if images.dim() != 4:
+        raise ValueError(f"images: expected a batch (N, C, H, W), got {tuple(images.shape)}")
+    return images
 
 
 def symmetric_beta(u: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:

@@ -74,7 +74,7 @@ class _Plan(NamedTuple):
     labels: dict[str, tuple[str, ...]]
 
 
-class Transform(torch.nn.Module):
+class Transform(opaque.Numbered):
     """Base of the augmentations. A subclass sets `words` and defines `draw` and `record`.
 
     Called on images: uint8 or floating tensors (N, C, H, W) or (C, H, W), contiguous or channels_last, on any device;
@@ -97,14 +97,6 @@ class Transform(torch.nn.Module):
     words = 0  # uniform numbers that one sample takes
     labels: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # names for parameters that are codes
     decides = False  # whether `record` looks at the values of a draw, which no compiled graph can
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = opaque.number(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.number = opaque.number(self)  # a copy is a pipeline of its own
 
     def draw(self, u: NDArray[np.float64], size: Size) -> Draw:
         """Parameters from numbers `u` in [0, 1), (at least `words`, N), for images of `size`."""
