@@ -185,7 +185,9 @@ struct Int8Conv2d {
     const float* multiplier;  // the same; unused where shift is given
     const Int8Shift* shift;   // or nullptr
 
-    const uint8_t* residual;  // (batch, out_h, out_w, out_channels) or nullptr; never the output's memory
+    // (batch, out_h, out_w, out_channels) or nullptr. It may be the output, value for value, on a processor: the kernels
+    // read each value before they write it.
+    const uint8_t* residual;
     int64_t residual_stride;
     float residual_multiplier;
     uint8_t residual_flip, residual_zero_point;

@@ -96,6 +96,48 @@ def test_large_images_run_in_groups() -> None:
         assert torch.equal(a, b)
 
 
+def narrowing_network() -> Int8Program:
+    """Megabytes per image at first, then little: groups of images grow on the way. Residuals are handed on within a
+    group and from one to the next; one is still needed afterwards, one is an output, one is the convolution's input."""
+    b = Int8GraphBuilder()
+
+    def layer(x: int, side: int = 1, stride: int = 1, residual: int | None = None) -> int:
+        channels = 3 if x == image else 16
+        return b.conv2d(
+            x, weight(16, channels, side, side), 2.0**-9, torch.randn(16), stride=stride, padding=side // 2,
+            output_scale=0.5, output_zero_point=100, residual=residual,
+        )  # fmt: skip
+
+    image = b.quantize(channels=3, scale=2.0**-5, zero_point=120)
+    wide = layer(image)
+    wide = layer(layer(wide), residual=wide)
+    wide = layer(layer(wide, side=3), residual=wide)
+    small = b.max_pool2d(wide, 4, 4)
+    early = layer(wide, stride=2)
+    narrow = layer(early, residual=layer(wide, stride=2))
+    thumbnail = layer(small)
+    for _ in range(2):
+        narrow = layer(layer(narrow, side=3), residual=narrow)
+    shown = layer(narrow, residual=early)
+    last = layer(layer(shown), residual=shown)
+    kept = layer(last, residual=narrow)
+    tail = layer(layer(kept, stride=8), residual=layer(last, stride=8))
+    return b.build(
+        [shown, thumbnail, layer(tail, residual=tail), b.flatten(b.global_avg_pool2d(kept, output_scale=0.5))]
+    )
+
+
+def test_groups_grow_where_images_shrink(isa: str) -> None:
+    program = narrowing_network()
+    images = torch.randn(7, 3, 384, 384)
+    found = int8_graph([images], program)
+    for i in (0, 3, 6):
+        one = int8_graph([images[i : i + 1]], program)
+        for a, b in zip(found, one, strict=True):
+            assert torch.equal(a[i : i + 1], b)
+    assert_same([a[6:] for a in found], expect(program, [images[6:]]))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_numba_matches_reference(mode: str) -> None:
     program = network(mode)

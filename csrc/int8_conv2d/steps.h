@@ -52,10 +52,13 @@ void quantize(const Int8Quantize& p, int64_t begin, int64_t end) {
         } else if (p.stride_w == 1 && channels == 1) {
             quantize_planes<1>(p, in, out);
         } else if (p.stride_c == 1) {
-            for (int64_t x = 0; x < p.width; ++x) {
+            // Pixels without gaps are one run of values, which vectorises however few channels they have.
+            const bool dense = p.stride_w == channels && p.output_stride == channels;
+            const int64_t runs = dense ? 1 : p.width, length = dense ? p.width * channels : channels;
+            for (int64_t x = 0; x < runs; ++x) {
                 const float* from = in + x * p.stride_w;
                 uint8_t* to = out + x * p.output_stride;
-                for (int64_t c = 0; c < channels; ++c) to[c] = to_byte(from[c] * inverse_scale, f);
+                for (int64_t i = 0; i < length; ++i) to[i] = to_byte(from[i] * inverse_scale, f);
             }
         } else {
             for (int64_t c = 0; c < channels; ++c)

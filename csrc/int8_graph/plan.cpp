@@ -11,6 +11,7 @@ constexpr int64_t kMagic = 0x38544E49, kVersion = 1;
 constexpr int64_t kHeaderWords = 8, kValueWords = 4, kStepWords = 4;
 constexpr int64_t kAlignment = 64;  // bytes, of every value in the arena
 constexpr int64_t kForever = INT64_MAX;
+constexpr int64_t kGrowth = 2;  // a stage ends where so many times as many images would fit
 // Bounds no real network reaches; with them no product of sizes overflows.
 constexpr int64_t kMaxCount = int64_t{1} << 24, kMaxBytes = int64_t{1} << 36;
 
@@ -130,6 +131,16 @@ std::string resolve_step(Plan& plan, const Step& s) {
     return channels == -1 || out.channels == channels ? "" : "plan: a step has other channels than planned";
 }
 
+// Whether the output of step `i` may lie where its residual does, which nothing reads any more.
+bool takes_place_of_residual(const Plan& plan, int64_t i) {
+    const Step& step = plan.steps[i];
+    const Value& out = plan.values[step.output];
+    if (step.opcode != Opcode::conv || step.input_count != 2 || out.is_float() || out.last_use == kForever)
+        return false;
+    const Value& residual = plan.values[step.inputs[1]];
+    return residual.last_use == i && step.inputs[0] != step.inputs[1] && !is_input(plan, step.inputs[1]);
+}
+
 }  // namespace
 
 std::string read_plan(const int64_t* words, int64_t count, Plan& plan) {
@@ -181,6 +192,10 @@ std::string read_plan(const int64_t* words, int64_t count, Plan& plan) {
     return "";
 }
 
+bool is_input(const Plan& plan, int64_t value) {
+    return std::find(plan.inputs.begin(), plan.inputs.end(), value) != plan.inputs.end();
+}
+
 std::string resolve_sizes(Plan& plan) {
     for (const Step& step : plan.steps) {
         const std::string error = resolve_step(plan, step);
@@ -193,24 +208,82 @@ std::string resolve_sizes(Plan& plan) {
     return "";
 }
 
-int64_t lay_out_arena(Plan& plan) {
+std::vector<Stage> cut_stages(const Plan& plan, int64_t batch, int64_t group_bytes) {
+    const auto steps = static_cast<int64_t>(plan.steps.size());
+    // Bytes of an image's values in the arena while a step runs; then the most of this step and all behind it.
+    std::vector<int64_t> live(plan.steps.size() + 1);
+    for (int64_t i = 0; i < steps; ++i) {
+        const Step& step = plan.steps[i];
+        const Value& out = plan.values[step.output];
+        if (out.last_use == kForever) continue;
+        live[i] += out.image_bytes();
+        live[std::max(out.last_use, i) + 1] -= out.image_bytes();
+        if (takes_place_of_residual(plan, i)) live[i] -= out.image_bytes(), live[i + 1] += out.image_bytes();
+    }
+    for (int64_t i = 1; i < steps; ++i) live[i] += live[i - 1];
+    for (int64_t i = steps - 2; i >= 0; --i) live[i] = std::max(live[i], live[i + 1]);
+
+    const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    // Groups of nearly equal size.
+    const auto group_at = [&](int64_t i) {
+        return ceil_div(batch, std::clamp<int64_t>(ceil_div(batch * live[i], group_bytes), 1, batch));
+    };
+    std::vector<Stage> stages;
+    for (int64_t i = 0; i < steps;) {
+        const int64_t group = group_at(i);
+        int64_t end = i + 1;
+        while (end < steps && group_at(end) < kGrowth * group) ++end;
+        stages.push_back({i, end, group});
+        i = end;
+    }
+    return stages;
+}
+
+int64_t lay_out_arena(Plan& plan, const std::vector<Stage>& stages, bool overwrite) {
     struct Block {
-        int64_t at, end, until;  // until: the last step that reads it
+        int64_t at, end, until;  // until: the last step that needs it
     };
     std::vector<Block> live;  // in order of `at`
     int64_t size = 0;
-    for (size_t i = 0; i < plan.steps.size(); ++i) {
-        Value& value = plan.values[plan.steps[i].output];
-        if (value.last_use == kForever) continue;
-        std::erase_if(live, [&](const Block& b) { return b.until < static_cast<int64_t>(i); });
-        const int64_t bytes = (value.bytes() + kAlignment - 1) / kAlignment * kAlignment;
+    const auto place = [&](int64_t step, int64_t bytes, int64_t until) {
+        Value& value = plan.values[plan.steps[step].output];
+        if (overwrite && takes_place_of_residual(plan, step)) {
+            const Value& residual = plan.values[plan.steps[step].inputs[1]];
+            if (residual.whole || !value.whole) {
+                value.arena_at = residual.arena_at;
+                value.whole = residual.whole;
+                for (Block& b : live)
+                    if (b.at == value.arena_at) b.until = std::max(b.until, until);
+                return;
+            }
+        }
         // The first gap that is large enough.
+        bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
         int64_t at = 0;
         auto next = live.begin();
         for (; next != live.end() && next->at - at < bytes; ++next) at = next->end;
-        live.insert(next, {at, at + bytes, std::max<int64_t>(value.last_use, static_cast<int64_t>(i))});
+        live.insert(next, {at, at + bytes, until});
         value.arena_at = at;
         size = std::max(size, at + bytes);
+    };
+    for (const Stage& stage : stages) {
+        // A value that a later stage reads is kept for all groups, from the first step of this stage to the last of
+        // that.
+        std::erase_if(live, [&](const Block& b) { return b.until < stage.begin; });
+        for (int64_t i = stage.begin; i < stage.end; ++i) {
+            Value& value = plan.values[plan.steps[i].output];
+            value.whole = value.last_use >= stage.end && value.last_use != kForever;
+            if (!value.whole) continue;
+            auto last = stages.begin();
+            while (last->end <= value.last_use) ++last;
+            place(i, value.bytes(), last->end - 1);
+        }
+        for (int64_t i = stage.begin; i < stage.end; ++i) {
+            const Value& value = plan.values[plan.steps[i].output];
+            std::erase_if(live, [&](const Block& b) { return b.until < i; });
+            if (!value.whole && value.last_use != kForever)
+                place(i, std::min(stage.group, value.n) * value.image_bytes(), std::max(value.last_use, i));
+        }
     }
     return size;
 }

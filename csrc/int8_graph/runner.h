@@ -6,9 +6,11 @@
 //   void conv(Int8Conv2d, weight, packed, rest)   the canonical weight, and the program's packed bytes from its place
 //   on void quantize(p), add(p, pixels), pool(p), dequantize(p, pixels), flatten(from, to, batch, area, channels) void
 //   copy(to, from, bytes)
-//   int64_t group_bytes()                         optional: images run in groups whose arena is no larger
+//   int64_t group_bytes()                         optional: images run in groups whose values take about so many, and a
+//                                                 convolution may write over its residual
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "../int8_conv2d/layer.h"
@@ -65,8 +67,9 @@ class Runner {
     Runner(Device& device, Plan& plan, const std::vector<Tensor>& inputs, Blob constants, Blob packed)
         : device_(device), plan_(plan), inputs_(inputs), constants_(constants), packed_(packed) {}
 
-    void run() {
-        for (const Step& step : plan_.steps) {
+    void run(int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const Step& step = plan_.steps[i];
             const Value& in = value(step, 0);
             Value& out = plan_.values[step.output];
             if (out.bytes() == 0) continue;
@@ -287,30 +290,15 @@ Tensor take_input(const Device& device, const Tensor& given, Value& v) {
     return t;
 }
 
-inline bool is_input(const Plan& plan, int64_t value) {
-    for (int64_t input : plan.inputs)
-        if (input == value) return true;
-    return false;
-}
-
-// How many images run together so that the arena stays within the device's bytes, and a step finds in the caches what
-// the one before it wrote; 0: all of them. ResNet-50 on 16 images, arena 32 MB: 207 ms at once, 167 two by two.
-template <class Device>
-int64_t group_size(const Device& device, Plan& plan) {
-    if constexpr (requires { device.group_bytes(); }) {
-        int64_t batch = -1;
-        for (int64_t input : plan.inputs) {
-            const int64_t n = plan.values[input].n;
-            if (batch >= 0 && n != batch) return 0;  // inputs that never meet
-            batch = n;
-        }
-        const int64_t bytes = lay_out_arena(plan);
-        if (batch > 1 && bytes > device.group_bytes()) {
-            const int64_t groups = (bytes + device.group_bytes() - 1) / device.group_bytes();
-            return groups < batch ? (batch + groups - 1) / groups : 1;
-        }
+// The number of images, if all inputs have the same; otherwise -1.
+inline int64_t batch_of(const Plan& plan) {
+    int64_t batch = -1;
+    for (int64_t input : plan.inputs) {
+        const int64_t n = plan.values[input].n;
+        if (batch >= 0 && n != batch) return -1;  // inputs that never meet
+        batch = n;
     }
-    return 0;
+    return batch;
 }
 
 // Where the images of an input or output lie: the bytes of all of them, and from one to the next.
@@ -360,22 +348,23 @@ std::vector<Tensor> run_graph(Device& device, std::vector<Tensor> inputs, const 
 
     Runner<Device> runner(device, plan, inputs, blob_of(device, constants, "constants"),
                           blob_of(device, packed, "packed"));
-    const auto run = [&] {
-        uint8_t* memory = device.arena(lay_out_arena(plan));
-        for (Value& v : plan.values)
-            if (v.arena_at >= 0) v.data = memory + v.arena_at;
-        runner.run();
-    };
-    if (const int64_t group = group_size(device, plan); group == 0) {
-        run();
-    } else {
-        const int64_t batch = plan.values[plan.inputs[0]].n;
-        for (int64_t first = 0; first < batch; first += group) {
-            for (int64_t input : plan.inputs) plan.values[input].n = first + group < batch ? group : batch - first;
+    const int64_t batch = batch_of(plan);
+    constexpr bool kGroups = requires { device.group_bytes(); };
+    std::vector<Stage> stages{{0, static_cast<int64_t>(plan.steps.size()), INT64_MAX}};
+    if constexpr (kGroups)
+        if (batch > 1) stages = cut_stages(plan, batch, device.group_bytes());
+    uint8_t* memory = device.arena(lay_out_arena(plan, stages, kGroups));
+    for (const Stage& stage : stages) {
+        int64_t first = 0;
+        do {
+            for (Value& v : plan.values) {
+                if (batch >= 0) v.n = std::min(stage.group, batch - first);
+                if (v.arena_at >= 0) v.data = memory + v.arena_at + (v.whole ? first * v.image_bytes() : 0);
+            }
             for (const Images& images : outside) plan.values[images.value].data = images.data + first * images.step;
-            resolve_sizes(plan);
-            run();
-        }
+            runner.run(stage.begin, stage.end);
+            first += stage.group;
+        } while (first < batch);
     }
     for (size_t i = 0; i < results.size(); ++i) {
         void* own = results[i].mutable_data_ptr();

@@ -11,7 +11,9 @@ namespace {
 
 constexpr int64_t kGrainProducts = int64_t{1} << 18;  // multiply-adds worth a thread
 constexpr int64_t kGrainBytes = int64_t{1} << 16;     // bytes of a memory-bound step worth a thread
-constexpr int64_t kGroupBytes = int64_t{1} << 22;     // of the arena of images that run together, per thread
+// Bytes of the values of images that run together, per thread. From 1.5 to 6 MB ResNet-50 on 16 images takes the same
+// time; one image at a time, whose weights are then read 16 times, took 5 % longer, and all at once 3 %.
+constexpr int64_t kGroupBytes = int64_t{1} << 22;
 
 // 64-byte aligned memory of this thread, apart from thread_scratch(), which the kernels use.
 uint8_t* arena(int64_t bytes) {
