@@ -185,11 +185,11 @@ def scale_color(images: torch.Tensor, factor: float | Sequence[float] | torch.Te
         raise ValueError(f"factor: expected a number, ({channels},) or ({n}, {channels}), got {factors.shape}")
     if images.dtype != torch.uint8:
         wide = torch.float64 if images.dtype == torch.float64 else torch.float32
-        scale = torch.from_numpy(np.atleast_1d(factors)).to(images.device, wide)
+        scale = torch.from_numpy(np.atleast_1d(factors)).to(images.device, wide, non_blocking=True)
         return (images * scale.view(*scale.shape, 1, 1)).clamp(0, 1).to(images.dtype)
     levels = np.rint(np.broadcast_to(factors, (n, channels))[:, :, None] * np.arange(256)).clip(0, 255)
     fold = Fold(images)
-    fold.table(torch.from_numpy(levels.astype(np.uint8)).to(images.device))
+    fold.table(torch.from_numpy(levels.astype(np.uint8)).to(images.device, non_blocking=True))
     return fold.images()
 
 

@@ -96,7 +96,7 @@ def _noise(seed: int, like: torch.Tensor) -> torch.Tensor:
     u = philox.uniforms(seed, 0, np.arange(blocks), np.zeros(1, np.uint64))
     if like.dtype == torch.uint8:
         levels = (u.T.ravel()[: like.numel()] * 256).astype(np.uint8)
-        return torch.from_numpy(levels).view(like.shape).to(like.device)
+        return torch.from_numpy(levels).view(like.shape).to(like.device, non_blocking=True)
     radius, turn = np.sqrt(-2.0 * np.log1p(-u[:2])), 2.0 * np.pi * u[2:]
     normal = np.concatenate([radius * np.cos(turn), radius * np.sin(turn)]).T.ravel()[: like.numel()]
-    return torch.from_numpy(normal).view(like.shape).to(like.device, like.dtype)
+    return torch.from_numpy(normal).view(like.shape).to(like.device, like.dtype, non_blocking=True)

@@ -166,7 +166,7 @@ class Fold:
             self.images()
             return
         chosen = np.flatnonzero(conflict)
-        index = torch.from_numpy(chosen).to(self._images.device)
+        index = torch.from_numpy(chosen).to(self._images.device, non_blocking=True)
         done = self._run(chosen, index)
         images = self._images if self.owned else self._images.clone()
         self._images, self.owned = images.index_copy_(0, index, done), True  # in place: a copy would lose the layout
@@ -212,7 +212,7 @@ class Fold:
         fused = color_matrix is None or self.channels == 3
         warped = affine_warp(
             images,
-            torch.from_numpy(matrix).to(device),
+            torch.from_numpy(matrix).to(device, non_blocking=True),
             size=self.size,
             interpolation=self._sampling.interpolation or "nearest",
             padding_mode=self._sampling.padding_mode or "edge",
@@ -273,10 +273,10 @@ def _color_tensor(color: Color, images: torch.Tensor, table: torch.Tensor | None
     packed[:, :, :channels] = color.gray[:, None, None] * np.array(luma_weights(channels))
     packed.reshape(n, channels * (channels + 1))[:, :: channels + 2] += color.own[:, None]  # the diagonal
     if color.mean is None:
-        return torch.from_numpy(packed).to(images.device)
+        return torch.from_numpy(packed).to(images.device, non_blocking=True)
     if images.device.type != "cpu" or torch.compiler.is_compiling() or images.requires_grad:
-        result = torch.from_numpy(packed).to(images.device)
-        weight = torch.from_numpy(color.mean).to(images.device)
+        result = torch.from_numpy(packed).to(images.device, non_blocking=True)
+        weight = torch.from_numpy(color.mean).to(images.device, non_blocking=True)
         result[:, :, channels] = (weight * mean_gray(images, table))[:, None]
         return result
     if np.count_nonzero(color.mean) == n:

@@ -70,7 +70,8 @@ class Mixing(opaque.Numbered):
         if len(images) != params.count:
             raise ValueError(f"images: expected {params.count} of them, as many as params has, got {len(images)}")
         (draw,) = params.draws
-        return self._mix(images, targets, {k: torch.from_numpy(v).to(images.device) for k, v in draw.items()})
+        on_device = {k: torch.from_numpy(v).to(images.device, non_blocking=True) for k, v in draw.items()}
+        return self._mix(images, targets, on_device)
 
     def _mix(
         self, images: torch.Tensor, targets: torch.Tensor, draw: dict[str, torch.Tensor]
@@ -89,7 +90,7 @@ class Mixing(opaque.Numbered):
                 f"targets: expected class indices (N,) or soft targets (N, classes), got {tuple(targets.shape)} of "
                 f"{targets.dtype}"
             )
-        return torch.lerp(targets.roll(1, 0), targets, share.to(targets.device, targets.dtype)[:, None])
+        return torch.lerp(targets.roll(1, 0), targets, share.to(targets.device, targets.dtype, non_blocking=True)[:, None])
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, num_classes={self.num_classes}"

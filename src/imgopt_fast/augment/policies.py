@@ -186,16 +186,16 @@ def _tables(fold: Fold, images: torch.Tensor, operation: NDArray[np.int64], magn
     posterized, solarized = operation == _CODE["Posterize"], operation == _CODE["Solarize"]
     table[posterized] = tables.posterize(magnitude[posterized].astype(np.int64))
     table[solarized] = tables.solarize(magnitude[solarized])
-    result = torch.from_numpy(table).to(fold.device)[:, None].repeat(1, fold.channels, 1)
+    result = torch.from_numpy(table).to(fold.device, non_blocking=True)[:, None].repeat(1, fold.channels, 1)
     for name, measured in (("AutoContrast", tables.autocontrast), ("Equalize", tables.equalize)):
         if (chosen := operation == _CODE[name]).any():
-            index = torch.from_numpy(np.flatnonzero(chosen)).to(fold.device)
+            index = torch.from_numpy(np.flatnonzero(chosen)).to(fold.device, non_blocking=True)
             result.index_copy_(0, index, measured(images[index]))
     return result
 
 
 def _sharpened(fold: Fold, images: torch.Tensor, rows: Rows, magnitude: Uniforms) -> torch.Tensor:
     chosen = np.flatnonzero(rows)
-    index = torch.from_numpy(chosen).to(fold.device)
+    index = torch.from_numpy(chosen).to(fold.device, non_blocking=True)
     sharpened = adjust_sharpness(images[index], torch.from_numpy(1.0 + magnitude[chosen]))
     return (images if fold.owned else images.clone()).index_copy_(0, index, sharpened)

@@ -30,4 +30,4 @@ def mean_gray(images: torch.Tensor, table: torch.Tensor | None = None) -> torch.
     # Not a matrix product: its rounding may depend on how many samples there are.
     if sums.device.type == "cpu" and not (torch.compiler.is_compiling() or sums.requires_grad):
         return torch.from_numpy((sums.numpy() * weights).sum(axis=1))  # a third of the time, for few numbers
-    return (sums * torch.from_numpy(weights).to(images.device)).sum(1)
+    return (sums * torch.from_numpy(weights).to(images.device, non_blocking=True)).sum(1)

