@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import require
-from test_training import assert_same_weights, make_images, press_ctrl_c_at, results, tiny
+from tiny_training import assert_same_weights, make_images, press_ctrl_c_at, results, tiny
 
 from imgopt_fast.cli import main
 from imgopt_fast.training import InterruptedTrainingError, Report, evaluate, load_network, load_weights, resume, train

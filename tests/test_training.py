@@ -1,10 +1,7 @@
 """The training's parts, and the whole of it on a few images: files, determinism, resumption, errors."""
 
-import csv
 import dataclasses
 import io
-import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -14,14 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from tiny_training import TINY, assert_same_weights, files_of, make_images, results, tiny
 from torch import nn
 
 from imgopt_fast.augment import Compose, Normalize
 from imgopt_fast.data import Split
 from imgopt_fast.nn import Int8Segment
 from imgopt_fast.training import (
-    DivergedError,
-    InterruptedTrainingError,
     Report,
     TrainConfig,
     evaluate,
@@ -29,54 +25,15 @@ from imgopt_fast.training import (
     load_network,
     load_weights,
     recipe,
-    resume,
     save_weights,
     train,
 )
 from imgopt_fast.training.augmentation import Augmentation
-from imgopt_fast.training.checkpoint import interruptible
 from imgopt_fast.training.evaluate import accuracy, density, measure_speed, predictions
 from imgopt_fast.training.network import Card
 from imgopt_fast.training.optimizers import learning_rate
 from imgopt_fast.training.progress import Progress
 from imgopt_fast.training.stages import Stage
-
-# Seconds, not minutes: two epochs of a network of one stage on the images of `few_images`.
-TINY = TrainConfig(
-    model=f"{__name__}:tiny_network",
-    epochs=2,
-    prune_epochs=1,
-    qat_epochs=0,
-    batch_size=16,
-    calibration=32,
-    warmup_epochs=1,
-    lr=0.1,
-    memory=False,
-)
-
-
-def tiny_network(num_classes: int, in_channels: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, 8, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(16, num_classes),
-    )
-
-
-def make_images(folder: Path) -> Path:
-    """A class folder of three classes that brightness tells apart."""
-    for c in range(3):
-        (folder / f"class{c}").mkdir(parents=True)
-        for i in range(40):
-            noise = Image.effect_noise((12, 12), 20)
-            noise.point(lambda v, c=c: v // 2 + 60 * c).save(folder / f"class{c}" / f"{i}.png")
-    return folder
 
 
 @pytest.fixture
@@ -95,29 +52,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Report:
 @pytest.fixture(autouse=True)
 def _quick_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "LEAST_SECONDS", 0.01)
-
-
-def tiny(few_images: Path, name: str, **changes: Any) -> TrainConfig:
-    where = {"data": str(few_images), "output": str(few_images.parent / "runs"), "experiment": name}
-    return dataclasses.replace(TINY, **where, **changes)
-
-
-def results(folder: Path) -> list[list[str]]:
-    """The lines of summary.csv without its two timing columns."""
-    with (folder / "summary.csv").open(newline="") as file:
-        return [row[:-2] for row in csv.reader(file)]
-
-
-def files_of(folder: Path) -> list[str]:
-    """Without TensorBoard's, which depend on what is installed."""
-    return sorted(path.name for path in folder.iterdir() if "tfevents" not in path.name)
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    for name in ("dense", "pruned", "model"):
-        first, second = (load_weights(folder / f"{name}.safetensors") for folder in (one, other))
-        assert first.keys() == second.keys()
-        assert all(first[key].equal(second[key]) for key in first), name
 
 
 # ------------------------------------------------------------------------------------------------------- the whole
@@ -293,76 +227,6 @@ def test_a_folder_without_a_network_is_named(tmp_path: Path) -> None:
     save_weights({"other": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors: not the weights of .*tiny_network"):
         load_network(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------------- what fails
-
-
-def test_a_diverged_training_says_so_and_leaves_whole_epochs(few_images: Path) -> None:
-    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) in epoch 1; try a lower --lr"):
-        train(tiny(few_images, "run", lr=1e30, warmup_epochs=0.0))
-    assert not (few_images.parent / "runs").exists()
-
-
-def press_ctrl_c_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """From step number `step` on, counted over all trainings, SIGINT arrives after the step."""
-    advance, steps = Progress.advance, 0
-
-    def press(self: Progress, images: int) -> None:
-        nonlocal steps
-        advance(self, images)
-        steps += 1
-        if steps == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Progress, "advance", press)
-
-
-def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint(few_images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    press_ctrl_c_at(monkeypatch, 2)
-    with pytest.raises(InterruptedTrainingError):
-        train(tiny(few_images, "run"))
-    assert files_of(few_images.parent / "runs" / "run") == [
-        "checkpoint.pt",
-        "config.yaml",
-    ]
-
-
-STEPS = 6  # per epoch: 96 of the 120 images or a few less train, in batches of 16
-
-
-@pytest.mark.parametrize("step", [1, STEPS, STEPS + 2, 2 * STEPS, 2 * STEPS + 1, 3 * STEPS - 1])
-def test_a_resumed_training_ends_with_the_bits_of_one_never_stopped(
-    shared: Report, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    images, name = Path(shared.config.data or ""), f"stopped at {step}"
-    press_ctrl_c_at(monkeypatch, step)
-    with pytest.raises(InterruptedTrainingError):
-        train(tiny(images, name, reference_epoch=False))
-    stopped = images.parent / "runs" / name
-    assert not (stopped / "model.safetensors").exists()
-    assert len(resume(stopped).epochs) == 3
-    assert results(stopped) == results(shared.path)
-    assert_same_weights(stopped, shared.path)
-
-
-def test_what_cannot_be_resumed_is_named(tmp_path: Path) -> None:
-    TINY.save(tmp_path / "config.yaml")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt: no such checkpoint"):
-        resume(tmp_path)
-    for content in (b"", b"nothing", b"PK\x03\x04 cut short"):
-        (tmp_path / "checkpoint.pt").write_bytes(content)
-        with pytest.raises(ValueError, match=r"checkpoint\.pt: not a checkpoint of imgopt-fast"):
-            resume(tmp_path)
-
-
-def test_the_second_ctrl_c_interrupts_at_once() -> None:
-    with interruptible() as interrupted:
-        assert not interrupted()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupted()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 # ------------------------------------------------------------------------------------------------------- the parts

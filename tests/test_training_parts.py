@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import make_images, press_ctrl_c_at, results, tiny, tiny_network
+from tiny_training import QUICK, make_images, press_ctrl_c_at, results, tiny, tiny_network
 from torch import nn
 
 from imgopt_fast.augment import Compose, Normalize, RandomResizedCrop
-from imgopt_fast.compress import Int8Config, MaskedSGD, PruneConfig, prune, qat
+from imgopt_fast.compress import Int8Config, MaskedSGD, PruneConfig, prune
 from imgopt_fast.data import load_dataset
 from imgopt_fast.models import create_model
 from imgopt_fast.training import (
@@ -23,7 +23,6 @@ from imgopt_fast.training import (
     load_weights,
     recipe,
     resume,
-    save_weights,
     train,
 )
 from imgopt_fast.training.augmentation import Augmentation
@@ -34,8 +33,7 @@ from imgopt_fast.training.network import requantize
 from imgopt_fast.training.network import test_images as run_images
 from imgopt_fast.training.optimizers import Averaged, Zeros, layer_groups, make_optimizer, proximal_l1
 from imgopt_fast.training.sampled_gradients import SampledGradients
-from imgopt_fast.training.teachers import Objective
-from imgopt_fast.training.transfer import freeze_body, read_checkpoint, training_mode, transfer_weights
+from imgopt_fast.training.transfer import freeze_body
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +45,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "LEAST_SECONDS", 0.01)
     monkeypatch.setattr(recipe, "write_report", lambda *arguments: None)
-
-
-QUICK: dict[str, Any] = {"epochs": 1, "prune_epochs": 0, "quantize": "none", "reference_epoch": False, "amp": False}
 
 
 PLAIN = "small_networks:no_batch_norm"
@@ -214,6 +209,12 @@ def test_parts_of_a_batch_cover_it_with_their_halo() -> None:
     assert Process().share(2) is None
 
 
+def test_half_precision_and_compilation_train(images: Path) -> None:
+    for name, way in {"half": {"amp": True, "amp_dtype": "float16"}, "compiled": {"torchcompile": "eager"}}.items():
+        report = train(dataclasses.replace(tiny(images, name, **QUICK), **way))
+        assert report.epochs[0].train_loss < 2
+
+
 # ------------------------------------------------------------------------------------------------------- batch size
 
 
@@ -268,170 +269,6 @@ def test_few_images_and_little_memory_make_small_batches(
     assert config.lr == pytest.approx(lr)
     assert (config.prune_lr, config.qat_lr) == (pytest.approx(lr / 2), pytest.approx(lr / 40))
     assert with_batch_size(config, dataset, model, prepare, Process()) == config
-
-
-# ------------------------------------------------------------------------------------------------------- transfer
-
-
-def test_rows_of_the_last_layer_follow_the_class_names() -> None:
-    source, target = (create_model("resnet8", num_classes=n, in_channels=1) for n in (3, 4))
-    before = target.fc.weight.detach().clone()
-    left = transfer_weights(target, source.state_dict(), ("bee", "cow", "ant", "cat"), ("ant", "bee", "cat"))
-    assert left == ["fc.weight[cow]", "fc.bias[cow]"]
-    for row, origin in ((0, 1), (2, 0), (3, 2)):
-        assert target.fc.weight[row].equal(source.fc.weight[origin])
-        assert target.fc.bias[row].equal(source.fc.bias[origin])
-    assert target.fc.weight[1].equal(before[1])
-    assert target.layer2[0].bn1.running_var.equal(source.layer2[0].bn1.running_var)
-    other = create_model("resnet8", num_classes=4, in_channels=3)
-    left = transfer_weights(other, source.state_dict(), ("a", "b", "c", "d"), None)
-    assert left == ["conv1.weight", "fc.weight", "fc.bias"]
-    with pytest.raises(ValueError, match="none of its weights"):
-        transfer_weights(nn.Sequential(nn.Linear(2, 2)), source.state_dict(), ("a", "b"), None)
-
-
-def test_checkpoints_of_other_programs(tmp_path: Path) -> None:
-    weights = {"module.fc.weight": torch.ones(2, 3), "module.fc.bias": torch.zeros(2)}
-    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "a.pth")
-    assert list(read_checkpoint(tmp_path / "a.pth")) == ["fc.weight", "fc.bias"]
-    save_weights({"x": torch.ones(2)}, tmp_path / "b.safetensors")
-    assert list(read_checkpoint(tmp_path / "b.safetensors")) == ["x"]
-    (tmp_path / "c.pt").write_text("nothing")
-    torch.save([1, 2], tmp_path / "d.pt")
-    for name in ("c.pt", "d.pt"):
-        with pytest.raises(ValueError, match=rf"{name}: not a file of weights"):
-            read_checkpoint(tmp_path / name)
-
-
-def test_a_frozen_body_keeps_weights_and_statistics() -> None:
-    model = tiny_network(3, 1)
-    freeze_body(model)
-    before = copy.deepcopy(model.state_dict())
-    training_mode(model)
-    assert not model[1].training
-    assert model[-1].training
-    optimizer = make_optimizer(model, nn.Module(), TrainConfig(), 0.1)
-    F.cross_entropy(model(torch.rand(8, 1, 12, 12)), torch.arange(8) % 3).backward()
-    optimizer.step()
-    changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
-    assert changed == {"8.weight", "8.bias"}
-
-
-@pytest.fixture(scope="module")
-def first(images: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "LEAST_SECONDS", 0.01)
-        patch.setattr(recipe, "write_report", lambda *arguments: None)
-        return train(tiny(images, "first", **QUICK | {"epochs": 3})).path
-
-
-@pytest.mark.parametrize("transfer", ["frozen", "features"])
-def test_transfer_trains_the_head_alone(images: Path, first: Path, transfer: str) -> None:
-    config = tiny(images, transfer, **QUICK | {"epochs": 6}, pretrained=str(first), transfer=transfer)
-    report = train(config)
-    old, new = (load_weights(path / "model.safetensors") for path in (first, report.path))
-    assert {name for name in old if not old[name].equal(new[name])} == {"8.weight", "8.bias"}
-    assert len(report.epochs) == 6
-    assert report.epochs[-1].train_loss < report.epochs[0].train_loss + 0.01
-    assert report.stages[0].test_top1 > 0.5
-
-
-@pytest.mark.parametrize("transfer", ["frozen", "features"])
-def test_a_body_thaws_when_the_head_has_learned(
-    images: Path, first: Path, transfer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ways = QUICK | {"epochs": 4, "unfreeze": 2, "pretrained": str(first), "transfer": transfer}
-    whole = train(tiny(images, f"thawed {transfer}", **ways))
-    assert [(row.epoch, row.stage) for row in whole.epochs] == [(1, "head"), (2, "head"), (3, "dense"), (4, "dense")]
-    assert [row.stage for row in whole.stages] == ["dense"]
-    old, new = (load_weights(path / "model.safetensors") for path in (first, whole.path))
-    kept = {name for name in old if old[name].equal(new[name])}
-    assert kept == {f"{i}.{name}" for i in (1, 4) for name in ("running_mean", "running_var", "num_batches_tracked")}
-    for step in (3, 2 * 6 + 2)[transfer == "features" :]:  # while the head learns alone, and later
-        press_ctrl_c_at(monkeypatch, step if transfer == "frozen" else step - 2 * 6)
-        name = f"thawed {transfer} {step}"
-        with pytest.raises(InterruptedTrainingError):
-            train(tiny(images, name, **ways))
-        assert results(resume(images.parent / "runs" / name).path) == results(whole.path)
-
-
-def test_a_transferred_network_is_pruned_with_all_it_has(images: Path, first: Path) -> None:
-    ways = QUICK | {"prune_epochs": 1, "pretrained": str(first), "transfer": "frozen"}
-    path = train(tiny(images, "frozen and pruned", **ways)).path
-    dense, pruned = load_weights(path / "dense.safetensors"), load_weights(path / "model.safetensors")
-    kept = pruned["3.weight_mask"]
-    assert dense["3.weight"].equal(load_weights(first / "model.safetensors")["3.weight"])
-    assert pruned["3.weight"][kept].isclose(dense["3.weight"][kept]).float().mean() < 0.1
-
-
-def test_finetuning_begins_where_the_other_ended(images: Path, first: Path) -> None:
-    settings = QUICK | {"lr": 1e-9, "pretrained": str(first)}
-    report = train(tiny(images, "finetuned", **settings))
-    weights = tiny(images, "from weights", **settings | {"pretrained": str(first / "model.safetensors")})
-    for path in (report.path, train(weights).path):
-        old, new = load_weights(first / "model.safetensors"), load_weights(path / "model.safetensors")
-        torch.testing.assert_close(new["0.weight"], old["0.weight"])
-        torch.testing.assert_close(new["8.weight"], old["8.weight"])
-    with pytest.raises(ValueError, match="none of its weights"):
-        train(tiny(images, "other", **settings | {"model": "resnet8"}))
-
-
-# ------------------------------------------------------------------------------------------------------- teachers
-
-
-def test_hints_and_tables_of_a_teacher_are_heard(images: Path, first: Path) -> None:
-    taught = QUICK | {"distill": str(first)}
-    ways: dict[str, dict[str, Any]] = {
-        "taught": {},
-        "hinted": {"kd_hint_weight": 1.0},
-        "hinted only": {"kd_hint_weight": 1.0, "distill_loss_weight": 0.0},
-        "table": {"kd_cache": True},
-    }
-    found = {name: results(train(tiny(images, name, **taught, **way)).path) for name, way in ways.items()}
-    assert len({str(rows) for rows in found.values()}) == len(ways)
-    again = train(tiny(images, "table again", **taught, kd_cache=True)).path
-    assert results(again) == found["table"]
-
-
-def test_hints_reach_a_student_in_quantization_aware_training(images: Path, first: Path) -> None:
-    """The features are those that the simulated last layer is given: rounded, as int8 will round them."""
-    config = tiny(images, "unused", **QUICK, kd_hint_weight=1.0)
-    dataset = load_images(config)
-    normalize = Normalize(*dataset.statistics())
-    batch = dataset.train.first(16)
-    augment = Augmentation(config, normalize, 3)
-    view = augment(batch.images, batch.labels, (0, 0, torch.arange(16)))
-    student = qat(tiny_network(3, 1).eval(), [view.images]).train()
-    teacher = load_network(first).as_teacher(dataset)
-    losses = []
-    for weight in (0.0, 1.0):
-        objective = Objective(dataclasses.replace(config, kd_hint_weight=weight), augment, dataset, student, teacher)
-        losses.append(objective(student, view))
-        objective.close()
-    hint = losses[1] - losses[0]
-    assert 0 < hint < 4  # the squared distance of two unit vectors
-    (gradient,) = torch.autograd.grad(hint, student.simulation.layers["0"].weight)
-    assert gradient.abs().max() > 0
-    ways = {"qat": {}, "qat hinted": {"kd_hint_weight": 1.0}}
-    taught = QUICK | {"pretrained": str(first), "epochs": 0, "quantize": "int8", "qat_epochs": 1, "distill": str(first)}
-    found = [results(train(tiny(images, name, **taught, **way)).path) for name, way in ways.items()]
-    assert found[0] != found[1]
-
-
-def test_a_table_says_what_the_teacher_would(images: Path, first: Path) -> None:
-    """Without augmentation both are the same training."""
-    still = {"hflip": 0.0, "degrees": 0.0, "translate": 0.0, "scale": (1.0, 1.0), "distill": str(first)}
-    losses = []
-    for cached in (False, True):
-        report = train(tiny(images, f"still {cached}", **QUICK, **still, kd_cache=cached))
-        losses.append(report.epochs[0].train_loss)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_half_precision_and_compilation_train(images: Path) -> None:
-    for name, way in {"half": {"amp": True, "amp_dtype": "float16"}, "compiled": {"torchcompile": "eager"}}.items():
-        report = train(dataclasses.replace(tiny(images, name, **QUICK), **way))
-        assert report.epochs[0].train_loss < 2
 
 
 # ------------------------------------------------------------------------------------------------------- crops

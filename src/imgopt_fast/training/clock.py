@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 
 PHASES = ("wait", "augment", "forward", "backward", "step")
+RECORDED = "recorded"  # the last three of a step that a GPU replays
 
 
 class Clock:
@@ -30,7 +31,7 @@ class Clock:
             self._mark(phase)
         else:
             now = time.perf_counter()
-            self._seconds[phase] += now - self._last
+            self._add(phase, now - self._last)
             self._last = now
 
     def seconds(self) -> dict[str, float]:
@@ -40,6 +41,9 @@ class Clock:
     def share(self, phase: str) -> float:
         """Of the time of all phases."""
         return share(self.seconds(), phase)
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def _mark(self, phase: str) -> None:
         event = torch.cuda.Event(enable_timing=True)
@@ -52,7 +56,7 @@ class Clock:
         self._marks[-1][1].synchronize()
         for (_, before), (phase, event) in zip(self._marks, self._marks[1:], strict=False):
             if phase:
-                self._seconds[phase] += before.elapsed_time(event) / 1e3
+                self._add(phase, before.elapsed_time(event) / 1e3)
         self._marks = [("", self._marks[-1][1])]
 
 

@@ -124,6 +124,7 @@ class TrainConfig:
     amp_dtype: str = option("bfloat16", "of mixed precision; float16 scales the loss", choices=("bfloat16", "float16"))
     channels_last: bool = option(True, "NHWC memory")
     torchcompile: str | None = option(None, "torch.compile backend (inductor) for training; default: none")
+    cuda_graphs: bool = option(True, "record the step of a GPU's training once and replay it, where that is possible")
     device: str = option("cpu", "torch device; under torchrun `cuda` is each process' own")
 
     output: str = option("runs", "folder that holds the run folders")

@@ -7,6 +7,7 @@ everything else, so a training that was stopped and resumed ends with the same b
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,8 +30,8 @@ from imgopt_fast.training.optimizers import Updates
 from imgopt_fast.training.progress import Progress
 from imgopt_fast.training.report import EpochRow, write_summary
 from imgopt_fast.training.run_folder import RunFolder
-from imgopt_fast.training.sampled_gradients import SampledGradients
 from imgopt_fast.training.stages import Stage
+from imgopt_fast.training.step import EagerStep, Learner, RecordedStep, own_stream, recordable
 from imgopt_fast.training.teachers import Objective, Teacher
 from imgopt_fast.training.transfer import training_mode
 
@@ -87,12 +88,15 @@ def fit(
     at.epochs = at.epochs or epochs
 
     device = train.labels.device
-    precision, autocast = config.amp_type(), stage.amp and config.uses_amp()
+    loss_sum = torch.tensor(at.loss_sum / process.world, dtype=torch.float64, device=device)
+    autocast = stage.amp and config.uses_amp()
+    step = EagerStep(network, objective, updates, autocast, loss_sum)
+    recorded = recordable(config, stage, updates, process, per_update)
+    learn: Learner = RecordedStep(step) if recorded else step
     halo = fitting.augment.halo if process.world > 1 else 0
     clock = Clock(device)
     # Alone, a process need not wait for its GPU to know what it said itself.
     flags = torch.zeros(2, device=device if process.world > 1 else "cpu")
-    loss_sum = torch.tensor(at.loss_sum / process.world, dtype=torch.float64, device=device)
     saved = time.perf_counter()
 
     def save() -> None:
@@ -108,8 +112,9 @@ def fit(
         saved = time.perf_counter()
 
     done, total_steps = (at.epoch - stage.first_epoch) * steps + at.batch, stage.epochs * steps
+    stream = own_stream(device) if recorded else nullcontext()
     bar = Progress(stage.name, total_steps * config.batch_size, done=done * config.batch_size, shown=process.main)
-    with bar as progress, interruptible() as interrupted, freed_memory_kept():
+    with bar as progress, interruptible() as interrupted, freed_memory_kept(), stream:
         while at.epoch < stage.end:
             training_mode(model, keep_statistics=stage.keep_statistics)
             began, seen = time.perf_counter(), 0
@@ -126,18 +131,22 @@ def fit(
                 clock.lap("wait")
                 view = fitting.augment(batch.images, batch.labels, (config.seed, at.epoch, index), halo=halo)
                 clock.lap("augment")
-                with torch.autocast(device.type, precision, enabled=autocast), SampledGradients(config.grad_sampling):
-                    loss = objective(network, view)
-                clock.lap("forward")
+                with torch.autocast(device.type, config.amp_type(), enabled=autocast):
+                    taught = objective.taught(view)
                 first = at.batch // per_update * per_update  # of the batches of this update
                 images = _images(len(train), config.batch_size, first, min(first + per_update, steps))
-                updates.backward(loss, len(view.index) / images)
-                clock.lap("backward")
+                updated = learn(
+                    view.images,
+                    view.targets,
+                    taught,
+                    share=len(view.index) / images,
+                    of_epoch=len(view.index) / _images(len(train), config.batch_size, 0, steps),
+                    lap=clock.lap,
+                )
                 at.batch += 1
-                loss_sum += loss.detach() * (len(view.index) / _images(len(train), config.batch_size, 0, steps))
                 if at.batch % per_update == 0 or at.batch == steps:
                     flags[STOP], flags[SAVE] = interrupted(), process.main and time.perf_counter() - saved > SECONDS
-                    updates.step(flags)
+                    updates.step(flags, applied=updated)
                 clock.lap("step")
                 seen += len(view.index)
                 progress.advance(len(view.index) * process.world)

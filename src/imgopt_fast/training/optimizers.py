@@ -68,9 +68,8 @@ class Updates:
         """Add the gradients of `loss`, which is `share` of the update's."""
         self.scaler.scale(loss * share).backward()
 
-    def step(self, flags: Tensor) -> None:
-        """One update. `flags` is summed over the processes together with the gradients."""
-        self._sum(flags)
+    def apply(self) -> None:
+        """The gradients move the weights, and are gone."""
         if self.config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad)
@@ -79,10 +78,20 @@ class Updates:
         if self.config.l1 > 0:
             proximal_l1(self.optimizer, self.config.l1)
         self.optimizer.zero_grad()
+        if self.zeros is not None:
+            self.zeros.step()
+
+    def step(self, flags: Tensor, *, applied: bool = False) -> None:
+        """One update, and what follows it. `flags` is summed over the processes together with the gradients.
+
+        `applied`: the weights have moved already.
+        """
+        if not applied:
+            self._sum(flags)
+            self.apply()
         self.schedule.step()
-        for follower in (self.pruner, self.zeros):
-            if follower is not None:
-                follower.step()
+        if self.pruner is not None:
+            self.pruner.step()
         if self.averaged is not None:
             self.averaged.update(self.model)
 
@@ -113,9 +122,9 @@ def make_optimizer(model: nn.Module, helpers: nn.Module, config: TrainConfig, lr
     on_gpu = next(model.parameters()).is_cuda
     fused = on_gpu or None  # one launch for all; elsewhere torch's own choice
     if config.opt == "adamw":
-        return torch.optim.AdamW(groups, lr, fused=fused)
+        return torch.optim.AdamW(groups, lr, fused=fused, capturable=on_gpu)
     if config.opt == "adam":
-        return torch.optim.Adam(groups, lr, fused=fused)
+        return torch.optim.Adam(groups, lr, fused=fused, capturable=on_gpu)
     if not on_gpu and next(masked_layers(model), None) is not None:  # half the time from layers of 128 channels on
         return MaskedSGD(groups, lr, config.momentum, nesterov=config.momentum > 0, model=model)
     return torch.optim.SGD(groups, lr, config.momentum, nesterov=config.momentum > 0, fused=fused)

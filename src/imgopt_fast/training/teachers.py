@@ -48,15 +48,20 @@ class Objective(nn.Module):
             self.projection = nn.Linear(ours.count, theirs.count).to(next(student.parameters()).device)
             self.hints = ours, theirs
 
-    def forward(self, network: Callable[[Tensor], Tensor], view: View) -> Tensor:
-        logits, config = network(view.images), self.config
-        if self.teacher is None:
-            return F.cross_entropy(logits, view.targets, label_smoothing=config.smoothing)
-        taught = self._taught(self.teacher, view)
+    def taught(self, view: View) -> Tensor | None:
+        """The teacher's logits for `view`; its features, too, are those that `forward` compares with."""
+        return None if self.teacher is None else self._taught(self.teacher, view)
+
+    def forward(
+        self, network: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor, taught: Tensor | None
+    ) -> Tensor:
+        logits, config = network(images), self.config
+        if taught is None:
+            return F.cross_entropy(logits, targets, label_smoothing=config.smoothing)
         loss = distillation_loss(
             logits,
             taught,
-            view.targets,
+            targets,
             temperature=config.kd_temperature,
             alpha=config.distill_loss_weight,
             label_smoothing=config.smoothing,
