@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from imgopt_fast.augment import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop
@@ -55,9 +55,11 @@ Call = Callable[[int], int]  # takes a number of steps or rounds, returns that o
 SIDE, PHOTOS = 224, 25  # pixels of a view, and views of a batch
 CROP = {"scale": (0.25, 1.0), "ratio": (3 / 4, 4 / 3)}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SHIFT = 3  # whole pixels either way, each as likely: half a pixel more than that, rounded
 RECIPE = TrainConfig(
-    model="resnet20", epochs=30, batch_size=128, lr=0.2, quantize="none", prune_epochs=0, reference_epoch=False
-)
+    model="resnet20", epochs=30, batch_size=128, lr=0.2, translate=(SHIFT + 0.5) / 32, quantize="none", prune_epochs=0,
+    reference_epoch=False,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- the plain loop
@@ -72,14 +74,13 @@ class PlainImages(TorchDataset[tuple[Tensor, int]]):
 
         cv2.setNumThreads(0)
         self.images, self.labels = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.tolist()
-        shift = (-config.translate, config.translate)
+        turn = (-config.degrees, config.degrees)
+        # In pixels: a share of the width would be cut to whole pixels towards zero, to smaller shifts than ours.
         self.transform = A.Compose([
             A.HorizontalFlip(p=config.hflip),
-            A.Affine(
-                config.scale, shift, rotate=(-config.degrees, config.degrees), keep_ratio=True, p=1.0
-            ),
+            A.Affine(config.scale, translate_px=(-SHIFT, SHIFT), rotate=turn, keep_ratio=True, p=1.0),
             A.Normalize(mean, std, max_pixel_value=255.0),
-        ])  # fmt: skip
+        ], seed=config.seed)  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -89,13 +90,20 @@ class PlainImages(TorchDataset[tuple[Tensor, int]]):
         return torch.from_numpy(image.transpose(2, 0, 1).copy()), self.labels[i]
 
 
+def own_draws(worker: int) -> None:
+    """Workers are copies of one process: without this they would draw the same numbers for different images."""
+    info = get_worker_info()
+    info.dataset.transform.set_random_seed(info.seed % 2**32)
+
+
 def plain_steps(config: TrainConfig, data: Dataset, model: nn.Module, workers: int, steps: int) -> Iterator[int]:
     """Trains `model` for `steps` updates under the schedule of `config`; yields the images of each."""
     mean, std = data.statistics()
     images = PlainImages(config, data.train.first(len(data.train)).images, data.train.labels, mean, std)
     loader = DataLoader(
-        images, config.batch_size, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
-    )
+        images, config.batch_size, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0,
+        worker_init_fn=own_draws,
+    )  # fmt: skip
     decay = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
