@@ -90,7 +90,7 @@ class Mixing(opaque.Numbered):
                 f"targets: expected class indices (N,) or soft targets (N, classes), got {tuple(targets.shape)} of "
                 f"{targets.dtype}"
             )
-        return torch.lerp(targets.roll(1, 0), targets, share.to(targets.device, targets.dtype, non_blocking=True)[:, None])
+        return torch.lerp(targets.roll(1, 0), targets, share.to(targets.device, targets.dtype)[:, None])
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, num_classes={self.num_classes}"
