@@ -71,6 +71,17 @@ def trained(config: TrainConfig, data: Dataset) -> tuple[list[EpochRow], Marks, 
     return rows, marks, accuracy(model, placed.test, prepare), fitting.times["dense"]
 
 
+def longest(events: list[Any], count: int) -> list[str]:
+    """A line for each of the kernels that take most of the GPU's time."""
+    totals: dict[str, list[float]] = {}
+    for event in events:
+        if event.device_type() == DeviceType.CUDA and not event.is_user_annotation():
+            totals.setdefault(event.name(), []).append(event.duration_ns() / 1e3)
+    whole = sum(map(sum, totals.values()))
+    ordered = sorted(totals.items(), key=lambda entry: -sum(entry[1]))[:count]
+    return [f"{sum(v) / whole:6.1%} {len(v):6d} of {statistics.median(v):6.1f} us  {name[:90]}" for name, v in ordered]
+
+
 def busy(events: list[Any], begin: int, end: int) -> tuple[float, float]:
     """Share of the time from `begin` to `end` in which the GPU worked, and that of the gaps above LONG_GAP."""
     spans = sorted(
@@ -103,7 +114,7 @@ def nvml(found: list[float]) -> Iterator[None]:
     found += [float(line) for line in output.split() if line.isdigit()]
 
 
-def measured(config: TrainConfig, data: Dataset) -> None:
+def measured(config: TrainConfig, data: Dataset, kernels: int) -> None:
     samples: list[float] = []
     with nvml(samples):
         rows, marks, tested, phases = trained(config, data)
@@ -123,10 +134,12 @@ def measured(config: TrainConfig, data: Dataset) -> None:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         _, marks, _, _ = trained(dataclasses.replace(config, epochs=PROFILED_EPOCHS), data)
     kineto: Any = profiler.profiler
-    share, gaps = busy(kineto.kineto_results.events(), marks.ends[1], marks.ends[-1])
+    events = kineto.kineto_results.events()
+    share, gaps = busy(events, marks.ends[1], marks.ends[-1])
     slower = statistics.median(b - a for a, b in zip(marks.ends[1:], marks.ends[2:], strict=False)) / 1e9
     print(f"  GPU busy {share:.1%} of epochs 2 to {PROFILED_EPOCHS} under the profiler ({slower:.3f} s each with all "
           f"between); gaps above {LONG_GAP / 1e3:.0f} us take {gaps:.1%}", flush=True)  # fmt: skip
+    print("\n".join(longest(events, kernels)), end="\n" * (kernels > 0), flush=True)
 
 
 def main() -> None:
@@ -137,6 +150,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--eager", action="store_true", help="without the recorded step, too")
+    parser.add_argument("--kernels", type=int, default=0, help="show so many of those that take most of the time")
     arguments = parser.parse_args()
     if arguments.data is None:
         parser.error("expected a data set, as an argument or in IMGOPT_CIFAR")
@@ -147,7 +161,7 @@ def main() -> None:
                 model=arguments.model, epochs=arguments.epochs, batch_size=batch_size, lr=0.2 * batch_size / 128,
                 device=arguments.device, cuda_graphs=graphs,
             )  # fmt: skip
-            measured(config, data)
+            measured(config, data, arguments.kernels)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_npz_archives(tmp_path: Path) -> None:
     np.savez(tmp_path / "plain.npz", images=images, labels=labels, class_names=["a", "b", "c"])
     data = load_dataset(tmp_path / "plain.npz")
     assert data.class_names == ("a", "b", "c")
-    held = [stable_fraction(f"plain/{i}") for i in range(80)]
+    held = [stable_fraction(f"image {i}") for i in range(80)]
     assert data.validation.images[:, 0, 0, 0].tolist() == [i for i in range(80) if held[i] < 0.1]
     assert data.test.images[:, 0, 0, 0].tolist() == [i for i in range(80) if 0.1 <= held[i] < 0.2]
     assert len(data.train) + len(data.validation) + len(data.test) == 80

@@ -61,6 +61,7 @@ def test_a_network_from_elsewhere() -> None:
         ("no.such.module:f", "model: cannot import 'no.such.module:f'"),
         (f"{__name__}:missing", "model: cannot import"),
         (f"{__name__}:nothing", "returned NoneType, expected a torch.nn.Module"),
+        ("math:sqrt", "model: 'math:sqrt': TypeError"),
     ],
 )
 def test_a_network_that_does_not_exist(name: str, message: str) -> None:

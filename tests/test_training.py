@@ -122,6 +122,22 @@ def test_fewer_images_than_a_batch_are_one_batch(few_images: Path) -> None:
     assert report.reference_seconds is not None
 
 
+def test_a_network_that_does_not_fit_the_images_is_named(few_images: Path) -> None:
+    """Before the run folder has anything in it, and in one line."""
+    for model, size, words in (
+        ("small_networks:no_batch_norm", 16, r"16x16 pixels and 1 channels: mat1 and mat2 shapes cannot be multiplied"),
+        (f"{__name__}:two_dimensional", 12, r"expected logits of shape \(2, 3\) for two images, got \(2, 3, 12, 12\)"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            train(tiny(few_images, "run", model=model, img_size=size))
+        assert "\n" not in str(caught.value)
+        assert not (few_images.parent / "runs").exists()
+
+
+def two_dimensional(num_classes: int, in_channels: int) -> nn.Module:
+    return nn.Conv2d(in_channels, num_classes, 1)
+
+
 def test_a_device_that_is_not_there_is_named(few_images: Path) -> None:
     for device in ("cuda:99", "nonsense"):
         with pytest.raises(ValueError, match=f"device: cannot use '{device}'"):

@@ -199,7 +199,7 @@ def from_arrays(
     for part, share in (("validation", validation), ("test", TEST_FRACTION)):
         if part not in splits:
             bounds[part], low = (low, low + share), low + share
-    position = torch.tensor([stable_fraction(f"{name}/{i}") for i in range(len(train))], dtype=torch.float64)
+    position = torch.tensor([stable_fraction(f"image {i}") for i in range(len(train))], dtype=torch.float64)
     for part, (least, end) in bounds.items():
         splits[part] = train.take(((position >= least) & (position < end)).nonzero().flatten())
     splits["train"] = train.take((position >= low).nonzero().flatten()) if bounds else train

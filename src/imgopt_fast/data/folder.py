@@ -3,7 +3,7 @@
 The folder may be a zip or tar archive. An image that cannot be read is left out and named in the result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -31,10 +31,15 @@ PARTS = ("train", "validation", "test")
 
 
 class Item(NamedTuple):
-    """An image file: its name among the files, and the class that its folder names."""
+    """An image file: its name among the files, the class that its folder names, and its name in the set.
+
+    The latter is without a top folder that holds all of the set, as archives often have: packing moves no image from
+    one split to another.
+    """
 
     name: str
     class_name: str
+    place: str
 
 
 def load_folder(root: Path, *, image_size: int | None, validation: float) -> Dataset:
@@ -106,18 +111,24 @@ def _unusable(root: Path, skipped: Sequence[Skipped]) -> DataError:
 
 def _split(names: Sequence[str]) -> dict[str, list[Item]]:
     """The images per split, all in `train` where the folders name no splits; a single top folder is skipped."""
-    paths = {name: name.split("/")[:-1] for name in names}
-    top = {path[0] if path else "" for path in paths.values()}
-    if len(top) == 1 and SPLITS.keys().isdisjoint(top) and all(len(path) > 1 for path in paths.values()):
+    paths = {name: name.split("/") for name in names}
+    top = _top_folders(paths.values())
+    if len(top) == 1 and SPLITS.keys().isdisjoint(top) and all(len(path) > 2 for path in paths.values()):
         paths = {name: path[1:] for name, path in paths.items()}
-        top = {path[0] for path in paths.values()}
-    if not SPLITS.keys().isdisjoint(top) and any(SPLITS.get(name) == "train" for name in top):
-        found: dict[str, list[Item]] = {"train": []}
-        for name, path in paths.items():
-            if len(path) > 1 and path[0] in SPLITS:
-                found.setdefault(SPLITS[path[0]], []).append(Item(name, path[1]))
-        return found
-    return {"train": [Item(name, path[0]) for name, path in paths.items() if path]}
+        top = _top_folders(paths.values())
+    split_by_folder = any(SPLITS.get(name) == "train" for name in top)
+    found: dict[str, list[Item]] = {"train": []}
+    for name, path in paths.items():
+        folders = path[1:-1] if split_by_folder else path[:-1]
+        part = SPLITS.get(path[0]) if split_by_folder else "train"
+        if part and folders:
+            found.setdefault(part, []).append(Item(name, folders[0], "/".join(path)))
+    return found
+
+
+def _top_folders(paths: Iterable[Sequence[str]]) -> set[str]:
+    """The first folders on the way to the files; "" for a file in none."""
+    return {path[0] if len(path) > 1 else "" for path in paths}
 
 
 def _complete(root: Path, splits: dict[str, list[Item]], validation: float) -> dict[str, list[Item]]:
@@ -127,7 +138,7 @@ def _complete(root: Path, splits: dict[str, list[Item]], validation: float) -> d
     bounds = list(pairwise(np.cumsum([0.0, *(shares[name] for name in missing)]).tolist()))
     complete = splits | {"train": []} | {name: [] for name in missing}
     for item in splits["train"]:
-        position = stable_fraction(item.name)
+        position = stable_fraction(item.place)
         taken = [name for name, (low, high) in zip(missing, bounds, strict=True) if low <= position < high]
         complete[taken[0] if taken else "train"].append(item)
     for name in PARTS:

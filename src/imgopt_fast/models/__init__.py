@@ -41,7 +41,10 @@ def create_model(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
         create = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"model: cannot import {name!r}: {error}") from error
-    model = create(num_classes=num_classes, in_channels=in_channels)
+    try:
+        model = create(num_classes=num_classes, in_channels=in_channels)
+    except Exception as error:  # a function of the user's own may raise anything
+        raise ValueError(f"model: {name!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: {name!r} returned {type(model).__name__}, expected a torch.nn.Module")
     return model

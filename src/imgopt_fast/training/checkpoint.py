@@ -18,6 +18,7 @@ from imgopt_fast.training.report import EpochRow
 
 FILE = "checkpoint.pt"
 SECONDS = 60.0  # between checkpoints inside an epoch: what a killed process can lose
+GPU_SECONDS = 5.0  # between those after recorded epochs, which can be shorter than it takes to write one
 
 
 @dataclass

@@ -20,7 +20,15 @@ from imgopt_fast.compress import Pruner
 from imgopt_fast.data import Dataset, batches_per_epoch
 from imgopt_fast.training.allocator import freed_memory_kept
 from imgopt_fast.training.augmentation import Augmentation
-from imgopt_fast.training.checkpoint import FILE, SECONDS, Position, interruptible, restore, save_checkpoint
+from imgopt_fast.training.checkpoint import (
+    FILE,
+    GPU_SECONDS,
+    SECONDS,
+    Position,
+    interruptible,
+    restore,
+    save_checkpoint,
+)
 from imgopt_fast.training.clock import Clock
 from imgopt_fast.training.config import TrainConfig
 from imgopt_fast.training.distributed import Process
@@ -175,8 +183,11 @@ def fit(
             fitting.times[stage.name] = clock.seconds()
             fitting.run.write("summary.csv", partial(write_summary, epochs=at.epochs))
             fitting.events.write(row, clock.seconds())
-            save()
-            if interrupted_anywhere(process, interrupted()):
+            stopping = interrupted_anywhere(process, interrupted())
+            fresh = fitting.run.keep and time.perf_counter() - saved < GPU_SECONDS
+            if stopping or at.epoch == stage.end or not (recorded and fresh):
+                save()
+            if stopping:
                 raise InterruptedTrainingError(fitting.run.path)
             progress.note(
                 loss=f"{row.train_loss:.3f}", validation=f"{row.eval_top1:.1%}", wait=f"{clock.share('wait'):.1%}"

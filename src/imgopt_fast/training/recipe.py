@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from imgopt_fast.augment import Normalize
+from imgopt_fast.augment import Compose, Normalize
 from imgopt_fast.compress import Int8Config, PruneConfig, load_weights, prune, qat, quantize, save_weights
 from imgopt_fast.data import Dataset, Split, batches_per_epoch
 from imgopt_fast.models import create_model
@@ -88,6 +88,7 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
     prepare = preparation(config, mean, std)
     torch.manual_seed(config.seed)
     model, given = _start(config, dataset)
+    _check_fit(config, dataset, model, prepare)
     config = with_batch_size(config, dataset, model, prepare, process)
     run.write("config.yaml", config.save)  # another machine would choose others
     _check_world(config, dataset, process)
@@ -260,6 +261,23 @@ def _check_world(config: TrainConfig, dataset: Dataset, process: Process) -> Non
     smallest = min([config.batch_size, len(dataset.train), *[short] * (short > 0)])
     if smallest < process.world:
         raise ValueError(f"batch_size: expected an image for each of {process.world} processes in every batch")
+
+
+@torch.no_grad()
+def _check_fit(config: TrainConfig, dataset: Dataset, model: nn.Module, prepare: Compose) -> None:
+    """ValueError where the network does not take the images, or does not say one number per class of each."""
+    images = prepare(dataset.validation.take(torch.zeros(2, dtype=torch.int64)).images)
+    channels, height, width = images.shape[1:]
+    what = f"model: {config.model} with images of {width}x{height} pixels and {channels} channels"
+    try:
+        logits = copy.deepcopy(model).eval()(images)
+    except Exception as error:  # a network of the user's own may raise anything
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{what}: {reason[0]}") from error
+    expected = (2, len(dataset.class_names))
+    if not isinstance(logits, torch.Tensor) or logits.shape != expected:
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(f"{what}: expected logits of shape {expected} for two images, got {found}")
 
 
 def _device(config: TrainConfig) -> torch.device:

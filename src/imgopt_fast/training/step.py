@@ -174,7 +174,7 @@ def _waits_noticed(looking: bool) -> Iterator[list[str]]:
         finally:
             torch.cuda.set_sync_debug_mode(mode)
     for warning in caught:
-        if "synchronizing" in str(warning.message):
+        if "called a synchronizing" in str(warning.message):
             found.append(f"{warning.filename}:{warning.lineno} waits for its result")
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
