@@ -361,11 +361,13 @@ struct MaskedSgd {
 };
 
 // --- photometric ---------------------------------------------------------------------------------------------------
-// Both work on values as they are, levels of uint8 or units of [0, 1], in float32; uint8 rounds half to even. Output
-// has the input's layout. csrc/photometric/arithmetic.h is this text as code. Hue (HSV, hexcone): with v the largest
-// channel, c = v - the smallest, and h in sixths of a turn the place of the colour
-//   on the circle ((g - b) / c where red is largest, else 2 + (b - r) / c where green is, else 4 + (r - g) / c), red,
-//   green and blue become v - c clamp(min(k, 4 - k), 0, 1) with k = (h + turn + 5, 3, 1) mod 6.
+// Hue and sharpness work on values as they are, levels of uint8 or units of [0, 1], in float32; uint8 rounds half to
+// even. Output has the input's layout. csrc/photometric/arithmetic.h is this text as code. Hue (HSV, hexcone): with v
+// the largest channel, c = v - the smallest, and h in sixths of a turn the place of the colour on the circle
+// ((g - b) / c where red is largest, else 2 + (b - r) / c where green is, else 4 + (r - g) / c), red, green and blue
+// become v - c clamp(min(k, 4 - k), 0, 1) with k = (h + turn + 5, 3, 1) mod 6.
+constexpr int64_t kPixelRun = 1 << 13;
+
 struct Hue {
     DType dtype;  // u8 or f32
     const void* images;
@@ -387,6 +389,16 @@ struct Sharpness {
     int64_t height;
     int64_t row;
     int64_t step;
+};
+
+// Lookup: each level of dense uint8 images replaced by that of its channel's table.
+struct Lookup {
+    const uint8_t* images;
+    uint8_t* output;
+    const uint8_t* table;      // [channels][256] for each image
+    int64_t table_stride;      // 0: the same for all images
+    int64_t channels, pixels;  // per image
+    bool interleaved;          // channels_last
 };
 
 // Sums of the levels of each channel, and how often each level occurs, of dense uint8 images.
@@ -413,8 +425,9 @@ struct KernelTable {
     void (*int8_dequantize)(const Int8Dequantize&, int64_t begin, int64_t end);
     Masked masked;
     void (*masked_sgd)(const MaskedSgd&, int64_t begin, int64_t end);  // unit: a block
-    // Units: images; rows, batch · planes · height of them.
+    // Units: kPixelRun pixels of an image, the last of them fewer; the same; rows, batch · planes · height of them.
     void (*adjust_hue)(const Hue&, int64_t begin, int64_t end);
+    void (*lookup)(const Lookup&, int64_t begin, int64_t end);
     void (*adjust_sharpness)(const Sharpness&, int64_t begin, int64_t end);
     // Units: images; channels of images.
     void (*channel_sums)(const Levels&, int64_t begin, int64_t end);

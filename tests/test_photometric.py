@@ -9,6 +9,7 @@ from imgopt_fast.augment import hsv_to_rgb, rgb_to_hsv
 from imgopt_fast.ops.photometric import (
     adjust_hue,
     adjust_sharpness,
+    apply_table,
     channel_sums,
     fallback,
     level_histogram,
@@ -16,7 +17,7 @@ from imgopt_fast.ops.photometric import (
 )
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-SIZES = [(1, 1), (2, 5), (3, 3), (3, 85), (7, 37), (16, 16), (17, 31)]
+SIZES = [(1, 1), (2, 5), (3, 3), (3, 85), (7, 37), (16, 16), (17, 31), (4, 723), (67, 131)]
 
 
 def random_images(
@@ -86,6 +87,34 @@ def test_fallback_and_reference_called_directly(dtype, layout):
         assert_same(module.adjust_sharpness(images, factor), exact_sharpness(images, FACTORS), images)
 
 
+def test_every_colour_keeps_to_the_formula(isa):
+    """All pairs of chroma and difference, for turns around the six corners of the circle."""
+    a, b = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    planes = torch.stack([a, b, torch.full_like(a, 37)]).to(torch.uint8)
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        images = planes[order][None].contiguous(memory_format=torch.channels_last)
+        for shift in (1e-4, 1 / 6, 1 / 3, 0.5 - 1e-4, 0.5, 2 / 3, 0.9, 1 - 1e-9):
+            assert_same(adjust_hue(images, shift), exact_hue(images, [shift]), images)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(1, 1), (3, 21), (8, 8), (9, 64), (67, 131)])
+def test_tables(isa, size, channels, layout):
+    images = torch.randint(0, 256, (3, channels, *size), dtype=torch.uint8).contiguous(memory_format=layout)
+    for count in (1, 3):
+        table = torch.randint(0, 256, (count, channels, 256), dtype=torch.uint8)
+        found = apply_table(images, table)
+        assert found.stride() == images.stride()
+        for n in range(3):
+            for c in range(channels):
+                assert np.array_equal(found[n, c].numpy(), table[n % count, c].numpy()[images[n, c].numpy()])
+        for module in (fallback, reference):
+            assert torch.equal(module.apply_table(images, table), found)
+    cut = images[:, :, : size[0] // 2 + 1, ::2]
+    assert torch.equal(apply_table(cut, table), apply_table(images, table)[:, :, : size[0] // 2 + 1, ::2])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 7, 8])
 @pytest.mark.parametrize("size", [(1, 1), (3, 21), (8, 8), (16, 65)])
@@ -127,12 +156,14 @@ def test_instruction_sets_agree_bit_for_bit():
         pytest.skip("no compiled kernels")
     before = _native.active_isa()
     results = {}
+    units = torch.rand(2, 3, 33, 65, generator=torch.Generator().manual_seed(1))
     for isa in _native.supported_isas():
         _native.set_isa(isa)
         results[isa] = [
-            function(images, 0.37)
-            for images in (torch.rand(2, 3, 33, 65, generator=torch.Generator().manual_seed(1)),)
+            function(images, amount)
+            for images in (units, units.contiguous(memory_format=torch.channels_last), (units * 255.9).byte())
             for function in (adjust_hue, adjust_sharpness)
+            for amount in (0.37, 0.7, -3.1, 1e9 + 0.5, -1e30)
         ]
     _native.set_isa(before)
     for isa, result in results.items():
@@ -141,15 +172,21 @@ def test_instruction_sets_agree_bit_for_bit():
 
 
 def test_threads_change_nothing():
-    images = torch.randint(0, 256, (5, 3, 90, 70), dtype=torch.uint8)
+    images = torch.randint(0, 256, (5, 3, 190, 170), dtype=torch.uint8)
+    table = torch.randint(0, 256, (5, 3, 256), dtype=torch.uint8)
     threads = torch.get_num_threads()
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        results.append((adjust_hue(images, 0.2), adjust_sharpness(images, 1.5)))
+        results.append((adjust_hue(images, 0.2), adjust_sharpness(images, 1.5), apply_table(images, table)))
     torch.set_num_threads(threads)
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_sharpness_of_hundreds_of_channels(isa):
+    images = torch.randint(0, 256, (2, 700, 5, 6), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(adjust_sharpness(images, 1.7), adjust_sharpness(images.contiguous(), 1.7))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -188,6 +225,8 @@ def test_opcheck(layout):
     amounts = torch.tensor(SHIFTS, dtype=torch.float64)
     for name in ("adjust_hue", "adjust_sharpness"):
         torch.library.opcheck(getattr(torch.ops.imgopt_fast, name).default, (images, amounts))
+    table = torch.randint(0, 256, (3, 3, 256), dtype=torch.uint8)
+    torch.library.opcheck(torch.ops.imgopt_fast.apply_table.default, (images, table))
 
 
 def test_bad_input_names_the_argument():
@@ -199,6 +238,9 @@ def test_bad_input_names_the_argument():
         (lambda: adjust_sharpness(images, np.ones((2, 2))), ValueError, "factor"),
         (lambda: adjust_sharpness(images.int(), 0.1), TypeError, "images"),
         (lambda: adjust_sharpness([1], 0.1), TypeError, "images"),
+        (lambda: apply_table(images, torch.zeros(1, 3, 256, dtype=torch.uint8)), TypeError, "images"),
+        (lambda: apply_table(images.byte(), torch.zeros(1, 3, 256)), TypeError, "table"),
+        (lambda: apply_table(images.byte(), torch.zeros(3, 3, 256, dtype=torch.uint8)), ValueError, "table"),
     ):
         with pytest.raises(error, match=text):
             call()

@@ -1,5 +1,6 @@
-// The photometric passes as code. Branch-free loops over blocks of pixels: each ISA unit compiles this text with its
-// own flags, and without contraction the compiler's vectors give the same bits as its scalars.
+// The photometric passes as code, pixel by pixel: what every unit computes, and what the units without vectors of their
+// own are compiled from. Branch-free, so that the compiler makes vectors of the loops; without contraction they give
+// the same bits as its scalars.
 #pragma once
 
 #include <stddef.h>
@@ -11,72 +12,52 @@
 namespace imgopt {
 namespace {
 
-constexpr int kBlock = 256;                    // pixels: three planes of floats, 3 KiB, stay in the first-level cache
-constexpr float kRoundingShift = 12582912.0f;  // 1.5 · 2^23: adding it leaves no bits for a fraction
+// --- hue -----------------------------------------------------------------------------------------------------------
+
+// On a colour circle of six sixths, a channel lies below the largest by clamp(2 - |place|, 0, 1) of the chroma, where
+// place is how far the turned colour is from the channel's complement. Times the chroma, place is a difference of two
+// channels plus the chroma times a number that only the turn and the channel's place behind the largest decide: no
+// division, and no remainder either, because beyond 2 the clamp hides what a whole turn would change. For the largest
+// channel, the next one (green behind red, blue behind green, red behind blue), and the last one:
+struct Places {
+    float largest, next, last;
+};
+
+IMGOPT_HD inline Places places(float turn) {  // 0 <= turn <= 6, in sixths; results lie in [-3, 3]
+    return {turn - 3.0f, turn > 2.0f ? turn - 5.0f : turn + 1.0f, turn > 4.0f ? turn - 7.0f : turn - 1.0f};
+}
 
 IMGOPT_HD inline float smaller(float a, float b) { return a < b ? a : b; }
 IMGOPT_HD inline float larger(float a, float b) { return a > b ? a : b; }
 
-// Levels round half to even; `value` lies within [0, 255].
+IMGOPT_HD inline void turn_pixel(float& red, float& green, float& blue, const Places& at) {
+    const float r = red, g = green, b = blue;
+    const float value = larger(larger(r, g), b), low = smaller(smaller(r, g), b);
+    const float chroma = value - low, lowest = low - chroma;
+    const bool is_red = value == r, is_green = value == g;
+    const float difference = is_red ? g - b : is_green ? b - r : r - g;
+    const float place_r = is_red ? at.largest : is_green ? at.last : at.next;
+    const float place_g = is_red ? at.next : is_green ? at.largest : at.last;
+    const float place_b = is_red ? at.last : is_green ? at.next : at.largest;
+    red = smaller(value, larger(low, lowest + __builtin_fabsf(difference + chroma * place_r)));
+    green = smaller(value, larger(low, lowest + __builtin_fabsf(difference + chroma * place_g)));
+    blue = smaller(value, larger(low, lowest + __builtin_fabsf(difference + chroma * place_b)));
+}
+
+// --- rounding ------------------------------------------------------------------------------------------------------
+
+constexpr float kRoundingShift = 12582912.0f;  // 1.5 · 2^23: adding it leaves no bits for a fraction
+
+// Levels round half to even; `value` lies within [0, 255], and is then the last byte of the sum.
 IMGOPT_HD inline void store(float value, uint8_t* to) {
-    *to = static_cast<uint8_t>(static_cast<int32_t>(value + kRoundingShift - kRoundingShift));
+    const float shifted = value + kRoundingShift;
+    uint32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    *to = static_cast<uint8_t>(bits);
 }
 IMGOPT_HD inline void store(float value, float* to) { *to = value; }
 
-// How far a channel lies below the largest, in units of the chroma, `x` sixths of a turn past its own sector.
-IMGOPT_HD inline float distance(float x) {
-    const float k = x - 6.0f * static_cast<float>(static_cast<int32_t>(x * (1.0f / 6.0f)));
-    return smaller(larger(smaller(k, 4.0f - k), 0.0f), 1.0f);
-}
-
-IMGOPT_HD inline void turn_pixel(float& red, float& green, float& blue, float turn) {
-    const float r = red, g = green, b = blue;
-    const float value = larger(larger(r, g), b);
-    const float chroma = value - smaller(smaller(r, g), b);
-    const float inverse = 1.0f / (chroma > 0.0f ? chroma : 1.0f);
-    const float at_red = (g - b) * inverse;
-    const float at_green = 2.0f + (b - r) * inverse;
-    const float at_blue = 4.0f + (r - g) * inverse;
-    const float other = value == g ? at_green : at_blue;
-    const float hue = (value == r ? at_red : other) + turn;
-    red = value - chroma * distance(hue + 5.0f);
-    green = value - chroma * distance(hue + 3.0f);
-    blue = value - chroma * distance(hue + 1.0f);
-}
-
-inline void turn_hue(float* red, float* green, float* blue, float turn) {
-    for (int i = 0; i < kBlock; ++i) turn_pixel(red[i], green[i], blue[i], turn);
-}
-
-template <class T, int kStride>
-inline void hue_block(const T* from, T* to, int64_t channel_stride, int count, float turn) {
-    float planes[3][kBlock] = {};
-    for (int c = 0; c < 3; ++c)
-        for (int i = 0; i < count; ++i)
-            planes[c][i] = static_cast<float>(from[c * channel_stride + static_cast<int64_t>(i) * kStride]);
-    turn_hue(planes[0], planes[1], planes[2], turn);
-    for (int c = 0; c < 3; ++c)
-        for (int i = 0; i < count; ++i)
-            store(planes[c][i], to + c * channel_stride + static_cast<int64_t>(i) * kStride);
-}
-
-template <class T>
-inline void hue_rows(const Hue& p, int64_t begin, int64_t end) {
-    const int64_t blocks = (p.pixels + kBlock - 1) / kBlock;
-    for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t image = unit, size = 3 * p.pixels;
-        const T* from = static_cast<const T*>(p.images) + image * size;
-        T* to = static_cast<T*>(p.output) + image * size;
-        for (int64_t block = 0; block < blocks; ++block) {
-            const int64_t first = block * kBlock;
-            const int count = static_cast<int>(p.pixels - first < kBlock ? p.pixels - first : kBlock);
-            if (p.interleaved)
-                hue_block<T, 3>(from + 3 * first, to + 3 * first, 1, count, p.turn[image]);
-            else
-                hue_block<T, 1>(from + first, to + first, p.pixels, count, p.turn[image]);
-        }
-    }
-}
+// --- sharpness -----------------------------------------------------------------------------------------------------
 
 // The sum over 3 × 3 pixels less nine times the middle one: 13 times what smoothing would change.
 IMGOPT_HD inline int32_t excess(const uint8_t* up, const uint8_t* at, const uint8_t* down, int64_t step) {
@@ -89,34 +70,8 @@ IMGOPT_HD inline float excess(const float* up, const float* at, const float* dow
 }
 
 template <class T>
-inline void sharpen_row(const T* __restrict at, T* __restrict to, int64_t row, int64_t step, float weight, float most) {
-    for (int64_t i = step; i < row - step; ++i) {
-        const float change = weight * static_cast<float>(excess(at + i - row, at + i, at + i + row, step));
-        store(smaller(larger(static_cast<float>(at[i]) + change, 0.0f), most), to + i);
-    }
-}
-
-template <class T>
-inline void sharpness_rows(const Sharpness& p, float most, int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t y = unit % p.height;
-        const T* at = static_cast<const T*>(p.images) + unit * p.row;
-        T* to = static_cast<T*>(p.output) + unit * p.row;
-        const bool inside = y > 0 && y < p.height - 1 && p.row >= 3 * p.step;
-        const int64_t kept = inside ? p.step : p.row;
-        memcpy(to, at, static_cast<size_t>(kept) * sizeof(T));
-        if (!inside) continue;
-        sharpen_row(at, to, p.row, p.step, p.weight[unit / p.height / p.planes], most);
-        memcpy(to + p.row - kept, at + p.row - kept, static_cast<size_t>(kept) * sizeof(T));
-    }
-}
-
-inline void adjust_hue(const Hue& p, int64_t begin, int64_t end) {
-    p.dtype == DType::u8 ? hue_rows<uint8_t>(p, begin, end) : hue_rows<float>(p, begin, end);
-}
-
-inline void adjust_sharpness(const Sharpness& p, int64_t begin, int64_t end) {
-    p.dtype == DType::u8 ? sharpness_rows<uint8_t>(p, 255.0f, begin, end) : sharpness_rows<float>(p, 1.0f, begin, end);
+IMGOPT_HD inline void sharpen(T at, float excess, float weight, float most, T* to) {
+    store(smaller(larger(static_cast<float>(at) + weight * excess, 0.0f), most), to);
 }
 
 }  // namespace

@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kThreads) hue_pixels(const Hues p, const T* im
         const double turns = p.shift[image];
         float rgb[3];
         for (int c = 0; c < 3; ++c) rgb[c] = static_cast<float>(load_cached(images + at + c * p.channel));
-        turn_pixel(rgb[0], rgb[1], rgb[2], static_cast<float>(6.0 * (turns - __builtin_floor(turns))));
+        const Places places_of = places(static_cast<float>(6.0 * (turns - __builtin_floor(turns))));
+        turn_pixel(rgb[0], rgb[1], rgb[2], places_of);
         for (int c = 0; c < 3; ++c) store(rgb[c], output + at + c * p.channel);
     }
 }
@@ -45,8 +46,7 @@ __global__ void __launch_bounds__(kThreads)
             continue;
         }
         const float weight = static_cast<float>((1.0 - factor[split(plane_of, p.planes).quotient]) / 13.0);
-        const float change = weight * static_cast<float>(excess(at - p.row, at, at + p.row, p.step));
-        store(smaller(larger(static_cast<float>(*at) + change, 0.0f), most), output + i);
+        sharpen(*at, static_cast<float>(excess(at - p.row, at, at + p.row, p.step)), weight, most, output + i);
     }
 }
 

@@ -1,4 +1,5 @@
-// Hue, sharpness, channel sums and histograms for torch on the CPU: checks, allocation, and the loop over threads.
+// Hue, lookups, sharpness, channel sums and histograms for torch on the CPU: checks, allocation, and the loop over
+// threads.
 #include <cmath>
 
 #include "../outputs.h"
@@ -39,6 +40,9 @@ std::vector<float> scaled(const Tensor& values, int64_t batch, const char* name,
     return result;
 }
 
+int64_t runs_of(int64_t pixels) { return (pixels + kPixelRun - 1) / kPixelRun; }
+int64_t runs_worth_thread(int64_t pixels) { return 1 + kWorthThread / (1 + (pixels < kPixelRun ? pixels : kPixelRun)); }
+
 float sixths(double turns) { return static_cast<float>(6.0 * (turns - std::floor(turns))); }
 float smoothing(double factor) { return static_cast<float>((1.0 - factor) / 13.0); }
 
@@ -52,8 +56,31 @@ Tensor adjust_hue(Tensor images, Tensor shift) {
                 images.size(2) * images.size(3), dense.interleaved};
     if (output.numel() == 0) return output;
     const KernelTable& table = kernels();
-    parallel_units(images.size(0), 1 + kWorthThread / p.pixels,
+    parallel_units(images.size(0) * runs_of(p.pixels), runs_worth_thread(p.pixels),
                    [&](int64_t begin, int64_t end) { table.adjust_hue(p, begin, end); });
+    return output;
+}
+
+Tensor apply_table(Tensor images, Tensor table) {
+    const Dense dense(images);
+    STD_TORCH_CHECK(images.scalar_type() == ScalarType::Byte, "images: expected uint8");
+    STD_TORCH_CHECK(table.scalar_type() == ScalarType::Byte && table.dim() == 3 &&
+                        (table.size(0) == 1 || table.size(0) == images.size(0)) && table.size(1) == images.size(1) &&
+                        table.size(2) == 256,
+                    "table: expected (N or 1, C, 256) uint8");
+    const Tensor levels = torch::stable::contiguous(table);
+    Tensor output = dense.output();
+    const Lookup p{dense.tensor.const_data_ptr<uint8_t>(),
+                   output.mutable_data_ptr<uint8_t>(),
+                   levels.const_data_ptr<uint8_t>(),
+                   table.size(0) > 1 ? images.size(1) * 256 : 0,
+                   images.size(1),
+                   images.size(2) * images.size(3),
+                   dense.interleaved};
+    if (output.numel() == 0) return output;
+    const KernelTable& kernel = kernels();
+    parallel_units(images.size(0) * runs_of(p.pixels), runs_worth_thread(p.pixels),
+                   [&](int64_t begin, int64_t end) { kernel.lookup(p, begin, end); });
     return output;
 }
 
@@ -111,6 +138,7 @@ Tensor level_histogram(Tensor images) {
 
 STABLE_TORCH_LIBRARY_IMPL(imgopt_fast, CPU, m) {
     m.impl("adjust_hue", TORCH_BOX(&imgopt::adjust_hue));
+    m.impl("apply_table", TORCH_BOX(&imgopt::apply_table));
     m.impl("adjust_sharpness", TORCH_BOX(&imgopt::adjust_sharpness));
     m.impl("channel_sums", TORCH_BOX(&imgopt::channel_sums));
     m.impl("level_histogram", TORCH_BOX(&imgopt::level_histogram));

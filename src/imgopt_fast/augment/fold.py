@@ -22,6 +22,7 @@ from imgopt_fast.augment import geometry
 from imgopt_fast.augment.geometry import Matrix, Size
 from imgopt_fast.augment.statistics import luma_weights, mean_gray
 from imgopt_fast.ops.affine_warp import INTERPOLATIONS, affine_warp
+from imgopt_fast.ops.photometric import apply_table
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.bool_]
@@ -207,6 +208,8 @@ class Fold:
             color = None if color is None else Color(*(None if p is None else p[chosen] for p in color))  # type: ignore[arg-type]
         device = images.device
         if matrix is None:
+            if table is not None and color is None and mean is None and device.type == "cpu":
+                return apply_table(images, table)
             matrix = _IDENTITY
         color_matrix = None if color is None else _color_tensor(color, images, table)
         fused = color_matrix is None or self.channels == 3

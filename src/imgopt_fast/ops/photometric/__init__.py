@@ -1,7 +1,7 @@
 """What an augmentation does to colours outside the pass of `affine_warp`, a pass each.
 
-Hue and sharpness, which no lookup table and no linear map can stand for, and the sums and histograms from which tables
-and linear maps are made. csrc/kernels.h defines the arithmetic.
+Hue and sharpness, which no lookup table and no linear map can stand for, tables alone, and the sums and histograms from
+which tables and linear maps are made. csrc/kernels.h defines the arithmetic.
 """
 
 from collections.abc import Sequence
@@ -53,6 +53,21 @@ def adjust_sharpness(images: torch.Tensor, factor: Amount) -> torch.Tensor:
     _check(images)
     amounts = _per_sample("factor", factor, images)
     return _sharpness(images, amounts) if _compiled(images) else reference.adjust_sharpness(images, amounts)
+
+
+def apply_table(images: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Replace each level of uint8 images (N, C, H, W) by that of `table` (N or 1, C, 256) uint8; new memory.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype or shape; the text names it.
+    """
+    _check_levels(images)
+    if table.dtype != torch.uint8:
+        raise TypeError(f"table: expected uint8, got {table.dtype}")
+    n, channels = images.shape[:2]
+    if table.dim() != 3 or table.shape[1:] != (channels, 256) or table.shape[0] not in (1, n):
+        raise ValueError(f"table: expected ({n} or 1, {channels}, 256), got {tuple(table.shape)}")
+    return _lookup(images, table)  # type: ignore[no-any-return]
 
 
 def channel_sums(images: torch.Tensor) -> torch.Tensor:
@@ -121,6 +136,12 @@ _sharpness = registration.register(
     "adjust_sharpness(Tensor images, Tensor factor) -> Tensor",
     reference=reference.adjust_sharpness,
     fallback="photometric:adjust_sharpness",
+    fake=_fake,
+)
+_lookup = registration.register(
+    "apply_table(Tensor images, Tensor table) -> Tensor",
+    reference=reference.apply_table,
+    fallback="photometric:apply_table",
     fake=_fake,
 )
 _sums = registration.register(

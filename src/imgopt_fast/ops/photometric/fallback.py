@@ -15,31 +15,28 @@ _GRAIN = 1 << 14  # pixels worth a thread
 
 
 @_compiled
-def _distance(x: Any) -> Any:
-    k = x - np.float32(6) * np.floor(x / np.float32(6))
-    return min(max(min(k, np.float32(4) - k), np.float32(0)), np.float32(1))
-
-
-@_compiled
 def _hue(images: Pixels, turn: Pixels, output: Pixels, rounds: bool, begin: int, end: int) -> None:
     for n in range(begin, end):
+        t = turn[n]
+        largest = t - np.float32(3)
+        following = t - np.float32(5) if t > 2 else t + np.float32(1)
+        last = t - np.float32(7) if t > 4 else t - np.float32(1)
         for y in range(images.shape[2]):
             for x in range(images.shape[3]):
                 r, g, b = (
                     np.float32(images[n, 0, y, x]), np.float32(images[n, 1, y, x]), np.float32(images[n, 2, y, x])
                 )  # fmt: skip
-                value = max(r, g, b)
-                chroma = value - min(r, g, b)
-                inverse = np.float32(1) / (chroma if chroma > 0 else np.float32(1))
+                value, low = max(r, g, b), min(r, g, b)
+                chroma = value - low
                 if value == r:
-                    hue = (g - b) * inverse
+                    difference, places = g - b, (largest, following, last)
                 elif value == g:
-                    hue = np.float32(2) + (b - r) * inverse
+                    difference, places = b - r, (last, largest, following)
                 else:
-                    hue = np.float32(4) + (r - g) * inverse
-                hue += turn[n]
+                    difference, places = r - g, (following, last, largest)
                 for c in range(3):
-                    turned = value - chroma * _distance(hue + np.float32(5 - 2 * c))
+                    far = low - chroma + abs(difference + chroma * places[c])
+                    turned = min(value, max(low, far))
                     output[n, c, y, x] = np.rint(turned) if rounds else turned
 
 
@@ -82,6 +79,16 @@ def adjust_sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor
         1 + _GRAIN // area,
         lambda begin, end: _sharpness(pixels, weight, results, most, rounds, begin, end),
     )
+    return output
+
+
+def apply_table(images: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The operation `imgopt_fast::apply_table` on the CPU."""
+    source, output = _dense(images)
+    tables = table.expand(len(images), -1, -1).numpy()
+    for image, levels, result in zip(source.numpy(), tables, output.numpy(), strict=True):
+        for plane, row, to in zip(image, levels, result, strict=True):
+            np.take(row, plane, out=to, mode="clip")  # every index is a byte
     return output
 
 

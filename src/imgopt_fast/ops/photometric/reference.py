@@ -33,6 +33,12 @@ def adjust_sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor
     return _narrow(result, images)
 
 
+def apply_table(images: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The operation `imgopt_fast::apply_table`."""
+    found = table.expand(len(images), -1, -1).gather(2, images.flatten(2).long()).view(images.shape)
+    return _narrow(found, images)
+
+
 def channel_sums(images: torch.Tensor) -> torch.Tensor:
     """The operation `imgopt_fast::channel_sums`."""
     return images.sum(dim=(2, 3), dtype=torch.int64)
@@ -51,7 +57,7 @@ def _wide(images: torch.Tensor) -> torch.Tensor:
 
 
 def _narrow(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    values = values.round() if images.dtype == torch.uint8 else values
+    values = values.round() if images.dtype == torch.uint8 and values.is_floating_point() else values
     interleaved = images.shape[1] > 1 and images.stride(1) == 1
     layout = torch.channels_last if interleaved else torch.contiguous_format
     return values.to(images.dtype).contiguous(memory_format=layout)
