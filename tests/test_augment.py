@@ -27,6 +27,7 @@ from imgopt_fast.augment import (
     TrivialAugmentWide,
     fold,
     geometry,
+    samples,
 )
 from imgopt_fast.ops.affine_warp import affine_warp
 
@@ -636,3 +637,20 @@ def test_a_compiled_call_with_a_generator_or_a_gradient_leaves_the_graph():
     generator = torch.Generator().manual_seed(4)
     drawn = torch.compile(lambda x: aug(x, generator=generator) * 2, backend="eager")(images)
     assert torch.equal(drawn, aug(images, generator=generator.manual_seed(4)) * 2)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(7, 3, 8, 8), (7, 3, 5, 5), (7, 1, 4, 6), (7, 2, 3, 1)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bool])
+def test_samples_are_taken_out_and_put_back(shape, dtype, layout):
+    images = torch.randint(0, 256, shape).to(dtype).contiguous(memory_format=layout)
+    index = torch.tensor([5, 0, 3])
+    some = samples.taken(images, index)
+    assert torch.equal(some, images[index])
+    assert some.is_contiguous(memory_format=layout)
+    other = torch.randint(0, 256, some.shape).to(dtype)
+    expected = images.index_copy(0, index, other)
+    assert samples.put(images, index, other) is images
+    assert torch.equal(images, expected)
+    part = torch.zeros(9, *shape[1:-1], shape[-1] + 2, dtype=dtype)[..., 1:-1]  # not dense
+    assert torch.equal(samples.put(part, index, other)[index], other)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from imgopt_fast.augment import geometry
 from imgopt_fast.augment.geometry import Matrix, Size
+from imgopt_fast.augment.samples import put, taken
 from imgopt_fast.augment.statistics import luma_weights, mean_gray
 from imgopt_fast.ops.affine_warp import INTERPOLATIONS, affine_warp
 from imgopt_fast.ops.photometric import apply_table
@@ -170,7 +171,7 @@ class Fold:
         index = torch.from_numpy(chosen).to(self._images.device, non_blocking=True)
         done = self._run(chosen, index)
         images = self._images if self.owned else self._images.clone()
-        self._images, self.owned = images.index_copy_(0, index, done), True  # in place: a copy would lose the layout
+        self._images, self.owned = put(images, index, done), True
         self._forget(chosen, index)
 
     def _forget(self, chosen: NDArray[np.intp], index: torch.Tensor) -> None:
@@ -202,7 +203,7 @@ class Fold:
         """The pending work on all samples, or on those `chosen` (`index` is the same on the device), in one call."""
         images, table, matrix, color = self._images, self._table, self._matrix, self._color
         if chosen is not None and index is not None:
-            images = images[index]
+            images = taken(images, index)
             table = table if table is None or len(table) == 1 else table[index]
             matrix = matrix if matrix is None or len(matrix) == 1 else matrix[chosen]
             color = None if color is None else Color(*(None if p is None else p[chosen] for p in color))  # type: ignore[arg-type]
@@ -286,7 +287,9 @@ def _color_tensor(color: Color, images: torch.Tensor, table: torch.Tensor | None
         packed[:, :, channels] = (color.mean * mean_gray(images, table).numpy())[:, None]
     else:  # the others' means are not worth measuring
         chosen = np.flatnonzero(color.mean)
-        seen = mean_gray(images[chosen], table if table is None or len(table) == 1 else table[chosen])
+        seen = mean_gray(
+            taken(images, torch.from_numpy(chosen)), table if table is None or len(table) == 1 else table[chosen]
+        )
         packed[chosen, :, channels] = (color.mean[chosen] * seen.numpy())[:, None]
     return torch.from_numpy(packed)
 

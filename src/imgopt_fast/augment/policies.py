@@ -21,6 +21,7 @@ from imgopt_fast.augment import geometry, tables
 from imgopt_fast.augment.arguments import Fill, Uniforms, fill_value, interpolation_name
 from imgopt_fast.augment.fold import Fold, Rows, Sampling
 from imgopt_fast.augment.geometry import Matrix, Size
+from imgopt_fast.augment.samples import put, taken
 from imgopt_fast.augment.transform import Draw, Transform
 from imgopt_fast.ops.photometric import adjust_sharpness
 
@@ -190,12 +191,12 @@ def _tables(fold: Fold, images: torch.Tensor, operation: NDArray[np.int64], magn
     for name, measured in (("AutoContrast", tables.autocontrast), ("Equalize", tables.equalize)):
         if (chosen := operation == _CODE[name]).any():
             index = torch.from_numpy(np.flatnonzero(chosen)).to(fold.device, non_blocking=True)
-            result.index_copy_(0, index, measured(images[index]))
+            result.index_copy_(0, index, measured(taken(images, index)))
     return result
 
 
 def _sharpened(fold: Fold, images: torch.Tensor, rows: Rows, magnitude: Uniforms) -> torch.Tensor:
     chosen = np.flatnonzero(rows)
     index = torch.from_numpy(chosen).to(fold.device, non_blocking=True)
-    sharpened = adjust_sharpness(images[index], torch.from_numpy(1.0 + magnitude[chosen]))
-    return (images if fold.owned else images.clone()).index_copy_(0, index, sharpened)
+    sharpened = adjust_sharpness(taken(images, index), torch.from_numpy(1.0 + magnitude[chosen]))
+    return put(images if fold.owned else images.clone(), index, sharpened)
