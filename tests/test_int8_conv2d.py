@@ -238,7 +238,7 @@ def test_taps_that_meet_padding_are_left_out(
 def test_depthwise_lanes_and_strips(isa: str, rng: np.random.Generator, kernel: int, stride: int) -> None:
     """Every remainder of a vector's lanes, maps narrower and wider than a strip, odd and even numbers of rows."""
     pad = kernel // 2
-    for c, (h, w) in itertools.product((16, 24, 32, 40, 80, 96, 112), ((4, 61), (7, 6))):
+    for c, (h, w) in itertools.product((16, 24, 32, 40, 80, 96, 112), ((4, 61), (7, 6), (19, 9))):
         geometry = {"k": (kernel, kernel), "stride": (stride, stride), "padding": ((pad, pad), (pad, pad))}
         check(*layer(rng, n=2, c=c, o=c, groups=c, h=h, w=w, input_dtype=DTYPES[c // 8 % 2], **geometry))
 
@@ -259,8 +259,18 @@ def test_depthwise_behind_a_relu(isa: str, rng: np.random.Generator, kernel: int
         check(x, weight, steps * one_step, settings)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_depthwise_of_large_images(isa: str, rng: np.random.Generator, kernel: int, stride: int) -> None:
+    """More than 4 MiB, where rows are fetched ahead: the result stays what it is."""
+    pad = kernel // 2
+    geometry = {"k": (kernel, kernel), "stride": (stride, stride), "padding": ((pad, pad), (pad, pad))}
+    check(*layer(rng, n=1, c=80, o=80, groups=80, h=13, w=4000, output_zero_point=0, **geometry))
+
+
 DEPTHWISE_LAYERS: list[dict[str, Any]] = [
-    {"c": c, "o": c, "groups": c, "stride": (s, s), "padding": ((1, 1), (1, 1)), "w": w}
+    {"c": c, "o": c, "groups": c, "k": (k, k), "stride": (s, s), "padding": ((k // 2,) * 2,) * 2, "w": w}
+    for k in (3, 5)
     for c, s, w in ((16, 1, 9), (32, 1, 8), (32, 2, 9), (72, 1, 5), (80, 2, 8), (96, 1, 7))
 ]
 

@@ -1,7 +1,5 @@
-// Weights of the depthwise kernel of AVX-512: how they are packed, which geometries are known when the kernel is
-// compiled, and how a block of 64 channels is brought into the order of the interleaved columns (columns_avx512.h),
-// once per call. Several output rows that share input rows differ in their weights only, which are shifted by the
-// stride.
+// Weights of the depthwise kernels of AVX-512: how they are packed, how a block of 64 channels is brought into the
+// order of the interleaved columns (columns_avx512.h), once per call, and how its sums become bytes.
 #pragma once
 
 #include "columns_avx512.h"
@@ -34,34 +32,6 @@ void depthwise_weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* p
     }
 }
 
-// What the common kernels know when they are compiled: then addresses are constants, and neighbouring pixels share
-// their loads of columns. An output row reads `groups` groups of four input rows; ROWS output rows are computed
-// together from the same groups.
-template <int TAPS, int GROUPS, int STRIDE, int ROWS>
-struct Geometry {
-    static constexpr bool kFixed = true;
-    static constexpr int kRows = ROWS;
-    static constexpr int64_t taps = TAPS, groups = GROUPS, stride = STRIDE, dilation = 1;
-
-    explicit Geometry(const Int8Conv2d&) {}
-
-    static bool fits(const Int8Conv2d& p) {
-        const Int8Weight& w = p.weight;
-        return w.kernel_w == TAPS && row_groups(w.kernel_h) == GROUPS && p.stride_w == STRIDE && p.stride_h == STRIDE &&
-               p.dilation_w == 1 && p.dilation_h == 1 && row_groups(w.kernel_h + (ROWS - 1) * STRIDE) == GROUPS &&
-               !p.residual && !is_rare(p);
-    }
-};
-
-struct AnyGeometry {
-    static constexpr bool kFixed = false;
-    static constexpr int kRows = 1;
-    int64_t taps, groups, stride, dilation;
-
-    explicit AnyGeometry(const Int8Conv2d& p)
-        : taps(p.weight.kernel_w), groups(row_groups(p.weight.kernel_h)), stride(p.stride_w), dilation(p.dilation_w) {}
-};
-
 // A block of channels, ready for the lanes: its constants, then (output row, tap, rows / 4, vector) of weights.
 struct DepthwiseBlock {
     __m512i offset[4];
@@ -83,21 +53,18 @@ void lanes_of_channels(const void* in, int64_t bytes, void* out) {
     _mm512_store_si512(to + 3, _mm512_shuffle_i32x4(c, d, 0xdd));
 }
 
-// The weights of output row v lie v * stride rows further down. Lanes behind `bytes` channels repeat those before.
-template <class G>
-void prepare_block(const Int8Conv2d& p, const G& g, int64_t channel, int64_t bytes, DepthwiseBlock* block) {
+// For `rows` output rows, of which the weights of row v lie v rows further down: none of them in a second four. Lanes
+// behind `bytes` channels repeat those before.
+void prepare_block(const Int8Conv2d& p, int rows, int64_t channel, int64_t bytes, DepthwiseBlock* block) {
     lanes_of_channels(p.offset + channel, bytes, block->offset);
     lanes_of_channels(p.multiplier + channel, bytes, block->multiplier);
-    const uint8_t* packed = p.packed + channel / kDepthwiseChannels * depthwise_block_bytes(p.weight);
+    const int64_t block_bytes = depthwise_block_bytes(p.weight);
+    const uint8_t* packed = p.packed + channel / kDepthwiseChannels * block_bytes;
     __m512i* out = block->weight;
-    const int shift = static_cast<int>(g.stride);
-    for (int v = 0; v < G::kRows; ++v) {
-        const __m128i down = _mm_cvtsi32_si128(8 * v * shift);
-        const __m128i up = _mm_cvtsi32_si128(32 - 8 * v * shift);
-        for (int64_t i = 0; i < g.taps * g.groups * 4; ++i) {
-            __m512i w = _mm512_sll_epi32(_mm512_loadu_si512(packed + 64 * i), down);
-            if (v * shift > 0 && i / 4 % g.groups > 0)
-                w = _mm512_or_si512(w, _mm512_srl_epi32(_mm512_loadu_si512(packed + 64 * (i - 4)), up));
+    for (int v = 0; v < rows; ++v) {
+        const __m128i down = _mm_cvtsi32_si128(8 * v);
+        for (int64_t i = 0; i < block_bytes; i += 64) {
+            __m512i w = _mm512_sll_epi32(_mm512_loadu_si512(packed + i), down);
             if (bytes < 64) w = bytes == 32 ? _mm512_shuffle_i32x4(w, w, 0x44) : _mm512_shuffle_i32x4(w, w, 0x00);
             _mm512_store_si512(out++, w);
         }
