@@ -179,11 +179,12 @@ template <int NV>
 // Adds the products of one tap, or of one kernel row.
 template <int MR, int NV>
 [[gnu::always_inline]] inline void sum_tap(const Tile& t, const uint8_t* const* rows, const uint8_t* weight,
-                                           __m512i flip, __m512i (&sums)[MR][NV]) {
+                                           __m512i flip, const uint8_t*& next, __m512i (&sums)[MR][NV]) {
     const uint8_t* row[MR];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) row[i] = rows[i] + t.row_offset;
-    for (int64_t c = 0; c < t.inner; c += 4, weight += 64 * NV) {
+    for (int64_t c = 0; c < t.inner; c += 4, weight += 64 * NV, next += t.next_bytes) {
+        __builtin_prefetch(next, 0, 2);
         __m512i w[NV];
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) w[j] = _mm512_loadu_si512(weight + 64 * j);
@@ -200,7 +201,8 @@ template <int MR, int NV>
 
 // The sums of the MR pixels whose rows are found at `rows`; SORTED: of the taps of their class.
 template <bool SORTED, int MR, int NV>
-[[gnu::always_inline]] inline void sum_tile(const Tile& t, const uint8_t* const* rows, __m512i (&sums)[MR][NV]) {
+[[gnu::always_inline]] inline void sum_tile(const Tile& t, const uint8_t* const* rows, const uint8_t*& next,
+                                            __m512i (&sums)[MR][NV]) {
     const int32_t* offsets = t.conv->offset + t.channel;
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
@@ -213,10 +215,10 @@ template <bool SORTED, int MR, int NV>
     const int64_t tap_bytes = t.inner * 16 * NV;
     if constexpr (SORTED) {
         for (int64_t i = 0; i < t.taps; ++i)
-            sum_tap<MR, NV>(t, rows + t.tap[i] * t.row_stride, weight + t.tap[i] * tap_bytes, flip, sums);
+            sum_tap<MR, NV>(t, rows + t.tap[i] * t.row_stride, weight + t.tap[i] * tap_bytes, flip, next, sums);
     } else {
         for (int64_t i = 0; i < t.taps; ++i, rows += t.row_stride, weight += tap_bytes)
-            sum_tap<MR, NV>(t, rows, weight, flip, sums);
+            sum_tap<MR, NV>(t, rows, weight, flip, next, sums);
     }
 }
 
@@ -233,9 +235,10 @@ template <int MR, int NV>
 // In a function of its own: beside it the loop of layers with few products took 5 % longer.
 template <int MR, int NV>
 [[gnu::noinline]] void sorted_tiles(const Tile& t) {
+    const uint8_t* next = t.next;
     for (int64_t m = 0; m < t.pixels; m += MR) {
         __m512i sums[MR][NV];
-        sum_tile<true, MR, NV>(t, t.rows + m, sums);
+        sum_tile<true, MR, NV>(t, t.rows + m, next, sums);
         store_tile_apart<MR, NV>(t, m, sums);
     }
 }
@@ -244,10 +247,11 @@ template <int MR, int NV>
 void tiles(const Tile& t) {
     if (t.at) return sorted_tiles<MR, NV>(t);
     const bool residual = t.conv->residual, plain = is_plain(*t.conv, t.range);
+    const uint8_t* next = t.next;
     for (int64_t m = 0; m < t.pixels; m += MR) {
         __m512i sums[MR][NV];
         prefetch(t.ahead + m * t.ahead_bytes, MR * t.ahead_bytes);
-        sum_tile<false, MR, NV>(t, t.rows + m, sums);
+        sum_tile<false, MR, NV>(t, t.rows + m, next, sums);
         if (t.rare)
             store_tile_apart<MR, NV>(t, m, sums);
         else if (residual && plain)
