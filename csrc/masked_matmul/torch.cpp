@@ -91,6 +91,18 @@ Tensor masked_matmul(const Tensor& input, const Tensor& weight, const std::optio
     return run(input, values, bias, quads, columns, shape, window, output_min, output_max);
 }
 
+// With the weight's values in visiting order, as an optimizer keeps them; the weight itself is for autograd.
+Tensor masked_matmul_ordered(const Tensor& input, const Tensor&, const std::optional<Tensor>& bias,
+                             const Tensor& values, const std::optional<Tensor>&, const Tensor& quads,
+                             const Tensor& columns, const Tensor& source, const Tensor&, const Tensor&, const Tensor&,
+                             std::vector<int64_t> shape, std::vector<int64_t> window, std::optional<double> output_min,
+                             std::optional<double> output_max) {
+    check_source(source);
+    STD_TORCH_CHECK(values.scalar_type() == input.scalar_type() && values.numel() == source.numel(),
+                    "values: expected the input's dtype, one for every place in source");
+    return run(input, values, bias, quads, columns, shape, window, output_min, output_max);
+}
+
 Tensor masked_matmul_weight_grad(const Tensor& input, const Tensor& grad, const Tensor& quads, const Tensor& columns,
                                  const Tensor& source, const Tensor&, const Tensor&, const Tensor&,
                                  std::vector<int64_t> shape, std::vector<int64_t> window,
@@ -191,6 +203,7 @@ Tensor int8_masked_matmul(const Tensor& input, const Tensor& values, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(imgopt_fast, CPU, m) {
     m.impl("masked_matmul", TORCH_BOX(&imgopt::masked_matmul));
+    m.impl("masked_matmul_ordered", TORCH_BOX(&imgopt::masked_matmul_ordered));
     m.impl("masked_matmul_packed", TORCH_BOX(&imgopt::masked_matmul_packed));
     m.impl("masked_matmul_weight_grad", TORCH_BOX(&imgopt::masked_matmul_weight_grad));
     m.impl("int8_masked_matmul", TORCH_BOX(&imgopt::int8_masked_matmul));

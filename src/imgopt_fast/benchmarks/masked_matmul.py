@@ -21,7 +21,7 @@ from imgopt_fast.benchmarks import int8_masked_matmul, masked_convolution
 from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
 from imgopt_fast.benchmarks.machine import Rates
 from imgopt_fast.benchmarks.masks import FLOAT32, neighbours_mask, random_mask
-from imgopt_fast.ops.masked_matmul import mask_layout, masked_matmul, pack_masked_weight
+from imgopt_fast.ops.masked_matmul import MaskLayout, mask_layout, masked_matmul, pack_masked_weight
 
 IDEAL_SHARE = 0.9
 
@@ -47,10 +47,9 @@ PACKED_NOTE = (
     "which other guests share: up to a third of the time"
 )
 TRAINING_NOTE = (
-    "the values are gathered from the dense weight in every call, in a pass of its own, 270 us at 50 % and 80 at 90 %, "
-    "with gather instructions or single loads, asking ahead for every, every other, every fourth or no value alike: "
-    "four of five lines of the weight hold a kept value even at 90 %, so all 4 MB are read. The dispatcher takes 9 us "
-    "more than for a packed weight. What would end it is an optimizer that keeps the values in order beside the weight"
+    "with the values in order, as MaskedSGD writes them, the product is the packed one, and the dispatcher takes 9 us "
+    "more. Gathered from the dense weight in every call, as after any other optimizer, they take a pass of their own, "
+    "300 us at 50 % and 80 at 90 % (190 where the weight is cold): four of five of its lines hold a kept value even then"
 )
 GRADIENT_NOTE = (
     "a value's products with 64 samples are four multiply-adds, whose lanes a tree of 30 shuffles for every 16 values "
@@ -58,14 +57,18 @@ GRADIENT_NOTE = (
     "rows of four just before they are written, asking for their lines, or no branch for padding changed nothing); "
     "the last steps of a visit as one masked tree took 1.05 times as long; autograd takes 27 us"
 )
-INPUT_NOTE = "the values are gathered from the dense weight, transposed, and autograd takes 15 to 30 us more"
+INPUT_NOTE = "autograd takes 15 to 30 us more than a forward without it"
 
 WEIGHT_GRADIENT_GOALS = {0.8: 1.9, 0.9: 3.5, 0.95: 5.5}
 
 
 @dataclass(eq=False)
 class MatmulCase(Case):
-    """`input @ (weight * mask).T`: packed as for inference, or with a dense weight and a layout as in training."""
+    """`input @ (weight * mask).T`: packed as for inference, or with a dense weight and a layout as in training.
+
+    MaskedSGD leaves the weight's values in order for the next product; what that takes is in the rows of pruning.py.
+    `gathered`: without, as after any other optimizer.
+    """
 
     subject: ClassVar[str] = "masked_matmul"
     form: Literal["packed", "training"]
@@ -80,6 +83,7 @@ class MatmulCase(Case):
     threads: int | None = None
     isa: str | None = None
     ideal_goal: float | None = None
+    gathered: bool = False
     never_slower: bool = False  # than F.linear on a weight that was masked before, within 5 % and 10 us
 
     @property
@@ -93,6 +97,8 @@ class MatmulCase(Case):
             text += f" {str(self.dtype).removeprefix('torch.')}"
         if (self.batch, self.outputs, self.inputs) != (256, 1024, 1024):
             text += f" {self.outputs}x{self.inputs} batch {self.batch}"
+        if self.gathered:
+            text += ", values gathered"
         if self.isa:
             text += f", {self.isa} forced"
         return text + (", two threads" if self.threads == 2 else "")
@@ -130,8 +136,13 @@ class MatmulCase(Case):
         if self.form == "packed":
             packed = pack_masked_weight(weight, self.mask)
             return Runner(lambda: masked_matmul(x, packed))
-        layout = mask_layout(self.mask)
+        layout = self.layout
         return Runner(lambda: masked_matmul(x, weight, layout))
+
+    @property
+    def layout(self) -> MaskLayout:
+        made = mask_layout(self.mask)
+        return made if self.gathered else made.with_values(self.weight)
 
     def work(self) -> Work:
         # A multiply-add per kept weight and sample; input and kept values are read once, the output is written once.
@@ -209,7 +220,8 @@ class GradientCase(MatmulCase):
         return torch.randn(self.batch, self.outputs, generator=torch.Generator().manual_seed(3))
 
     def ours(self) -> Runner:
-        return self.gradient(lambda x, w: masked_matmul(x, w, mask_layout(self.mask)))
+        layout = self.layout
+        return self.gradient(lambda x, w: masked_matmul(x, w, layout))
 
     def peers(self) -> Mapping[str, Callable[[], Runner]]:
         peers: dict[str, Callable[[], Runner]] = {"torch": self.with_dense_gradient}
@@ -233,7 +245,7 @@ class GradientCase(MatmulCase):
         return self.gradient(lambda x, w: F.linear(x, masked))
 
     def with_own_forward(self) -> Runner:
-        x, weight, layout = self.input, self.weight, mask_layout(self.mask)
+        x, weight, layout = self.input, self.weight, self.layout
         expected = self.grad @ self.masked_weight
         forward = masked_matmul(x, weight, layout)
         FLOAT32.check(x @ self.masked_weight.t(), forward)
@@ -247,6 +259,7 @@ def _cases() -> list[Case]:
         found.append(MatmulCase("packed", sparsity, ideal_goal=goal, quick=sparsity in (0.5, 0.9)))
     for sparsity, goal in TRAINING_GOALS.items():
         found.append(MatmulCase("training", sparsity, ideal_goal=goal, quick=sparsity == 0.9))
+    found += [MatmulCase("training", sparsity, gathered=True) for sparsity in (0.5, 0.9)]
     for sparsity, goal in BLOCK_GOALS.items():
         found.append(MatmulCase("packed", sparsity, block=(4, 1), ideal_goal=goal, quick=sparsity == 0.9))
     for sparsity, structure in STRUCTURES:

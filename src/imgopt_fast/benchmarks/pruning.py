@@ -123,16 +123,20 @@ class StepCase(Case):
 
 @dataclass(eq=False)
 class SgdCase(Case):
-    """The optimizer by itself: momentum SGD of a 4096 x 4096 weight."""
+    """The optimizer by itself: momentum SGD of a 4096 x 4096 weight.
+
+    `ordered`: MaskedSGD's whole step of a layer, which also writes the weight in the orders of its two products.
+    """
 
     subject: ClassVar[str] = "pruning"
     sparsity: float
     quick: bool = False
     side: int = 4096
+    ordered: bool = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"masked SGD {self.sparsity:.0%} {self.side}x{self.side}"
+        return f"masked SGD {self.sparsity:.0%} {self.side}x{self.side}" + (", in order" if self.ordered else "")
 
     @cached_property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -143,11 +147,30 @@ class SgdCase(Case):
 
     def ours(self) -> Runner:
         mask, weight, velocity, grad = self.tensors
+        if self.ordered:
+            return self.layer_step()
         kept, weight, velocity = kept_bits(mask), weight.clone(), velocity[mask]
 
         def call() -> torch.Tensor:
             masked_sgd(weight, velocity, grad, kept, rate=RATE, momentum=MOMENTUM)
             return weight
+
+        return Runner(call, result=torch.Tensor.clone)
+
+    def layer_step(self) -> Runner:
+        mask, weight, velocity, grad = (t.view(self.side, self.side) for t in self.tensors)
+        layer = MaskedLinear(self.side, self.side, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+        layer.set_mask(mask)
+        layer(torch.zeros(1, self.side, requires_grad=True))
+        optimizer = MaskedSGD(layer.parameters(), RATE, MOMENTUM, model=layer)
+        optimizer.state[layer.weight]["momentum_buffer"] = velocity.clone()
+        layer.weight.grad = grad
+
+        def call() -> torch.Tensor:
+            optimizer.step()
+            return layer.weight.detach().view(-1)
 
         return Runner(call, result=torch.Tensor.clone)
 
@@ -237,6 +260,7 @@ CASES: list[Case] = [
     StepCase(threads=2),
     SgdCase(0.5),
     SgdCase(0.9),
+    SgdCase(0.9, ordered=True),
     PrunedCase("resnet18", 1, quick=True),
     PrunedCase("resnet18", 16),
     PrunedCase("resnet18", 1, threads=2),

@@ -3,7 +3,8 @@
     optimizer = MaskedSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, model=model)
 
 Where torch's SGD lets momentum and weight decay bring a pruned weight back, and reads and writes all of it to move a
-tenth, this one keeps the velocity of the kept entries alone and updates weight and velocity in one pass. Its
+tenth, this one keeps the velocity of the kept entries alone and updates weight and velocity in one pass, which also
+writes the weight in the order of the products to come. Its
 state_dict is that of torch.optim.SGD, so that a training may change from one to the other.
 """
 
@@ -17,7 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
 from imgopt_fast.nn import MaskedConv2d, MaskedLinear
-from imgopt_fast.ops.masked_sgd import KeptBits, kept_bits, masked_sgd
+from imgopt_fast.ops.masked_matmul import MaskLayout
+from imgopt_fast.ops.masked_sgd import KeptBits, Ordered, kept_bits, masked_sgd
 from imgopt_fast.ops.masked_sgd.reference import kept_positions
 
 VELOCITY, DENSE = "velocity", "momentum_buffer"  # of the kept entries; of all, which is torch's own name
@@ -58,6 +60,7 @@ class MaskedSGD(Optimizer):
         super().__init__(params, defaults)
         self.model = model
         self._kept: dict[Tensor, tuple[KeptBits, tuple[int, int]]] = {}
+        self._orders: dict[Tensor, tuple[MaskLayout, tuple[Ordered | None, Ordered | None]]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -66,13 +69,13 @@ class MaskedSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        masks = self._masks()
+        layers = {m.weight: m for m in self.model.modules() if isinstance(m, MaskedLinear | MaskedConv2d)}
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None]
-            self._step_dense([p for p in moved if p not in masks], group)
+            self._step_dense([p for p in moved if p not in layers], group)
             for weight in moved:
-                if weight in masks:
-                    self._step_masked(weight, masks[weight], group)
+                if weight in layers:
+                    self._step_masked(weight, layers[weight], group)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,11 +89,7 @@ class MaskedSGD(Optimizer):
         return state
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"model": self.model, "_kept": self._kept}
-
-    def _masks(self) -> dict[Tensor, Tensor]:
-        layers = (m for m in self.model.modules() if isinstance(m, (MaskedLinear, MaskedConv2d)))
-        return {layer.weight: layer.weight_mask for layer in layers}
+        return super().__getstate__() | {"model": self.model, "_kept": self._kept, "_orders": {}}
 
     def _step_dense(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         buffers = [self.state[p].get(DENSE) for p in parameters]
@@ -103,8 +102,9 @@ class MaskedSGD(Optimizer):
             for parameter, buffer in zip(parameters, buffers, strict=True):
                 self.state[parameter][DENSE] = buffer
 
-    def _step_masked(self, weight: Tensor, mask: Tensor, group: dict[str, Any]) -> None:
-        kept, state = self._follow(weight, mask), self.state[weight]
+    def _step_masked(self, weight: Tensor, layer: MaskedLinear | MaskedConv2d, group: dict[str, Any]) -> None:
+        kept, state = self._follow(weight, layer.weight_mask), self.state[weight]
+        forward, transposed = self._ordered(weight, layer, kept)
         moves = group["momentum"] != 0
         first = moves and VELOCITY not in state
         if first:
@@ -113,8 +113,27 @@ class MaskedSGD(Optimizer):
         masked_sgd(
             _flat(weight, weight), state[VELOCITY] if moves else None, _flat(weight.grad, weight), kept,
             rate=group["lr"], momentum=group["momentum"], dampening=group["dampening"],
-            weight_decay=group["weight_decay"], first=first, nesterov=group["nesterov"],
+            weight_decay=group["weight_decay"], first=first, nesterov=group["nesterov"], forward=forward,
+            transposed=transposed,
         )  # fmt: skip
+        if forward is not None:
+            layer.keep_ordered()
+
+    def _ordered(
+        self, weight: Tensor, layer: MaskedLinear | MaskedConv2d, kept: KeptBits
+    ) -> tuple[Ordered | None, Ordered | None]:
+        """The orders in which the layer's products read the weight, with the places of the kept entries."""
+        layout = layer.ordered()
+        if layout is None:
+            self._orders.pop(weight, None)
+            return None, None
+        known = self._orders.get(weight)
+        if known is None or known[0] is not layout:
+            at = kept_positions(kept.bits)
+            forward = _order(layout.values, layout.source, weight, at)
+            transposed = _order(layout.transposed_values, layout.transposed_source, weight, at)
+            self._orders[weight] = known = (layout, (forward, transposed))
+        return known[1]
 
     def _follow(self, weight: Tensor, mask: Tensor) -> KeptBits:
         """The bits of the present mask; a velocity of an earlier one, or of a loaded state, is brought to it."""
@@ -136,6 +155,16 @@ class MaskedSGD(Optimizer):
         dense = torch.zeros_like(weight, requires_grad=False)
         _flat(dense, weight)[kept_positions(self._kept[weight][0].bits)] = self.state[weight][VELOCITY]
         return dense
+
+
+def _order(values: Tensor | None, source: Tensor, weight: Tensor, kept: Tensor) -> Ordered | None:
+    """`values`, of the entries `source` of the weight, -1 for none, with the places of its `kept` entries in memory."""
+    if values is None:
+        return None
+    real = (source >= 0).nonzero()[:, 0]
+    places = torch.zeros(weight.numel(), dtype=torch.int32)
+    places[source[real].long()] = real.int()
+    return Ordered(values, _flat(places.view(weight.shape), weight)[kept])
 
 
 def _flat(tensor: Tensor, like: Tensor) -> Tensor:

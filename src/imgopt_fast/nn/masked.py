@@ -3,7 +3,8 @@
 The Parameter `weight` stays dense and the bool buffer `weight_mask` says which of it exists; both are what a
 state_dict holds. What the kernels walk is derived, the layout of the mask for training and the packed weight for
 inference: made on first use, again when the mask or the weight changes, and left out of state_dict, pickle and
-deepcopy.
+deepcopy. In training the values are gathered from the weight in every product, unless an optimizer writes them in order
+besides (MaskedSGD does), which saves a fifth of a forward at 90 % sparsity.
 """
 
 from typing import Any, Self, cast
@@ -42,6 +43,10 @@ class _Masked(nn.Module):
         self._layout_of: tuple[int, int] | None = None
         self._packed: PackedMaskedWeight | None = None
         self._packed_of: tuple[int, ...] | None = None
+        self._ordered: MaskLayout | None = None
+        self._ordered_of: tuple[int, ...] | None = None
+        # Whether a gradient of the input was ever asked for; None before the first forward that could use `_ordered`.
+        self._input_learns: bool | None = None
 
     def set_mask(self, mask: Tensor) -> None:
         """Keep the weights where `mask`, bool of the weight's shape, is set; the others become exactly zero."""
@@ -72,6 +77,36 @@ class _Masked(nn.Module):
             self._layout, self._layout_of = mask_layout(mask, groups=self.groups), current
         return self._layout
 
+    def ordered(self) -> MaskLayout | None:
+        """The layout in training with the values of the present weight, for an optimizer that then writes both.
+
+        None where nothing would read them: before the first forward, where dense arithmetic trains, and with more than
+        three fifths of the weights kept, which take 16 bytes each with the optimizer's indices and gain a fiftieth of a
+        training step (a twelfth at 90 % sparsity). After each change the optimizer calls `keep_ordered`; without it, or after a change by anyone else, the values are gathered again. A change
+        through `weight.data`, which torch does not count, is not seen.
+        """
+        if self._input_learns is None or self.weight.is_cuda or self.weight.dtype != torch.float32:
+            return None
+        used = self.mask_or_layout()
+        if not isinstance(used, MaskLayout) or 5 * used.kept > 3 * self.weight.numel():
+            return None
+        if not self._has_ordered():
+            self._ordered = used.with_values(self.weight, transposed=self._input_learns)
+            self.keep_ordered()
+        return self._ordered
+
+    def keep_ordered(self) -> None:
+        """Take note that `ordered` has the values of the weight as it is now."""
+        self._ordered_of = self._weight_and_layout()
+
+    def _has_ordered(self) -> bool:
+        if self._ordered is None or self._ordered_of != self._weight_and_layout():
+            return False
+        return self._ordered.transposed_values is not None or not self._input_learns
+
+    def _weight_and_layout(self) -> tuple[int, ...]:
+        return id(self.weight), self.weight.data_ptr(), self.weight._version, *(self._layout_of or ())
+
     def packed(self) -> PackedMaskedWeight:
         """The present weight and mask packed for inference, again if either has changed.
 
@@ -84,7 +119,7 @@ class _Masked(nn.Module):
             self._packed_of = current
         return self._packed
 
-    def _weight_and_mask(self) -> tuple[Tensor | PackedMaskedWeight, Tensor | MaskLayout | None]:
+    def _weight_and_mask(self, input: Tensor) -> tuple[Tensor | PackedMaskedWeight, Tensor | MaskLayout | None]:
         """What the operation takes: packed for inference in evaluation mode, otherwise the weight and its layout."""
         if self.training and self.dense_gradient and torch.is_grad_enabled():
             # Zero off the mask, and with the gradient 1 there.
@@ -92,7 +127,11 @@ class _Masked(nn.Module):
         inference = not self.training and not torch.is_grad_enabled()
         if inference and not torch.compiler.is_compiling() and not self.weight.is_inference():
             return self.packed(), None
-        return self.weight, self.mask_or_layout()
+        found = self.mask_or_layout()
+        if isinstance(found, Tensor) or torch.compiler.is_compiling():
+            return self.weight, found
+        self._input_learns = bool(self._input_learns) or input.requires_grad
+        return self.weight, self._ordered if self._has_ordered() else found
 
     def train(self, mode: bool = True) -> Self:
         self._packed = None
@@ -116,7 +155,8 @@ class _Masked(nn.Module):
         return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layout": None, "_layout_of": None, "_packed": None, "_packed_of": None}
+        derived = ("_layout", "_layout_of", "_packed", "_packed_of", "_ordered", "_ordered_of")
+        return {**self.__dict__, **dict.fromkeys(derived)}
 
 
 class MaskedLinear(_Masked):
@@ -152,7 +192,7 @@ class MaskedLinear(_Masked):
         self._init_mask()
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, mask = self._weight_and_mask()
+        weight, mask = self._weight_and_mask(input)
         if isinstance(weight, Tensor) and mask is None:
             return F.linear(input, weight, self.bias)
         return masked_matmul(input, weight, mask, self.bias)
@@ -226,7 +266,7 @@ class MaskedConv2d(_Masked):
         return trains_sparse(channels, kept / max(1, self.weight.numel()), _native.active_isa(), str(dtype)[6:])
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, mask = self._weight_and_mask()
+        weight, mask = self._weight_and_mask(input)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         if isinstance(weight, Tensor) and mask is None:
             return F.conv2d(input, weight, self.bias, *geometry)

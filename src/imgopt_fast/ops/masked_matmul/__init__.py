@@ -153,8 +153,19 @@ def _apply(
     else:
         assert layout is not None
         shape = [weight.shape[0], in_features, layout.block, layout.transposed_block, 0]
-        output = MATMUL(input, weight, bias, *layout[1:7], shape, window, *limits)
+        output = _matmul(
+            input, weight, bias, layout.values, layout.transposed_values, *layout[1:7], shape, window, *limits
+        )
     return cast(Tensor, _clamped(output, output_min, output_max) if input.is_cuda else output)
+
+
+def _matmul(
+    input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor | None, transposed: Tensor | None, *rest: Any
+) -> Tensor:
+    """The operation for a weight whose values are in order, or still to be gathered."""
+    if values is None:
+        return cast(Tensor, MATMUL(input, weight, bias, *rest))
+    return cast(Tensor, MATMUL_ORDERED(input, weight, bias, values, transposed, *rest))
 
 
 def _multiplied_dtype(input: Tensor) -> torch.dtype:
@@ -258,6 +269,13 @@ MATMUL = registration.register(
     fallback="masked_matmul:masked_matmul",
     fake=_matmul_fake,
 )
+MATMUL_ORDERED = registration.register(
+    "masked_matmul_ordered(Tensor input, Tensor weight, Tensor? bias, Tensor values, Tensor? transposed_values, "
+    f"{_STRUCTURE}, {_LIMITS}) -> Tensor",
+    reference=reference.masked_matmul_ordered,
+    fallback="masked_matmul:masked_matmul_ordered",
+    fake=_matmul_fake,
+)
 MATMUL_PACKED = registration.register(
     "masked_matmul_packed(Tensor input, Tensor values, Tensor? bias, Tensor quads, Tensor columns, Tensor? dense, "
     f"int[] shape, SymInt[] window, {_LIMITS}) -> Tensor",
@@ -291,9 +309,15 @@ def _sum_rows(grad: Tensor, window: list[Any]) -> Tensor:
 
 
 def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, bias, *structure, shape, window, output_min, output_max = inputs
+    input, weight, bias, *rest = inputs
+    _ordered_setup(ctx, (input, weight, bias, None, None, *rest), output)
+
+
+def _ordered_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, values, transposed, *structure, shape, window, output_min, output_max = inputs
     ctx.limits = (output_min, output_max)
-    ctx.save_for_backward(input, weight, *structure, *([] if ctx.limits == (None, None) else [output]))
+    clamped = None if ctx.limits == (None, None) else output
+    ctx.save_for_backward(input, weight, values, transposed, clamped, *structure)
     ctx.shape, ctx.window, ctx.has_bias = shape, window, bias is not None
 
 
@@ -306,19 +330,29 @@ def _inside(output: Tensor, output_min: float | None, output_max: float | None) 
 
 
 def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, *structure = ctx.saved_tensors
-    if ctx.limits != (None, None):
-        grad = torch.where(_inside(structure.pop(), *ctx.limits), grad, 0)
+    return (*_gradients(ctx, grad), *(None,) * 10)
+
+
+def _ordered_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_gradients(ctx, grad), *(None,) * 12)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of the input, the weight and the bias. The values are no variables: they are those of the weight."""
+    input, weight, values, transposed_values, clamped, *structure = ctx.saved_tensors
+    if clamped is not None:
+        grad = torch.where(_inside(clamped, *ctx.limits), grad, 0)
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_input = grad_weight = grad_bias = None
     if needs_input:
         transposed, shape, window = _transpose(input, tuple(structure), ctx.shape, ctx.window)
-        grad_input = MATMUL(grad, weight, None, *transposed, shape, window, None, None)
+        orders = (transposed_values, values)
+        grad_input = _matmul(grad, weight, None, *orders, *transposed, shape, window, None, None)
     if needs_weight:
         grad_weight = WEIGHT_GRAD(input, grad, *structure, ctx.shape, ctx.window, list(weight.shape))
     if needs_bias and ctx.has_bias:
         grad_bias = _sum_rows(grad, ctx.window)
-    return (grad_input, grad_weight, grad_bias) + (None,) * 10
+    return grad_input, grad_weight, grad_bias
 
 
 def _weight_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -340,6 +374,9 @@ def _weight_grad_backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None,
 
 torch.library.register_autograd(MATMUL, _matmul_backward, setup_context=_matmul_setup, lib=registration.LIBRARY)
 torch.library.register_autograd(
+    MATMUL_ORDERED, _ordered_backward, setup_context=_ordered_setup, lib=registration.LIBRARY
+)
+torch.library.register_autograd(
     WEIGHT_GRAD, _weight_grad_backward, setup_context=_weight_grad_setup, lib=registration.LIBRARY
 )
 
@@ -348,6 +385,15 @@ def _cast(dtype: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None
     if input.dtype == torch.float64:  # autocast leaves float64 alone, as it does in torch's own operations
         return (input, weight, bias, *rest)
     return (input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *rest)
+
+
+def _cast_ordered(
+    dtype: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, transposed: Tensor | None,
+    *rest: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    input, weight, bias = _cast(dtype, input, weight, bias)
+    transposed = None if transposed is None else transposed.to(weight.dtype)
+    return (input, weight, bias, values.to(weight.dtype), transposed, *rest)
 
 
 def _cast_packed(
@@ -359,4 +405,5 @@ def _cast_packed(
 
 
 registration.register_autocast(MATMUL, _cast)
+registration.register_autocast(MATMUL_ORDERED, _cast_ordered)
 registration.register_autocast(MATMUL_PACKED, _cast_packed)

@@ -63,6 +63,18 @@ class MaskLayout(NamedTuple):
     dense_in_bfloat16: bool  # whether torch's dense product serves it in that dtype
     blocks: Tensor | None = None  # on CUDA, of a mask of 16 × 16 blocks: see cuda.block_bits
     transposed_blocks: Tensor | None = None
+    values: Tensor | None = None  # see with_values
+    transposed_values: Tensor | None = None
+
+    def with_values(self, weight: Tensor, *, transposed: bool = True) -> "MaskLayout":
+        """This layout with `weight` in the order in which the kernels visit it, which they then do not gather.
+
+        For `weight` as it is now: masked_matmul reads these values in its place. An optimizer that writes them too,
+        as MaskedSGD does, keeps them right. `transposed`: also in the order of the input gradient. On the CPU.
+        """
+        weight = weight.detach()
+        backward = reference.gather(weight, self.transposed_source) if transposed else None
+        return self._replace(values=reference.gather(weight, self.source), transposed_values=backward)
 
     @property
     def structure_name(self) -> str:

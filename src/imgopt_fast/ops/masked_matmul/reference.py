@@ -176,6 +176,14 @@ def masked_matmul(
     return masked_matmul_packed(input, values, bias, quads, columns, None, shape, window, output_min, output_max)
 
 
+def masked_matmul_ordered(
+    input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, transposed_values: Tensor | None, quads: Tensor,
+    columns: Tensor, source: Tensor, transposed_quads: Tensor, transposed_columns: Tensor, transposed_source: Tensor,
+    shape: list[int], window: list[int], output_min: float | None, output_max: float | None,
+) -> Tensor:  # fmt: skip
+    return masked_matmul_packed(input, values, bias, quads, columns, None, shape, window, output_min, output_max)
+
+
 def masked_matmul_weight_grad(
     input: Tensor, grad: Tensor, quads: Tensor, columns: Tensor, source: Tensor, transposed_quads: Tensor,
     transposed_columns: Tensor, transposed_source: Tensor, shape: list[int], window: list[int],

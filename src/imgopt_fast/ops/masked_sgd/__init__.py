@@ -17,6 +17,13 @@ from imgopt_fast.ops.masked_sgd import reference
 BLOCK = 4096  # MaskedSgd::kBlock of csrc/kernels.h
 
 
+class Ordered(NamedTuple):
+    """A copy of the kept weights in an order of masked_matmul, which a step writes besides the weight."""
+
+    values: Tensor  # of the weight's dtype, as in a MaskLayout
+    places: Tensor  # int32 (kept,): where in `values` each kept entry is
+
+
 class KeptBits(NamedTuple):
     """Which entries of a flat weight exist: a bit each, and how many come before each block. Made by `kept_bits`."""
 
@@ -52,6 +59,8 @@ def masked_sgd(
     weight_decay: float = 0.0,
     first: bool = False,
     nesterov: bool = False,
+    forward: Ordered | None = None,
+    transposed: Ordered | None = None,
 ) -> None:
     """Change `weight` and `velocity` in place by one step; entries off the mask are neither read nor written.
 
@@ -62,6 +71,7 @@ def masked_sgd(
         weight, grad: floating (entries,), contiguous; float32 on the CPU runs in the kernel, others in plain torch.
         velocity: (kept.kept,), the kept entries in their order, or None.
         kept: `kept_bits` of the mask.
+        forward, transposed: orders in which a float32 weight is kept besides, so that masked_matmul need not gather it.
 
     Raises TypeError or ValueError, naming the argument, for anything else.
     """
@@ -72,12 +82,15 @@ def masked_sgd(
         raise TypeError(f"grad: expected the weight's floating dtype {weight.dtype}, got {grad.dtype}")
     if velocity is not None and (velocity.shape != (kept.kept,) or velocity.dtype != weight.dtype):
         raise ValueError(f"velocity: expected {weight.dtype} ({kept.kept},), got {_describe(velocity)}")
+    for name, order in (("forward", forward), ("transposed", transposed)):
+        if order is not None and (order.places.shape != (kept.kept,) or order.values.dtype != weight.dtype):
+            raise ValueError(f"{name}: expected {weight.dtype} values and a place for each of {kept.kept} kept entries")
     fused = weight.dtype == torch.float32
     call = MASKED_SGD if fused else reference.masked_sgd
     with torch.no_grad():
         call(
             weight, velocity, grad, kept.bits, kept.offsets, rate, momentum, 1 - dampening, weight_decay, first,
-            nesterov,
+            nesterov, *(forward or (None, None)), *(transposed or (None, None)),
         )  # fmt: skip
         if fused:  # what autograd saved of them is stale now
             torch.autograd.graph.increment_version(weight)
@@ -93,7 +106,8 @@ def _fake(*_: object) -> None:
 
 MASKED_SGD = registration.register(
     "masked_sgd(Tensor(a!) weight, Tensor(b!)? velocity, Tensor grad, Tensor bits, Tensor offsets, float rate, "
-    "float factor, float gain, float decay, bool first, bool nesterov) -> ()",
+    "float factor, float gain, float decay, bool first, bool nesterov, Tensor(c!)? values=None, Tensor? places=None, "
+    "Tensor(d!)? transposed_values=None, Tensor? transposed_places=None) -> ()",
     reference=reference.masked_sgd,
     fallback="masked_sgd:masked_sgd",
     fake=_fake,

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from imgopt_fast._parallel import parallel_for
+from imgopt_fast.ops.masked_sgd.reference import kept_positions
 
 Real = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -40,7 +41,8 @@ def _step_blocks(
 
 def masked_sgd(
     weight: Tensor, velocity: Tensor | None, grad: Tensor, bits: Tensor, offsets: Tensor, rate: float, factor: float,
-    gain: float, decay: float, first: bool, nesterov: bool,
+    gain: float, decay: float, first: bool, nesterov: bool, values: Tensor | None = None, places: Tensor | None = None,
+    transposed_values: Tensor | None = None, transposed_places: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The operation `imgopt_fast::masked_sgd` on the CPU."""
     factors = np.array([rate, factor, gain, decay], dtype=np.float32)
@@ -52,3 +54,6 @@ def masked_sgd(
         _WORTH_THREAD,
         lambda begin, end: step(*arrays, velocity is not None, first, nesterov, begin, end),
     )
+    for ordered, where in ((values, places), (transposed_values, transposed_places)):
+        if ordered is not None and where is not None:
+            ordered[where.long()] = weight.detach()[kept_positions(bits)]

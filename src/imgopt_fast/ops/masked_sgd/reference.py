@@ -6,7 +6,8 @@ from torch import Tensor
 
 def masked_sgd(
     weight: Tensor, velocity: Tensor | None, grad: Tensor, bits: Tensor, offsets: Tensor, rate: float, factor: float,
-    gain: float, decay: float, first: bool, nesterov: bool,
+    gain: float, decay: float, first: bool, nesterov: bool, values: Tensor | None = None, places: Tensor | None = None,
+    transposed_values: Tensor | None = None, transposed_places: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The operation `imgopt_fast::masked_sgd`; csrc/kernels.h has the arithmetic."""
     at = kept_positions(bits)
@@ -20,7 +21,10 @@ def masked_sgd(
         velocity.copy_(move)
         if nesterov:
             move = g + factors * move
-    weight[at] = old - rates * move
+    weight[at] = new = old - rates * move
+    for ordered, where in ((values, places), (transposed_values, transposed_places)):
+        if ordered is not None and where is not None:
+            ordered[where.long()] = new
 
 
 def kept_positions(bits: Tensor) -> Tensor:
