@@ -220,6 +220,12 @@ __device__ __forceinline__ uint32_t shift_pair(uint32_t low, uint32_t high, uint
 
 __device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
+// 1 / v within two units in the last place.
+__device__ __forceinline__ float reciprocal_of(float v) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(r) : "f"(v));
+    return r;
+}
 __device__ __forceinline__ float sum_rounded_down(float a, float b) { return __fadd_rd(a, b); }
 __device__ __forceinline__ double sum_rounded_down(double a, double b) { return __dadd_rd(a, b); }
 __device__ __forceinline__ int32_t low_word(double v) { return __double2loint(v); }
@@ -249,6 +255,16 @@ __device__ __forceinline__ uint32_t bfloat16s_of_floats(float low, float high) {
     uint32_t bits;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(bits) : "f"(high), "f"(low));
     return bits;
+}
+
+// `v`, which a compiler then neither takes apart nor computes again where it is used.
+template <class V>
+__device__ __forceinline__ V kept(V v) {
+    if constexpr (sizeof(V) == 8)
+        asm("" : "+l"(v));
+    else
+        asm("" : "+r"(v));
+    return v;
 }
 
 #endif

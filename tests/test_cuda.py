@@ -117,6 +117,25 @@ def test_warp_of_uint8_gives_the_bits_of_the_cpu(device: torch.device, channels:
         np.testing.assert_array_equal(found.cpu().numpy(), expected)
 
 
+@pytest.mark.parametrize(("channels", "scale"), [(3, 0.1), (4, 0.28), (3, 0.5), (1, 0.6), (2, 1.0), (3, 2.5)])
+def test_warp_of_tiles_in_one_region_or_several(device: torch.device, channels: int, scale: float) -> None:
+    core = _native.core()
+    if core is None:
+        pytest.skip("no compiled kernels for the CPU")
+    images = warp_tests.random_images((1, channels, 121, 140)).contiguous(memory_format=torch.channels_last)
+    matrix = warp_tests.rotation(1, 121, 140, scale=scale)
+    homography = torch.cat([matrix, torch.tensor([[[0.0, 0, 1]]], dtype=torch.float64)], 1).numpy()
+    for padding_mode in PADDING_MODES:
+        expected = torch.empty((1, channels, 75, 66), dtype=torch.uint8).numpy()
+        core.affine_warp(
+            images.numpy(), expected, homography, "bilinear", padding_mode, [7.0] * channels, False, None, None, [], []
+        )
+        found = imgopt_fast.affine_warp(
+            images.to(device), matrix.to(device), size=(75, 66), padding_mode=padding_mode, fill=7.0
+        )
+        np.testing.assert_array_equal(found.cpu().numpy(), expected)
+
+
 @pytest.mark.parametrize("dtype", warp_tests.FLOATS)
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_warp_of_floats(device: torch.device, interpolation: str, dtype: torch.dtype) -> None:

@@ -1,15 +1,13 @@
 // affine_warp on CUDA, forward: one kernel reads the images and writes what the network takes. A block has a tile of
-// 32 × 32 output pixels, a thread four or eight neighbours in a row, which share the float64 part of their coordinates
-// and leave as vector stores.
+// the output, 32 × 64 pixels of staged uint8 images, 32 × 32 of all others; a thread has eight or four neighbours in a
+// row, which leave as vector stores. What all pixels of a row share, in float64, is computed once for the row.
 //
 // A box filter (antialias) is a pass of its own before it, over the images that have one: its size is known on the
 // device only, so the launches are always the same.
 #pragma once
 
-#include <type_traits>
-
-#include "cuda_plan.h"
-#include "cuda_tile.h"
+#include "cuda_stage.h"
+#include "cuda_store.h"
 
 namespace imgopt {
 namespace {
@@ -19,152 +17,16 @@ namespace {
 // The sampling point of output pixel (x, y), folded into the source where its padding mirrors; `base` is that of x's
 // block of columns, for an affine map.
 template <class R, Interpolation interpolation>
-__device__ inline Point<R> sampling_point(const Map& map, const Base<R>& base, int64_t x, int64_t y, int32_t height,
+__device__ inline Point<R> sampling_point(const Map& map, const Base<R>& base, int32_t x, int32_t y, int32_t height,
                                           int32_t width, Padding padding) {
-    Point<R> at = map.affine ? affine_point(base, static_cast<int>(x % kBlock)) : perspective_point<R>(map.m, x, y);
+    Point<R> at = map.affine ? affine_point(base, x % kBlock) : perspective_point<R>(map.m, x, y);
     round_nearest<interpolation>(at);
     fold(at.x, at.fx, width, padding);
     fold(at.y, at.fy, height, padding);
     return at;
 }
 
-// --- epilogue ------------------------------------------------------------------------------------------------------
-
-// rgb in units of [0, 1] through the colour matrix; not yet clamped. As colored() of rows.h.
-template <class R, class M>
-__device__ inline void color_pixel(const M* m, const R (&rgb)[3], R (&to)[3]) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i, m += 4) {
-        const R red = fused(static_cast<R>(m[0]), rgb[0], static_cast<R>(m[3]));
-        to[i] = fused(static_cast<R>(m[2]), rgb[2], fused(static_cast<R>(m[1]), rgb[1], red));
-    }
-}
-
-// Samples through an image's matrix, and clamped.
-template <class R, int pixels>
-__device__ inline void color_pixels(const MatrixView& color, R unit, int64_t image, R (&values)[pixels][3]) {
-    R m[12];
-#pragma unroll
-    for (int i = 0; i < 12; ++i) m[i] = static_cast<R>(color.at(image, i));
-#pragma unroll
-    for (int i = 0; i < pixels; ++i) {
-        R rgb[3], to[3];
-#pragma unroll
-        for (int c = 0; c < 3; ++c) rgb[c] = values[i][c] * unit;
-        color_pixel(m, rgb, to);
-#pragma unroll
-        for (int c = 0; c < 3; ++c) values[i][c] = clamped<R>(to[c], 0, 1);
-    }
-}
-
-template <class R>
-__device__ inline void put(R v, uint8_t& to) {
-    to = level(v);
-}
-// level() without a conversion: the last byte of a sum whose last bit is worth 1.
-__device__ inline void put(float v, uint8_t& to) {
-    v = v > 0 ? v : 0;  // NaN too
-    to = static_cast<uint8_t>(bits_of_float((v < 255 ? v : 255) + kOnes));
-}
-__device__ inline void put(float v, Half& to) { to.bits = half_of_float(v); }
-__device__ inline void put(float v, BFloat16& to) { to.bits = bfloat16_of_float(v); }
-template <class R, class Out>
-__device__ inline void put(R v, Out& to) {
-    if constexpr (sizeof(Out) == 2)
-        put(static_cast<float>(v), to);
-    else
-        to = static_cast<Out>(v);
-}
-
-// Elements as one store of 4, 8 or 16 bytes. As words: a compiler takes a store of small elements apart again.
-template <class Out, int count, class R>
-__device__ inline void put_vector(const R (&v)[count], Out* to) {
-    constexpr int bytes = count * sizeof(Out);
-    uint32_t words[bytes / 4];
-    if constexpr (sizeof(Out) == 2) {
-#pragma unroll
-        for (int i = 0; i < count / 2; ++i) {
-            const float low = static_cast<float>(v[2 * i]), high = static_cast<float>(v[2 * i + 1]);
-            words[i] = std::is_same_v<Out, Half> ? halves_of_floats(low, high) : bfloat16s_of_floats(low, high);
-        }
-    } else {
-        Out made[count];
-#pragma unroll
-        for (int e = 0; e < count; ++e) put(v[e], made[e]);
-        __builtin_memcpy(words, made, bytes);
-    }
-    if constexpr (bytes == 16)
-        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-    else if constexpr (bytes == 8)
-        *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
-    else
-        *reinterpret_cast<uint32_t*>(to) = words[0];
-}
-
-// A run of pixels of a row: where its first element goes, and how many pixels of it there are.
-struct Run {
-    int64_t offset;
-    int64_t left;
-};
-
-// `count` channels from `n0` on of a run: vectors where elements lie side by side and aligned.
-template <class Out, class R, int pixels, int count>
-__device__ inline void store_pixels(const AffineWarp& p, const WarpNumbers<R>& n, const R (&values)[pixels][count],
-                                    const Run& run, int n0) {
-    constexpr int most = 16 / sizeof(Out), wide = pixels < most ? pixels : most;  // of a vector
-    const int64_t channel = p.output_stride[1], column = p.output_stride[3];
-    Out* to = static_cast<Out*>(p.output) + run.offset;
-    R made[pixels][count];
-#pragma unroll
-    for (int i = 0; i < pixels; ++i)
-#pragma unroll
-        for (int c = 0; c < count; ++c)
-            made[i][c] =
-                sizeof(Out) == 1 ? values[i][c] * n.levels : fused(values[i][c], n.factor[n0 + c], n.add[n0 + c]);
-    const uintptr_t address = reinterpret_cast<uintptr_t>(to);
-    constexpr uintptr_t unaligned = wide * sizeof(Out) - 1;
-    if (run.left >= pixels && column == 1 && ((address | channel * sizeof(Out)) & unaligned) == 0) {
-#pragma unroll
-        for (int c = 0; c < count; ++c)
-#pragma unroll
-            for (int first = 0; first < pixels; first += wide) {
-                R next[wide];
-#pragma unroll
-                for (int e = 0; e < wide; ++e) next[e] = made[first + e][c];
-                put_vector(next, to + c * channel + first);
-            }
-    } else if (run.left >= pixels && channel == 1 && column == count && (address & unaligned) == 0) {
-#pragma unroll
-        for (int first = 0; first < pixels * count; first += wide) {
-            R next[wide];
-#pragma unroll
-            for (int e = 0; e < wide; ++e) next[e] = made[(first + e) / count][(first + e) % count];
-            put_vector(next, to + first);
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < pixels; ++i)
-#pragma unroll
-            for (int c = 0; c < count; ++c)
-                if (i < run.left) put(made[i][c], to[i * column + c * channel]);
-    }
-}
-
-template <class R, int pixels, int count>
-__device__ inline void finish_pixels(const AffineWarp& p, const WarpNumbers<R>& n, const R (&values)[pixels][count],
-                                     const Run& run, int n0) {
-    if constexpr (sizeof(R) == 8) {
-        if (p.output_dtype == DType::f64) return store_pixels<double>(p, n, values, run, n0);
-    }
-    switch (p.output_dtype) {
-        case DType::u8: return store_pixels<uint8_t>(p, n, values, run, n0);
-        case DType::f16: return store_pixels<Half>(p, n, values, run, n0);
-        case DType::bf16: return store_pixels<BFloat16>(p, n, values, run, n0);
-        default: return store_pixels<float>(p, n, values, run, n0);
-    }
-}
-
-// --- the kernel ----------------------------------------------------------------------------------------------------
+// --- one call as its threads see it --------------------------------------------------------------------------------
 
 // C channels at once; with C = 1 any number, one after the other, numbers[0] being channel `first`.
 struct WarpCall {
@@ -173,103 +35,78 @@ struct WarpCall {
     const ImagePlan* plans;    // where there is a box filter, else null
     const void* boxed;
     int64_t boxed_stride;
-    int64_t first, count;  // channels of this launch
+    int64_t first, count;   // channels of this launch
+    int32_t first_row = 0;  // of the grid's pixels
+    Order order = Order::scattered;
+    bool words = false, planar = false;  // what stage_words() can load, where there is no box
 };
 
-// One image as a thread sees it.
-template <class T>
-struct Source {
+// With a box filter, `matrix` is that of the plans.
+__device__ inline Map map_of_image(const WarpCall& call, int64_t image) {
     Map map;
-    Pixels<T> pixels;
-};
-
+    map.affine = read_matrix(call.matrix, image, map.m);
+    map.box_x = call.plans ? call.plans[image].map.box_x : 1;
+    map.box_y = call.plans ? call.plans[image].map.box_y : 1;
+    return map;
+}
 template <class T>
-__device__ inline Source<T> source_of(const WarpCall& call, int64_t image) {
-    Source<T> s;
-    if (call.plans) {
-        s.map = call.plans[image].map;
-    } else {
-        read_matrix(call.matrix, image, s.map.m);
-        s.map.affine = is_affine(s.map.m);
-        s.map.box_x = s.map.box_y = 1;
-    }
-    s.pixels = sampled_pixels(call.p, s.map, static_cast<const T*>(call.boxed), call.boxed_stride, image);
-    return s;
+__device__ inline Pixels<T> pixels_of(const WarpCall& call, const Map& map, int64_t image) {
+    return sampled_pixels(call.p, map, static_cast<const T*>(call.boxed), call.boxed_stride, image);
 }
 
 // A thread's pixels: those from (x, y) of the output on.
 struct Place {
-    int64_t image, x, y;
+    uint32_t image;
+    int32_t x, y;
 };
+// Of tiles of 32 × `rows`, a thread to every `pixels` neighbours.
+template <int pixels, int rows>
+__device__ inline Place place_of(const WarpCall& call) {
+    constexpr uint32_t across = kTileSide / pixels;  // threads
+    return {blockIdx.z, static_cast<int32_t>(blockIdx.x * kTileSide + threadIdx.x % across * pixels),
+            call.first_row + static_cast<int32_t>(blockIdx.y * rows + threadIdx.x / across)};
+}
 
-template <class R>
-__device__ inline Base<R> base_at(const Map& map, const Place& at) {
-    return map.affine ? base_of<R>(map.m, at.x / kBlock * kBlock, at.y) : Base<R>{};
+__device__ inline bool is_in_output(const AffineWarp& p, const Place& at) {
+    return at.x < static_cast<int32_t>(p.output_width) && at.y < static_cast<int32_t>(p.output_height);
 }
 
 // Through the epilogue, to where they belong.
 template <class R, int pixels, int count>
 __device__ inline void put_pixels(const WarpCall& call, const WarpNumbers<R>& n, R (&values)[pixels][count],
-                                  const Place& at, int channel, int number) {
+                                  const Place& at, int64_t channel, int number) {
     const AffineWarp& p = call.p;
     if constexpr (count == 3)
         if (call.color.data) color_pixels(call.color, n.unit, at.image, values);
     const int64_t* stride = p.output_stride;
-    finish_pixels(
-        p, n, values,
-        Run{at.image * stride[0] + channel * stride[1] + at.y * stride[2] + at.x * stride[3], p.output_width - at.x},
-        number);
+    finish_pixels(p, call.order, n, values,
+                  at.image * stride[0] + channel * stride[1] + at.y * stride[2] + at.x * stride[3],
+                  static_cast<int>(p.output_width) - at.x, number);
 }
 
-// Its pixels from the staged region.
-template <Interpolation interpolation, int pixels, int C>
-__device__ inline void sample_region(const Region& region, const Base<float>& base, int lane, int32_t height,
-                                     int32_t width, Padding padding, const uint32_t* staged,
-                                     float (&values)[pixels][C]) {
-    const float first = static_cast<float>(lane);
-#pragma unroll
-    for (int half = 0; half < pixels; half += 4) {  // what four need at once stays in registers
-        Point<float> at[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            at[i] = near_point(base, first + static_cast<float>(half + i));
-            round_nearest<interpolation>(at[i]);
-        }
-        if (region.folds)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                fold(at[i].x, at[i].fx, width, padding);
-                fold(at[i].y, at[i].fy, height, padding);
-            }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int place = (at[i].y - region.y) * kRegionPitch + (at[i].x - region.x);
-            sample_staged<interpolation>(staged + place, at[i].fx, at[i].fy, values[half + i]);
-        }
-    }
-}
+// --- from the image ------------------------------------------------------------------------------------------------
 
-// A thread's pixels from the image, four at a time. The general samples are too long to be written out four times;
-// their loop puts its result where a comparison says, so that every index of an array is a constant and the array stays
-// in registers.
-template <class T, class R, int C, Interpolation interpolation>
-__device__ inline void warp_from_image(const WarpCall& call, const WarpNumbers<R>& n, const Source<T>& source, Place at,
-                                       int channel, int number) {
+// A thread's pixels, four at a time. The general samples are too long to be written out four times; their loop puts its
+// result where a comparison says, so that every index of an array is a constant and the array stays in registers.
+template <class T, class R, int C, Interpolation interpolation, int pixels>
+__device__ inline void warp_from_image(const WarpCall& call, const WarpNumbers<R>& n, Place at, int64_t channel,
+                                       int number) {
     const AffineWarp& p = call.p;
-    const Pixels<T>& s = source.pixels;
-    const Base<R> base = base_at<R>(source.map, at);
+    const Map map = map_of_image(call, at.image);
+    const Pixels<T> s = pixels_of<T>(call, map, at.image);
+    const Base<R> base = map.affine ? base_of<R>(map.m, at.x / kBlock * kBlock, at.y) : Base<R>{};
 #pragma unroll 1
-    for (int from = 0; from < kPixels<T, R, C> && at.x < p.output_width; from += 4, at.x += 4) {
+    for (int from = 0; from < pixels && at.x < p.output_width; from += 4, at.x += 4) {
         R values[4][C];
 #pragma unroll 1
         for (int i = 0; i < 4; ++i) {
             R one[C];
             const Point<R> point =
-                sampling_point<R, interpolation>(source.map, base, at.x + i, at.y, s.height, s.width, p.padding);
+                sampling_point<R, interpolation>(map, base, at.x + i, at.y, s.height, s.width, p.padding);
             if (interpolation == Interpolation::bilinear && point.finite && is_inside(s, point.x, point.y))
-                sample_inside(s, point, channel, one);
+                sample_inside(s, point, static_cast<int>(channel), one);
             else
-                sample_anywhere<T, R, C, interpolation>(s, point, p.padding, n, channel, number, one);
+                sample_anywhere<T, R, C, interpolation>(s, point, p.padding, n, static_cast<int>(channel), number, one);
 #pragma unroll
             for (int k = 0; k < 4 * C; ++k)
                 if (i == k / C) values[k / C][k % C] = one[k % C];
@@ -278,70 +115,108 @@ __device__ inline void warp_from_image(const WarpCall& call, const WarpNumbers<R
     }
 }
 
-// The same where it is the exception: out of line, so that its registers are not the rule's.
+constexpr int kImagePixels = 4;  // of a thread
+constexpr int kImageThreads = kTileSide * kTileSide / kImagePixels;
+
 template <class T, class R, int C, Interpolation interpolation>
-__device__ __noinline__ void warp_by_exception(const WarpCall& call, const WarpNumbers<R>& n, Place at, int channel,
-                                               int number) {
-    warp_from_image<T, R, C, interpolation>(call, n, source_of<T>(call, at.image), at, channel, number);
+__global__ void __launch_bounds__(kImageThreads)
+    warp_images(const __grid_constant__ WarpCall call, const __grid_constant__ WarpNumbers<R> n) {
+    const Place at = place_of<kImagePixels, kTileSide>(call);
+    if (!is_in_output(call.p, at)) return;
+    int number = 0;
+    do {
+        warp_from_image<T, R, C, interpolation, kImagePixels>(call, n, at, call.first + number, number);
+    } while (C == 1 && ++number < call.count);
 }
 
-// By all threads of a block; `mine`: this one's pixels are in the output.
-template <class T, int C, Interpolation interpolation>
-__device__ inline void warp_from_region(const WarpCall& call, const WarpNumbers<float>& n, const Source<T>& source,
-                                        const Region& region, const Place& at, int channel, int number, bool mine) {
-    constexpr int pixels = kPixels<T, float, C>;
-    uint32_t* staged = dynamic_shared<uint32_t>();
+// --- from a staged tile --------------------------------------------------------------------------------------------
+
+// Where tiles that cannot be staged are the exception: out of line, so that its registers are not the rule's.
+template <int C, Interpolation interpolation>
+__device__ __noinline__ void warp_by_exception(const WarpCall& call, const WarpNumbers<float>& n, Place at,
+                                               int32_t bottom) {
+    for (; at.y < bottom; at.y += kTileSide) {
+        int number = 0;
+        do {
+            warp_from_image<uint8_t, float, C, interpolation, kTilePixels>(call, n, at, call.first + number, number);
+        } while (C == 1 && ++number < call.count);
+    }
+}
+
+// By all threads.
+template <int C>
+__device__ inline void stage(const WarpCall& call, const Map& map, int64_t image, int32_t height, int32_t width,
+                             const Region& region, int64_t channel, uint32_t fill, uint32_t* staged) {
     const AffineWarp& p = call.p;
-    Pixels<T> s = source.pixels;
+    const bool words = call.words && map.box_x == 1 && map.box_y == 1;
+    if (words) {
+        const uint8_t* from = static_cast<const uint8_t*>(p.images) + image * p.images_stride[0] +
+                              (C == 1 ? channel * p.images_stride[1] : 0);
+        const uint32_t down = static_cast<uint32_t>(p.images_stride[2]);
+        const uint32_t plane = static_cast<uint32_t>(p.images_stride[1]);
+        if (call.planar)
+            stage_words<C, true, kTileThreads>(from, down, plane, height, width, region, p.padding, fill, staged);
+        else
+            stage_words<C, false, kTileThreads>(from, down, plane, height, width, region, p.padding, fill, staged);
+        if (!any_left(region, height, width, p.padding)) return;
+    }
+    Pixels<uint8_t> s = pixels_of<uint8_t>(call, map, image);
     s.data += channel * s.channel;
     if (s.table) s.table += channel * 256;
-    uint32_t fill = 0;
-#pragma unroll
-    for (int k = 0; k < C; ++k) fill |= static_cast<uint32_t>(n.fill[number + k]) << (8 * k);
-    const Base<float> base = near_base(source.map.m, at.x / kBlock * kBlock, at.y);
-    stage_region<C, kTileThreads<T, float, C>>(s, region, p.padding, fill, staged);
-    __syncthreads();
-    if (!mine) return;
-    float values[pixels][C];
-    sample_region<interpolation>(region, base, static_cast<int>(at.x % kBlock), s.height, s.width, p.padding, staged,
-                                 values);
-    put_pixels(call, n, values, at, channel, number);
+    stage_groups<C, kTileThreads>(s, region, p.padding, fill, !words, staged);
 }
 
-template <class T, class R, int C, Interpolation interpolation>
-__global__ void __launch_bounds__(kTileThreads<T, R, C>, can_be_staged<T, R, C>() ? 8 : 1)
-    warp_images(const __grid_constant__ WarpCall call, const __grid_constant__ WarpNumbers<R> n) {
-    constexpr int across = kTileSide / kPixels<T, R, C>;  // threads
+template <int C, Interpolation interpolation>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
+    warp_tiles(const __grid_constant__ WarpCall call, const __grid_constant__ WarpNumbers<float> n) {
     const AffineWarp& p = call.p;
-    const int row = static_cast<int>(threadIdx.x) / across, column = static_cast<int>(threadIdx.x) % across;
-    const int64_t tile_x = int64_t{blockIdx.x} * kTileSide;
-    for (int64_t image = blockIdx.z; image < p.batch; image += gridDim.z) {
-        for (int64_t tile_y = int64_t{blockIdx.y} * kTileSide; tile_y < p.output_height;
-             tile_y += gridDim.y * int64_t{kTileSide}) {
-            const Source<T> source = source_of<T>(call, image);  // not kept from tile to tile: few blocks have two
-            const Place at{image, tile_x + column * kPixels<T, R, C>, tile_y + row};
-            const bool mine = at.x < p.output_width && at.y < p.output_height;
-            bool staged = false;
-            Region region{};
-            if constexpr (can_be_staged<T, R, C>())
-                staged =
-                    source.map.affine && plan_region<interpolation>(source.map.m, tile_x, tile_y, source.pixels.height,
-                                                                    source.pixels.width, p.padding, region);
-            int number = 0;
-            do {
-                const int channel = static_cast<int>(call.first) + number;
-                if constexpr (can_be_staged<T, R, C>()) {
-                    if (staged) {
-                        warp_from_region<T, C, interpolation>(call, n, source, region, at, channel, number, mine);
-                        __syncthreads();  // done with for all
-                    } else if (mine) {
-                        warp_by_exception<T, R, C, interpolation>(call, n, at, channel, number);
-                    }
-                } else if (mine) {
-                    warp_from_image<T, R, C, interpolation>(call, n, source, at, channel, number);
-                }
-            } while (C == 1 && ++number < call.count);
+    __shared__ RowBase bases[kTileRows];
+    uint32_t* staged = dynamic_shared<uint32_t>();
+    Place at = place_of<kTilePixels, kTileRows>(call);
+    const int32_t left = static_cast<int32_t>(blockIdx.x * kTileSide);
+    const int32_t below = static_cast<int32_t>(p.output_height);
+    int32_t top = call.first_row + static_cast<int32_t>(blockIdx.y * kTileRows);
+    const int32_t bottom = below - top < kTileRows ? below : top + kTileRows;
+    const Map map = map_of_image(call, at.image);
+    const int32_t height = boxes(p.height, map.box_y), width = boxes(p.width, map.box_x);
+    int32_t rows = map.affine ? kTileRows : 0;  // that a region serves
+    for (;;) {
+        Region region;
+        const int32_t end = bottom - top < rows ? bottom : top + rows;
+        if (rows >= kLeastRows &&
+            !plan_region<interpolation>(map.m, left, top, end - top, height, width, p.padding, region)) {
+            rows /= 2;
+            continue;
         }
+        if (rows < kLeastRows) return warp_by_exception<C, interpolation>(call, n, at, bottom);
+        for (int row = static_cast<int>(threadIdx.x); row < end - top; row += kTileThreads)
+            bases[row] = row_base(map.m, left / kBlock * kBlock, top + row);
+        const float step_x = static_cast<float>(map.m[0]), step_y = static_cast<float>(map.m[3]);
+        int number = 0;
+        do {
+            const int64_t channel = call.first + number;
+            uint32_t fill = 0;
+            if constexpr (C == 1)
+                fill = n.fill_bytes[number];
+            else
+                __builtin_memcpy(&fill, n.fill_bytes, C);
+            stage<C>(call, map, at.image, height, width, region, channel, fill, staged);
+            __syncthreads();
+#pragma unroll 1
+            for (Place here = at; here.y < end; here.y += kTileSide) {
+                if (here.x >= static_cast<int32_t>(p.output_width)) break;
+                const RowBase base = bases[here.y - top];
+                float values[kTilePixels][C];
+                sample_region<interpolation>(region, base, step_x, step_y, here.x % kBlock, height, width, p.padding,
+                                             staged, values);
+                put_pixels(call, n, values, here, channel, number);
+            }
+            if (C > 1 && end == bottom) return;
+            __syncthreads();  // done with the region for all
+        } while (C == 1 && ++number < call.count);
+        if (end == bottom) return;
+        at.y += rows;
+        top = end;
     }
 }
 

@@ -23,14 +23,28 @@ struct MatrixView {
         const int64_t from = image * step + i;
         return wide ? static_cast<const double*>(data)[from] : static_cast<const float*>(data)[from];
     }
+    template <int count, class V>
+    __device__ void read(int64_t image, int first, V* to) const {
+        if (wide) {
+            const double* from = static_cast<const double*>(data) + image * step + first;
+#pragma unroll
+            for (int i = 0; i < count; ++i) to[i] = static_cast<V>(from[i]);
+        } else {
+            const float* from = static_cast<const float*>(data) + image * step + first;
+#pragma unroll
+            for (int i = 0; i < count; ++i) to[i] = static_cast<V>(from[i]);
+        }
+    }
 };
 
-// All nine entries of a matrix that may lack its last row.
-__device__ inline void read_matrix(const MatrixView& matrix, int64_t image, double (&m)[9]) {
-#pragma unroll
-    for (int i = 0; i < 6; ++i) m[i] = matrix.at(image, i);
-#pragma unroll
-    for (int i = 6; i < 9; ++i) m[i] = matrix.rows == 3 ? matrix.at(image, i) : i == 8;
+// All nine entries of a matrix that may lack its last row; whether it is affine.
+__device__ inline bool read_matrix(const MatrixView& matrix, int64_t image, double (&m)[9]) {
+    matrix.read<6>(image, 0, m);
+    m[6] = m[7] = 0;
+    m[8] = 1;
+    if (matrix.rows < 3) return true;
+    matrix.read<3>(image, 6, m + 6);
+    return is_affine(m);
 }
 
 // By the adjugate; every entry NaN where the determinant vanishes or is not finite.

@@ -22,8 +22,9 @@ struct ImagePlan {
 // The epilogue in the arithmetic's type; as in window.h.
 template <class R>
 struct WarpNumbers {
-    R fill[kLaunchChannels];    // of a tap
-    R filled[kLaunchChannels];  // of a sample
+    R fill[kLaunchChannels];              // of a tap
+    uint8_t fill_bytes[kLaunchChannels];  // the same, of uint8 images
+    R filled[kLaunchChannels];            // of a sample
     R factor[kLaunchChannels], add[kLaunchChannels];
     R unit;    // takes a sample to [0, 1]
     R levels;  // takes it to uint8, after the colour matrix if there is one

@@ -416,6 +416,12 @@ inline uint32_t bfloat16s_of_floats(float low, float high) {
 
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 
+inline float reciprocal_of(float v) { return 1 / v; }
+template <class V>
+V kept(V v) {
+    return v;
+}
+
 template <class T>
 T sum_rounded_down(T a, T b) {
     const int before = std::fegetround();
