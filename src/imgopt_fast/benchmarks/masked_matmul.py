@@ -49,7 +49,7 @@ PACKED_NOTE = (
 TRAINING_NOTE = (
     "with the values in order, as MaskedSGD writes them, the product is the packed one, and the dispatcher takes 9 us "
     "more. Gathered from the dense weight in every call, as after any other optimizer, they take a pass of their own, "
-    "300 us at 50 % and 80 at 90 % (190 where the weight is cold): four of five of its lines hold a kept value even then"
+    "300 us at 50 % and 80 at 90 % (190 of a cold weight): four of five of its lines hold a kept value even then"
 )
 GRADIENT_NOTE = (
     "a value's products with 64 samples are four multiply-adds, whose lanes a tree of 30 shuffles for every 16 values "

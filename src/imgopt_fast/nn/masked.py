@@ -82,8 +82,9 @@ class _Masked(nn.Module):
 
         None where nothing would read them: before the first forward, where dense arithmetic trains, and with more than
         three fifths of the weights kept, which take 16 bytes each with the optimizer's indices and gain a fiftieth of a
-        training step (a twelfth at 90 % sparsity). After each change the optimizer calls `keep_ordered`; without it, or after a change by anyone else, the values are gathered again. A change
-        through `weight.data`, which torch does not count, is not seen.
+        training step (a twelfth at 90 % sparsity). After each change the optimizer calls `keep_ordered`; without it, or
+        after a change by anyone else, the values are gathered again. A change through `weight.data`, which torch does
+        not count, is not seen.
         """
         if self._input_learns is None or self.weight.is_cuda or self.weight.dtype != torch.float32:
             return None
