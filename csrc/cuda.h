@@ -219,6 +219,7 @@ __device__ __forceinline__ uint32_t shift_pair(uint32_t low, uint32_t high, uint
 }
 
 __device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+__device__ __forceinline__ int set_bits(uint64_t bits) { return __popcll(bits); }
 
 // 1 / v within two units in the last place.
 __device__ __forceinline__ float reciprocal_of(float v) {

@@ -13,6 +13,7 @@ import pytest
 import test_affine_warp as warp_tests
 import test_int8_conv2d as conv_tests
 import test_int8_graph as graph_tests
+import test_masked_sgd as sgd_tests
 import test_photometric as photometric_tests
 import torch
 
@@ -26,6 +27,7 @@ from imgopt_fast.ops.affine_warp import reference as warp_reference
 from imgopt_fast.ops.int8_graph import int8_graph, repack
 from imgopt_fast.ops.masked_matmul import cuda as masked_cuda
 from imgopt_fast.ops.masked_matmul import mask_layout
+from imgopt_fast.ops.masked_sgd import KeptBits, masked_sgd
 
 EMULATED = os.environ.get("IMGOPT_CUDA_EMULATED")
 if EMULATED:
@@ -50,6 +52,7 @@ def moved(value: Any, device: torch.device) -> Any:
 OPERATIONS = (
     "affine_warp", "affine_warp_backward", "adjust_hue", "adjust_sharpness", "int8_conv2d", "int8_graph",
     "masked_matmul", "masked_matmul_packed", "masked_matmul_weight_grad", "int8_masked_matmul", "block_matmul",
+    "masked_sgd",
 )  # fmt: skip
 
 
@@ -604,3 +607,18 @@ def test_calls_are_captured_into_a_cuda_graph(device: torch.device) -> None:
         torch.cuda.synchronize()
         for found, expected in zip(results, run(), strict=True):
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("options", sgd_tests.OPTIONS)
+def test_masked_sgd(device: torch.device, options: dict[str, Any]) -> None:
+    def run(weight: torch.Tensor, velocity: Any, grad: torch.Tensor, kept: KeptBits, **how: Any) -> None:
+        there = KeptBits(kept.bits.to(device), kept.offsets.to(device), kept.entries, kept.kept)
+        w, v, g = (moved(t, device) for t in (weight, velocity, grad))
+        masked_sgd(w, v, g, there, **how)
+        weight.copy_(w)
+        if velocity is not None:
+            velocity.copy_(v)
+
+    for size in (0, 1, 63, 65, 4096, 3 * 4096 + 77):
+        for density in sgd_tests.DENSITIES:
+            sgd_tests.check(run, options, size, density)

@@ -415,6 +415,7 @@ inline uint32_t bfloat16s_of_floats(float low, float high) {
 }
 
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
+inline int set_bits(uint64_t bits) { return __builtin_popcountll(bits); }
 
 inline float reciprocal_of(float v) { return 1 / v; }
 template <class V>
