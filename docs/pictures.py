@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from imgopt_fast import affine_warp, augment
 from imgopt_fast.augment import tables
 
-SIDE, MARGIN, COLUMNS = 128, 4, 7
+SIDE, MARGIN, COLUMNS = 128, 4, 8
 INDEX = 5  # the sample whose draws are shown
 
 TRANSFORMS = (
@@ -22,7 +22,7 @@ TRANSFORMS = (
     ("RandomRotation(30)", augment.RandomRotation((28, 30), "bilinear")),
     ("RandomAffine(20, ...)", augment.RandomAffine(20, (0.1, 0.1), (0.7, 1.1), 15, "bilinear", fill=(124, 116, 104))),
     ("RandomPerspective(0.5)", augment.RandomPerspective(0.5, p=1.0)),
-    ("RandomCrop(128, padding=24)", augment.RandomCrop(SIDE, padding=24)),
+    ("RandomCrop(padding=24)", augment.RandomCrop(SIDE, padding=24)),
     ("... padding_mode='reflect'", augment.RandomCrop(SIDE, padding=24, padding_mode="reflect")),
     ("RandomResizedCrop(128)", augment.RandomResizedCrop(SIDE, scale=(0.2, 0.4))),
     ("CenterCrop(80)", augment.CenterCrop(80)),
@@ -33,6 +33,7 @@ TRANSFORMS = (
     ("contrast 1.8", augment.ColorJitter(contrast=(1.8, 1.8))),
     ("saturation 2", augment.ColorJitter(saturation=(2.0, 2.0))),
     ("hue 0.25", augment.ColorJitter(hue=(0.25, 0.25))),
+    ("ColorJitter(0.5, ...)", augment.ColorJitter(0.5, 0.5, 0.5, 0.1)),
     ("RandomGrayscale()", augment.RandomGrayscale(1.0)),
     ("RandomErasing()", augment.RandomErasing(1.0)),
     ("... value='random'", augment.RandomErasing(1.0, value="random")),
@@ -56,6 +57,10 @@ def main() -> None:
     ):
         tiles.append((name, affine_warp(images, torch.eye(3)[None, :2], interpolation="nearest", table=table)))
     tiles.append(("adjust_sharpness(images, 4)", augment.adjust_sharpness(images, 4.0)))
+    tiles.append(("scale_color(images, ...)", augment.scale_color(images, (1.0, 0.8, 0.6))))
+    pair = torch.cat([images.flip(2), images])  # a sample mixes with the one before it
+    for name, mix in (("MixUp()", augment.MixUp(num_classes=2)), ("CutMix()", augment.CutMix(num_classes=2))):
+        tiles.append((name, mix(pair, torch.arange(2), key=(2, 0, [0, INDEX]))[0][1:]))
     sheet(tiles).save(Path(__file__).with_name("transforms.webp"), quality=80)
 
 

@@ -134,6 +134,8 @@ def test_mixing_names_bad_arguments():
         (lambda: MixUp(num_classes=2).transform(images, targets, MixUp().make_params(images[:2])), "images"),
         (lambda: CutMix(num_classes=2)(images, torch.zeros(4)), "targets"),
         (lambda: MixUp(num_classes=2)(images[0], targets), "images"),
+        (lambda: MixUp(num_classes=2)(images, targets + 2), "targets: expected class indices from 0 to 1"),
+        (lambda: MixUp(num_classes=2)(images, targets - 1), "targets: expected class indices from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=text):
             call()

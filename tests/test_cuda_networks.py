@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from imgopt_fast import augment
 from imgopt_fast.augment import ColorJitter, Compose, Normalize, RandomAffine, RandomHorizontalFlip
 from imgopt_fast.compress import PruneConfig, profile, prune, qat, quantize
 from imgopt_fast.models import create_model
@@ -45,6 +46,46 @@ def test_augmentation_draws_and_computes_the_same() -> None:
     found = transform(images.cuda(), key=key)
     assert found.is_cuda
     torch.testing.assert_close(found.cpu(), transform(images, key=key), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        augment.RandomVerticalFlip(), augment.RandomRotation(20, "bilinear", expand=True), augment.RandomPerspective(),
+        augment.RandomCrop(32, padding=4, padding_mode="reflect"), augment.RandomResizedCrop(24),
+        augment.CenterCrop(20), augment.Resize(30), ColorJitter(0.4, 0.4, 0.4, 0.1), augment.RandomGrayscale(0.5),
+        augment.RandAugment(3, 12), augment.TrivialAugmentWide(), augment.RandomErasing(1.0),
+        augment.RandomErasing(1.0, value="random"),
+    ],
+    ids=lambda transform: type(transform).__name__,
+)  # fmt: skip
+def test_every_transform_takes_images_on_the_gpu(transform: augment.Transform) -> None:
+    images = torch.randint(0, 256, (24, 3, 40, 48), dtype=torch.uint8)
+    key = (7, 3, range(100, 124))
+    params = transform.make_params(images.cuda(), key=key)
+    found = transform.transform(images.cuda(), params)
+    assert found.is_cuda
+    off = (found.cpu().int() - transform(images, key=key).int()).abs()
+    assert (off > 1).float().mean() < 2e-3  # a coordinate next to a tie may fall on its other side
+    points = torch.rand(24, 2, 2, dtype=torch.float64) * 40
+    torch.testing.assert_close(
+        transform.transform_keypoints(points.cuda(), params).cpu(), transform.transform_keypoints(points, params)
+    )
+    masks = images[:, :1]
+    moved = transform.transform_masks(masks.cuda(), params).cpu()
+    assert (moved != transform.transform_masks(masks, params)).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("mix", [augment.MixUp(num_classes=4), augment.CutMix(num_classes=4)], ids=["mixup", "cutmix"])
+def test_mixing_on_the_gpu(mix: augment.MixUp | augment.CutMix) -> None:
+    images, targets = torch.rand(8, 3, 20, 24), torch.arange(8) % 4
+    key = (1, 2, range(8))
+    expected = mix(images, targets, key=key)
+    compiled = torch.compile(lambda x, t: mix(x, t, key=key), fullgraph=True, backend="aot_eager")
+    for call in (lambda: mix(images.cuda(), targets.cuda(), key=key), lambda: compiled(images.cuda(), targets.cuda())):
+        for ours, cpu in zip(call(), expected, strict=True):
+            assert ours.is_cuda
+            torch.testing.assert_close(ours.cpu(), cpu)
 
 
 def test_an_int8_network_moves_without_changing_a_bit(model: nn.Module, images: torch.Tensor) -> None:

@@ -49,6 +49,21 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
+def integer(name: str, value: Any, least: int) -> int:
+    """A whole number of at least `least`; TypeError or ValueError otherwise."""
+    if not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return int(value)
+
+
+def per_channel(name: str, values: Any) -> tuple[float, ...]:
+    if not hasattr(values, "__len__") or isinstance(values, str):
+        raise TypeError(f"{name}: expected one number per channel, got {values!r}")
+    return tuple(number(name, v) for v in values)
+
+
 def probability(p: float, name: str = "p") -> float:
     if not 0.0 <= number(name, p) <= 1.0:
         raise ValueError(f"{name}: expected a number in [0, 1], got {p}")

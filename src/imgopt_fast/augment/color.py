@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from imgopt_fast.augment.arguments import Uniforms, between, interval, number, probability
+from imgopt_fast.augment.arguments import Uniforms, between, interval, number, per_channel, probability
 from imgopt_fast.augment.fold import Fold
 from imgopt_fast.augment.geometry import Size
 from imgopt_fast.augment.transform import Draw, Transform
@@ -107,7 +107,7 @@ class Normalize(Transform):
         self, mean: Sequence[float], std: Sequence[float], inplace: bool = False, *, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.mean, self.std = tuple(float(m) for m in mean), tuple(float(s) for s in std)
+        self.mean, self.std = per_channel("mean", mean), per_channel("std", std)
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean, std: expected the same number of channels, got {mean} and {std}")
         if 0.0 in self.std:

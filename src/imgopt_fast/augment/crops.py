@@ -195,6 +195,8 @@ class Resize(Geometric):
         antialias: bool = True,
     ) -> None:
         super().__init__()
+        if size is not None and not isinstance(size, int):
+            height_width(size)  # names what is wrong with it
         if size is None and max_size is None:
             raise ValueError("size, max_size: expected at least one of the two")
         shorter = size if isinstance(size, int) else size[0] if size is not None and len(size) == 1 else None

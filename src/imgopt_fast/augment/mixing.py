@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from imgopt_fast.augment import opaque, philox
+from imgopt_fast.augment.arguments import integer, number
 from imgopt_fast.augment.geometry import Size
 from imgopt_fast.augment.transform import Draw, Key, Params, resolve_key
 
@@ -30,9 +31,10 @@ class Mixing(opaque.Numbered):
 
     def __init__(self, *, alpha: float = 1.0, num_classes: int | None = None) -> None:
         super().__init__()
-        if not alpha > 0:
+        if not number("alpha", alpha) > 0:
             raise ValueError(f"alpha: expected a positive number, got {alpha}")
-        self.alpha, self.num_classes = float(alpha), num_classes
+        self.alpha = float(alpha)
+        self.num_classes = None if num_classes is None else integer("num_classes", num_classes, 1)
 
     def draw(self, u: NDArray[np.float64], size: Size) -> Draw:
         raise NotImplementedError
@@ -84,6 +86,8 @@ class Mixing(opaque.Numbered):
         if targets.dim() == 1 and not targets.is_floating_point():
             if self.num_classes is None:
                 raise ValueError("num_classes: expected a number, as the targets are class indices")
+            if targets.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would have to wait
+                _check_classes(targets, self.num_classes)
             targets = torch.nn.functional.one_hot(targets.long(), self.num_classes).float()
         elif targets.dim() != 2 or not targets.is_floating_point():
             raise ValueError(
@@ -143,6 +147,11 @@ def _batch(images: torch.Tensor) -> torch.Tensor:
     if images.dim() != 4:
         raise ValueError(f"images: expected a batch (N, C, H, W), got {tuple(images.shape)}")
     return images
+
+
+def _check_classes(targets: torch.Tensor, classes: int) -> None:
+    if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < classes):
+        raise ValueError(f"targets: expected class indices from 0 to {classes - 1}, got {targets.tolist()}")
 
 
 def symmetric_beta(u: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:

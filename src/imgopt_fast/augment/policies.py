@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from imgopt_fast.augment import geometry, tables
-from imgopt_fast.augment.arguments import Fill, Uniforms, fill_value, interpolation_name
+from imgopt_fast.augment.arguments import Fill, Uniforms, fill_value, integer, interpolation_name
 from imgopt_fast.augment.fold import Fold, Rows, Sampling
 from imgopt_fast.augment.geometry import Matrix, Size
 from imgopt_fast.augment.samples import put, taken
@@ -45,9 +45,7 @@ class _Policy(Transform):
 
     def __init__(self, num_magnitude_bins: int, interpolation: Any, fill: Fill | None) -> None:
         super().__init__()
-        if num_magnitude_bins < 2:
-            raise ValueError(f"num_magnitude_bins: expected at least 2, got {num_magnitude_bins}")
-        self.num_magnitude_bins = num_magnitude_bins
+        self.num_magnitude_bins = integer("num_magnitude_bins", num_magnitude_bins, 2)
         self.sampling = Sampling(interpolation_name(interpolation), "constant", fill_value(fill))
 
     def matrix(self, draw: Draw, size: Size) -> Matrix:
@@ -99,11 +97,9 @@ class RandAugment(_Policy):
         fill: Fill | None = None,
     ) -> None:
         super().__init__(num_magnitude_bins, interpolation, fill)
-        if num_ops < 1:
-            raise ValueError(f"num_ops: expected at least 1, got {num_ops}")
-        if not 0 <= magnitude < num_magnitude_bins:
+        self.steps, self.strength = integer("num_ops", num_ops, 1), integer("magnitude", magnitude, 0)
+        if magnitude >= num_magnitude_bins:
             raise ValueError(f"magnitude: expected 0 to {num_magnitude_bins - 1}, got {magnitude}")
-        self.steps, self.strength = num_ops, magnitude
         self.words = 2 * num_ops
 
     def draw(self, u: Uniforms, size: Size) -> Draw:

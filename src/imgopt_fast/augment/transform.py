@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -273,6 +273,8 @@ def resolve_key(
 ) -> tuple[int, int, NDArray[np.integer[Any]]]:
     """(seed, epoch, indices of `count` samples); without a key, a seed from the generator and indices 0, 1, 2, ..."""
     if key is None:
+        if not isinstance(generator, (torch.Generator, NoneType)):
+            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
         seed = int(torch.randint(0, 1 << 62, (1,), generator=generator).item())
         return seed, 0, np.arange(count)
     if generator is not None:
@@ -292,6 +294,8 @@ def resolve_key(
 def as_batch(images: torch.Tensor | NDArray[Any]) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
     """The images as (N, C, H, W), and what gives a result the form of the input back."""
     if isinstance(images, torch.Tensor):
+        if images.dtype not in _WARPED:
+            raise TypeError(f"images: expected uint8 or a floating dtype, got {images.dtype}")
         if images.dim() == 4:
             return images, _same
         if images.dim() == 3:
@@ -303,6 +307,8 @@ def as_batch(images: torch.Tensor | NDArray[Any]) -> tuple[torch.Tensor, Callabl
         raise ValueError(f"images: expected (N, H, W, C), (H, W, C) or (H, W), got {images.shape}")
     readable = images.flags.writeable and all(stride >= 0 for stride in images.strides)
     tensor = torch.from_numpy(images if readable else images.copy())
+    if tensor.dtype not in _WARPED:
+        raise TypeError(f"images: expected uint8 or a floating dtype, got {images.dtype}")
     if images.ndim == 2:
         return tensor[None, None], lambda result: result[0, 0].numpy()
     if images.ndim == 3:

@@ -1,9 +1,10 @@
-"""Hue and sharpness, passes of their own behind a warp, against torch, OpenCV and kornia.
+"""Hue, sharpness and tables, passes of their own behind a warp, against torch, OpenCV and kornia.
 
 A batch of 64 uint8 RGB images of 224 x 224 in channels_last, an amount per sample, uint8 out. The torch side is what
 torchvision's tensor functions compute, in float32; kornia takes floats from 0 to 1, so its conversions count.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from torch.nn import functional as F
 
 from imgopt_fast.benchmarks.affine_warp import photographs
 from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
-from imgopt_fast.ops.photometric import adjust_hue, adjust_sharpness
+from imgopt_fast.ops.photometric import adjust_hue, adjust_sharpness, apply_table
 
 BATCH, SIDE = 64, 224
+OPENCV_GOAL = 4.0  # what is asked of the warps, too
 LEVEL = Agreement(1.0)  # float32 sums in another order may round to the other side of a half
 SMOOTHING = torch.tensor([[1.0, 1.0, 1.0], [1.0, 5.0, 1.0], [1.0, 1.0, 1.0]]) / 13
 
@@ -51,6 +53,7 @@ class PhotometricCase(Case):
             lambda: [one(image, amount) for image, amount in zip(images, amounts, strict=True)],
             agreement,
             lambda found: torch.stack([torch.from_numpy(image) for image in found]).permute(0, 3, 1, 2),
+            OPENCV_GOAL,
         )
 
 
@@ -147,9 +150,36 @@ class SharpnessCase(PhotometricCase):
         return self.with_opencv(one, Agreement(1.0, outliers=0.02))
 
 
+@dataclass(eq=False)
+class TableCase(PhotometricCase):
+    """Each level replaced by that of its sample's and channel's table."""
+
+    @cached_property
+    def tables(self) -> torch.Tensor:
+        return torch.randint(0, 256, (BATCH, 3, 256), generator=torch.Generator().manual_seed(4)).to(torch.uint8)
+
+    def ours(self) -> Runner:
+        images, tables = self.images, self.tables
+        return Runner(lambda: apply_table(images, tables))
+
+    def peers(self) -> Mapping[str, Callable[[], Runner]]:
+        return {"torch": self.with_torch, "opencv": self.with_lut}
+
+    def with_torch(self) -> Runner:
+        images, tables = self.images.contiguous(), self.tables
+        return Runner(lambda: tables.gather(2, images.flatten(2).long()).view(images.shape))
+
+    def with_lut(self) -> Runner:
+        cv2 = import_module("cv2")
+        tables = itertools.cycle(self.tables.permute(0, 2, 1)[:, None].contiguous().numpy())
+        return self.with_opencv(lambda image, _: cv2.LUT(image, next(tables)), Agreement(0.0))
+
+
 CASES: tuple[Case, ...] = (
-    # Largest, smallest, their difference, a quotient, and per channel a remainder, three limits and a product.
-    HueCase("hue", 36.0, quick=True),
+    # Largest and smallest (four), what lies below them (two), three differences, the choices by the largest channel
+    # (twelve), and per channel a product, two sums, a magnitude and two limits.
+    HueCase("hue", 39.0, quick=True),
     # Per channel eight sums, which share rows and columns, two products, limits and rounding.
     SharpnessCase("sharpness", 27.0),
+    TableCase("table", 0.0),
 )
