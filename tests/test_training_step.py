@@ -96,13 +96,15 @@ def test_recorded_steps_train_as_eager_ones(
             torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_versions_of_the_weights_tell_that_they_were_replayed(
-    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_versions_of_the_weights_tell_that_they_have_changed(
+    data: Dataset, opt: str, recorded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is packed once for a version of a weight would otherwise be out of date."""
-    played(monkeypatch)
-    _, model, _ = trained(CONFIG, data, tmp_path)
-    assert all(parameter._version > 2 * (20 - step.EAGER_STEPS) for parameter in model.parameters())
+    """What is packed once for a version of a weight would otherwise be out of date: fused optimizers tell nothing."""
+    replays = played(monkeypatch) if recorded else []
+    _, model, _ = trained(dataclasses.replace(CONFIG, opt=opt, lr=0.002), data, tmp_path)
+    assert all(parameter._version >= 20 + len(replays) for parameter in model.parameters())
 
 
 def test_a_step_that_cannot_be_recorded_goes_on_eagerly(

