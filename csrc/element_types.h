@@ -43,11 +43,8 @@ IMGOPT_HD inline void narrow(float v, float* to) { *to = v; }
 IMGOPT_HD inline void narrow(float v, double* to) { *to = v; }
 IMGOPT_HD inline void narrow(float v, BFloat16* to) {
     const uint32_t bits = bits_of_float(v);
-    if (v != v) {
-        to->bits = static_cast<uint16_t>(bits >> 16 | 0x40);
-        return;
-    }
-    to->bits = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);  // half to even; without a branch, as above
+    to->bits = static_cast<uint16_t>((v != v ? bits | 0x400000 : rounded) >> 16);
 }
 IMGOPT_HD inline void narrow(float v, Half* to) {
     const uint32_t bits = bits_of_float(v);

@@ -151,6 +151,39 @@ IMGOPT_INLINE __m256i load_dwords(const uint8_t* data, const int32_t* offset) {
     return _mm256_set_m128i(quarter(1), quarter(0));
 }
 
+// Dword c of four registers, each with pixel i in its lower and pixel i + 4 in its upper lane, for c = 0 .. 3.
+IMGOPT_INLINE void transpose(const __m256i* pixels, __m256i* planes) {
+    const __m256i a = _mm256_unpacklo_epi32(pixels[0], pixels[1]), b = _mm256_unpacklo_epi32(pixels[2], pixels[3]);
+    const __m256i c = _mm256_unpackhi_epi32(pixels[0], pixels[1]), d = _mm256_unpackhi_epi32(pixels[2], pixels[3]);
+    planes[0] = _mm256_unpacklo_epi64(a, b);
+    planes[1] = _mm256_unpackhi_epi64(a, b);
+    planes[2] = _mm256_unpacklo_epi64(c, d);
+    planes[3] = _mm256_unpackhi_epi64(c, d);
+}
+
+// One, two or four floats side by side at each of eight positions, column by column. Each 128 bits hold what becomes
+// four pixels side by side there.
+template <int taps>
+IMGOPT_INLINE void load_columns(const uint8_t* data, const int32_t* offset, __m256* to) {
+    if constexpr (taps == 1) {
+        to[0] = _mm256_castsi256_ps(load_dwords(data, offset));
+    } else if constexpr (taps == 2) {
+        const auto two = [&](int i) {
+            const auto at = [&](int k) { return reinterpret_cast<const __m64*>(data + offset[k]); };
+            return _mm_loadh_pi(_mm_loadl_pi(_mm_setzero_ps(), at(i)), at(i + 1));
+        };
+        const __m256 a = _mm256_set_m128(two(4), two(0)), b = _mm256_set_m128(two(6), two(2));
+        to[0] = _mm256_shuffle_ps(a, b, 0x88);
+        to[1] = _mm256_shuffle_ps(a, b, 0xdd);
+    } else {
+        const auto four = [&](int i) { return _mm_loadu_ps(reinterpret_cast<const float*>(data + offset[i])); };
+        __m256i pixel[4], column[4];
+        for (int i = 0; i < 4; ++i) pixel[i] = _mm256_castps_si256(_mm256_set_m128(four(i + 4), four(i)));
+        transpose(pixel, column);
+        for (int k = 0; k < 4; ++k) to[k] = _mm256_castsi256_ps(column[k]);
+    }
+}
+
 IMGOPT_INLINE __m256 weighted(__m256i first, __m256i second, const PairedWeights& w) {
     return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(first, w.first), _mm256_madd_epi16(second, w.second)));
 }
@@ -162,16 +195,6 @@ IMGOPT_INLINE __m256i pair_order(int pair) {
     for (int i = 0; i < 16; ++i)
         order[i] = static_cast<int8_t>(i % 2 || i / 4 >= C ? -1 : (2 * pair + i % 4 / 2) * C + i / 4);
     return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(order)));
-}
-
-// Dword c of four registers, each with pixel i in its lower and pixel i + 4 in its upper lane, for c = 0 .. 3.
-IMGOPT_INLINE void transpose(const __m256i* pixels, __m256i* planes) {
-    const __m256i a = _mm256_unpacklo_epi32(pixels[0], pixels[1]), b = _mm256_unpacklo_epi32(pixels[2], pixels[3]);
-    const __m256i c = _mm256_unpackhi_epi32(pixels[0], pixels[1]), d = _mm256_unpackhi_epi32(pixels[2], pixels[3]);
-    planes[0] = _mm256_unpacklo_epi64(a, b);
-    planes[1] = _mm256_unpackhi_epi64(a, b);
-    planes[2] = _mm256_unpacklo_epi64(c, d);
-    planes[3] = _mm256_unpackhi_epi64(c, d);
 }
 
 // The 16 bytes at each of eight positions as planes of 16-bit taps: of channel c, taps 0 and 1 and taps 2 and 3.
@@ -253,9 +276,8 @@ struct Isa {
     IMGOPT_INLINE static void locate_inside(const Steps& steps, __m256 fx, __m256 fy, int lane, Group& to, int half) {
         avx2::locate_inside<position_bytes(C, taps), taps == 1>(steps, fx, fy, lane, to, half);
     }
-    template <int C, int taps>
-    IMGOPT_INLINE static void locate(const Window& w, const Points& at, Group& to, int half) {
-        locate_clamped(w, position_bytes(C, taps), taps == 4, at, to, half);
+    IMGOPT_INLINE static void locate(const Window& w, int bytes, int lead, const Points& at, Group& to, int half) {
+        locate_clamped(w, bytes, lead, at, to, half);
     }
     template <int taps>
     IMGOPT_INLINE static void weigh(Group& to) {
@@ -268,6 +290,12 @@ struct Isa {
         if constexpr (taps == 2) bilinear_samples<C>(at, half, to);
         if constexpr (taps == 4) bicubic_samples<C>(w, at, half, to);
     }
+    IMGOPT_INLINE static __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+    IMGOPT_INLINE static void bicubic(__m256 f, __m256* to) { bicubic_weights(f, to); }
+    template <int taps>
+    IMGOPT_INLINE static void columns(const uint8_t* data, const int32_t* offset, __m256* to) {
+        load_columns<taps>(data, offset, to);
+    }
     template <int C, int taps>
     static void pack(const Source<uint8_t>& source, const uint8_t* first, const uint8_t* second, int32_t count,
                      uint8_t* to) {
@@ -278,9 +306,9 @@ struct Isa {
         return joined(perspective_half(m, x, y), perspective_half(m, x + 4, y));
     }
     IMGOPT_INLINE static void round(Points& at) { round_to_nearest(at); }
-    IMGOPT_INLINE static void fold(Points& at, const Source<uint8_t>& source, Padding padding) {
-        fold_axis(at.x, at.fx, source.width, padding);
-        fold_axis(at.y, at.fy, source.height, padding);
+    IMGOPT_INLINE static void fold(Points& at, int32_t width, int32_t height, Padding padding) {
+        fold_axis(at.x, at.fx, width, padding);
+        fold_axis(at.y, at.fy, height, padding);
     }
     template <int C>
     IMGOPT_INLINE static void blend(const float* fill, const Group& at, int half, __m256* v) {

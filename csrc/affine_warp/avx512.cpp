@@ -175,6 +175,39 @@ IMGOPT_INLINE __m512i load_dwords(const uint8_t* data, const int32_t* offset) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
+// One, two or four floats side by side at each of 16 positions, column by column. Each 128 bits hold what becomes four
+// pixels side by side there.
+template <int taps>
+IMGOPT_INLINE void load_columns(const uint8_t* data, const int32_t* offset, __m512* to) {
+    const auto join = [](__m128 a, __m128 b, __m128 c, __m128 d) {
+        const __m256 low = _mm256_set_m128(b, a), high = _mm256_set_m128(d, c);
+        return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+    };
+    if constexpr (taps == 1) {
+        to[0] = _mm512_castsi512_ps(load_dwords(data, offset));
+    } else if constexpr (taps == 2) {
+        const auto two = [&](int i) {
+            const auto at = [&](int k) { return reinterpret_cast<const __m64*>(data + offset[k]); };
+            return _mm_loadh_pi(_mm_loadl_pi(_mm_setzero_ps(), at(i)), at(i + 1));
+        };
+        const __m512 a = join(two(0), two(4), two(8), two(12)), b = join(two(2), two(6), two(10), two(14));
+        to[0] = _mm512_shuffle_ps(a, b, 0x88);
+        to[1] = _mm512_shuffle_ps(a, b, 0xdd);
+    } else {
+        const auto four = [&](int i) { return _mm_loadu_ps(reinterpret_cast<const float*>(data + offset[i])); };
+        __m512 pixel[4];
+        for (int i = 0; i < 4; ++i) pixel[i] = join(four(i), four(i + 4), four(i + 8), four(i + 12));
+        const auto pairs = [](__m512 a, __m512 b) { return _mm512_castps_pd(_mm512_unpacklo_ps(a, b)); };
+        const auto others = [](__m512 a, __m512 b) { return _mm512_castps_pd(_mm512_unpackhi_ps(a, b)); };
+        const __m512d a = pairs(pixel[0], pixel[1]), b = pairs(pixel[2], pixel[3]);
+        const __m512d c = others(pixel[0], pixel[1]), d = others(pixel[2], pixel[3]);
+        to[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+        to[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        to[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+        to[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+    }
+}
+
 // vpermi2b indices that bring the four taps of a channel, C bytes apart, together: channels `first` and `second` of the
 // eight pixels of two registers, 32 bytes each.
 template <int C>
@@ -275,9 +308,8 @@ struct Isa {
     IMGOPT_INLINE static void locate_inside(const Steps& steps, __m512 fx, __m512 fy, int lane, Group& to, int half) {
         avx512::locate_inside<position_bytes(C, taps), taps == 1>(steps, fx, fy, lane, to, half);
     }
-    template <int C, int taps>
-    IMGOPT_INLINE static void locate(const Window& w, const Points& at, Group& to, int half) {
-        locate_clamped(w, position_bytes(C, taps), taps == 4, at, to, half);
+    IMGOPT_INLINE static void locate(const Window& w, int bytes, int lead, const Points& at, Group& to, int half) {
+        locate_clamped(w, bytes, lead, at, to, half);
     }
     template <int taps>
     IMGOPT_INLINE static void weigh(Group& to) {
@@ -289,6 +321,12 @@ struct Isa {
         if constexpr (taps == 1) nearest_samples<C>(at, half, to);
         if constexpr (taps == 2) bilinear_samples<C>(at, half, to);
         if constexpr (taps == 4) bicubic_samples<C>(w, at, half, to);
+    }
+    IMGOPT_INLINE static __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+    IMGOPT_INLINE static void bicubic(__m512 f, __m512* to) { bicubic_weights(f, to); }
+    template <int taps>
+    IMGOPT_INLINE static void columns(const uint8_t* data, const int32_t* offset, __m512* to) {
+        load_columns<taps>(data, offset, to);
     }
     template <int C, int taps>
     static void pack(const Source<uint8_t>& source, const uint8_t* first, const uint8_t* second, int32_t count,
@@ -303,9 +341,9 @@ struct Isa {
         return joined(perspective_half<false>(m, x, y), perspective_half<false>(m, x + 8, y));
     }
     IMGOPT_INLINE static void round(Points& at) { round_to_nearest(at); }
-    IMGOPT_INLINE static void fold(Points& at, const Source<uint8_t>& source, Padding padding) {
-        fold_axis(at.x, at.fx, source.width, padding);
-        fold_axis(at.y, at.fy, source.height, padding);
+    IMGOPT_INLINE static void fold(Points& at, int32_t width, int32_t height, Padding padding) {
+        fold_axis(at.x, at.fx, width, padding);
+        fold_axis(at.y, at.fy, height, padding);
     }
     template <int C>
     IMGOPT_INLINE static void blend(const float* fill, const Group& at, int half, __m512* v) {

@@ -258,6 +258,27 @@ IMGOPT_INLINE uint32x4_t load_dwords(const uint8_t* data, const int32_t* offset)
     return vsetq_lane_u32(at(3), vsetq_lane_u32(at(2), vsetq_lane_u32(at(1), vdupq_n_u32(at(0)), 1), 2), 3);
 }
 
+// One, two or four floats side by side at each of four positions, column by column.
+template <int taps>
+IMGOPT_INLINE void load_columns(const uint8_t* data, const int32_t* offset, float32x4_t* to) {
+    const auto at = [&](int i) { return reinterpret_cast<const float*>(data + offset[i]); };
+    if constexpr (taps == 1) {
+        to[0] = vreinterpretq_f32_u32(load_dwords(data, offset));
+    } else if constexpr (taps == 2) {
+        const float32x4_t a = vcombine_f32(vld1_f32(at(0)), vld1_f32(at(1)));
+        const float32x4_t b = vcombine_f32(vld1_f32(at(2)), vld1_f32(at(3)));
+        to[0] = vuzp1q_f32(a, b);
+        to[1] = vuzp2q_f32(a, b);
+    } else {
+        const float32x4x2_t a = vtrnq_f32(vld1q_f32(at(0)), vld1q_f32(at(1)));
+        const float32x4x2_t b = vtrnq_f32(vld1q_f32(at(2)), vld1q_f32(at(3)));
+        for (int k = 0; k < 2; ++k) {
+            to[k] = vcombine_f32(vget_low_f32(a.val[k]), vget_low_f32(b.val[k]));
+            to[k + 2] = vcombine_f32(vget_high_f32(a.val[k]), vget_high_f32(b.val[k]));
+        }
+    }
+}
+
 // Weighted sums of four pixels' taps, levels times kWeightSum: the bytes are levels less 128.
 IMGOPT_INLINE float32x4_t weighted(int8x16_t taps, int8x16_t high, int8x16_t low) {
     const int32x4_t sum = vshlq_n_s32(vdotq_s32(vdupq_n_s32(kFlipped), taps, high), 8);
@@ -336,9 +357,8 @@ struct Isa {
                                             int half) {
         neon::locate_inside<position_bytes(C, taps), taps == 1>(steps, fx, fy, lane, to, half);
     }
-    template <int C, int taps>
-    IMGOPT_INLINE static void locate(const Window& w, const FourPoints& at, Group& to, int half) {
-        locate_clamped(w, position_bytes(C, taps), taps == 4, at, to, half);
+    IMGOPT_INLINE static void locate(const Window& w, int bytes, int lead, const FourPoints& at, Group& to, int half) {
+        locate_clamped(w, bytes, lead, at, to, half);
     }
     template <int taps>
     IMGOPT_INLINE static void weigh(Group& to) {
@@ -351,6 +371,12 @@ struct Isa {
         if constexpr (taps == 2) dot_samples<C>(at.origin, at.offset + half * kLanes, at.high[half], at.low[half], to);
         if constexpr (taps == 4) bicubic_samples<C>(w, at, half, to);
     }
+    IMGOPT_INLINE static float32x4_t fused(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
+    IMGOPT_INLINE static void bicubic(float32x4_t f, float32x4_t* to) { bicubic_weights(f, to); }
+    template <int taps>
+    IMGOPT_INLINE static void columns(const uint8_t* data, const int32_t* offset, float32x4_t* to) {
+        load_columns<taps>(data, offset, to);
+    }
     template <int C, int taps>
     static void pack(const Source<uint8_t>& source, const uint8_t* first, const uint8_t* second, int32_t count,
                      uint8_t* to) {
@@ -361,9 +387,9 @@ struct Isa {
         return perspective_points(m, x, y);
     }
     IMGOPT_INLINE static void round(FourPoints& at) { round_to_nearest(at); }
-    IMGOPT_INLINE static void fold(FourPoints& at, const Source<uint8_t>& source, Padding padding) {
-        fold_axis(at.x, at.fx, source.width, padding);
-        fold_axis(at.y, at.fy, source.height, padding);
+    IMGOPT_INLINE static void fold(FourPoints& at, int32_t width, int32_t height, Padding padding) {
+        fold_axis(at.x, at.fx, width, padding);
+        fold_axis(at.y, at.fy, height, padding);
     }
     template <int C>
     IMGOPT_INLINE static void blend(const float* fill, const Group& at, int half, float32x4_t* v) {

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #endif
 
+#include "epilogue.h"
 #include "prepare.h"
 
 namespace imgopt {
@@ -88,8 +89,6 @@ void locate_points(const AffineWarp& p, const Map& map, int32_t width, int32_t h
 
 // Bilinear samples of some points at a time, without a branch per tap: taps beyond the image read a pixel inside, and
 // are fill afterwards where the padding says so.
-constexpr int kSome = 16;
-
 // The two taps of each point along one axis, of coordinates that are mirrored already.
 struct AxisTaps {
     int32_t at[2][kSome], kept[2][kSome];

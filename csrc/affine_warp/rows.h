@@ -112,53 +112,6 @@ void sample_block(const AffineWarp& p, const Source<T>& source, const Points<R>&
     }
 }
 
-// --- epilogue ------------------------------------------------------------------------------------------------------
-
-// rgb of one pixel, in units of [0, 1], through the colour matrix; not yet clamped.
-template <class R>
-inline void colored(const double* m, const R rgb[3], R to[3]) {
-    for (int i = 0; i < 3; ++i, m += 4) {
-        const R red = fused(static_cast<R>(m[0]), rgb[0], static_cast<R>(m[3]));
-        to[i] = fused(static_cast<R>(m[2]), rgb[2], fused(static_cast<R>(m[1]), rgb[1], red));
-    }
-}
-
-// Factor that takes a sample to units of [0, 1].
-inline double to_unit(const AffineWarp& p, double whole) { return p.images_dtype == DType::u8 ? 1 / (255 * whole) : 1; }
-
-template <class R>
-void color_block(const AffineWarp& p, const double* m, double whole, int count, R* values) {
-    const R factor = static_cast<R>(to_unit(p, whole));
-    for (int i = 0; i < count; ++i) {
-        R rgb[3] = {values[i] * factor, values[kBlock + i] * factor, values[2 * kBlock + i] * factor}, to[3];
-        colored(m, rgb, to);
-        for (int c = 0; c < 3; ++c) values[c * kBlock + i] = clamped<R>(to[c], 0, 1);
-    }
-}
-
-template <class R>
-void store_block(const AffineWarp& p, double whole, int64_t offset, int count, int64_t c, const R* values) {
-    const bool units = p.color_matrix || p.images_dtype != DType::u8;  // not levels times `whole`
-    const int64_t step = p.output_stride[3];
-    const auto store = [&](auto* to) {
-        const R factor = static_cast<R>(p.scale[c] * (p.color_matrix ? 1 : to_unit(p, whole)));
-        const R add = static_cast<R>(p.offset[c]);
-        for (int i = 0; i < count; ++i) narrow(fused(values[i], factor, add), to + offset + i * step);
-    };
-    switch (p.output_dtype) {
-        case DType::u8: {
-            const R factor = static_cast<R>(units ? 255 : 1 / whole);
-            uint8_t* to = static_cast<uint8_t*>(p.output) + offset;
-            for (int i = 0; i < count; ++i) to[i * step] = level(values[i] * factor);
-            break;
-        }
-        case DType::f16: store(static_cast<Half*>(p.output)); break;
-        case DType::bf16: store(static_cast<BFloat16*>(p.output)); break;
-        case DType::f32: store(static_cast<float*>(p.output)); break;
-        default: store(static_cast<double*>(p.output)); break;
-    }
-}
-
 // --- forward -------------------------------------------------------------------------------------------------------
 
 // The next image comes from memory while this one is computed, a share of it with every row: the order in which a
@@ -175,6 +128,14 @@ struct Ahead {
     }
 };
 
+// The image after `image`, if it is within the units up to `end`, over `rows` rows.
+template <class T>
+Ahead ahead_of(const AffineWarp& p, int64_t image, int64_t rows, int64_t end) {
+    const int64_t size = p.channels * p.height * p.width;
+    const bool more = image + 1 < p.batch && (image + 1) * p.output_height < end && p.images_stride[0] == size;
+    return {more ? static_cast<const T*>(p.images) + (image + 1) * size : nullptr, size * int64_t{sizeof(T)}, rows, 0};
+}
+
 // Rows [y0, y1) and columns [x0, x1) of one image; x0 is a multiple of kBlock.
 template <class T, class R>
 void warp_tile(const AffineWarp& p, const Map& map, const Source<T>& source, int64_t image, int64_t y0, int64_t y1,
@@ -183,7 +144,7 @@ void warp_tile(const AffineWarp& p, const Map& map, const Source<T>& source, int
     const double* color = p.color_matrix ? p.color_matrix + image * p.color_stride : nullptr;
     const int together = p.channels <= 4 ? static_cast<int>(p.channels) : 1;  // the colour matrix needs three
     Points<R> points;
-    R values[4 * kBlock];
+    R values[4 * kBlock] = {};
     for (int64_t y = y0; y < y1; ++y) {
         ahead.row();
         for (int64_t x = x0; x < x1; x += kBlock) {
@@ -193,8 +154,7 @@ void warp_tile(const AffineWarp& p, const Map& map, const Source<T>& source, int
             for (int64_t c0 = 0; c0 < p.channels; c0 += together) {
                 sample_block(p, source, points, count, c0, together, values);
                 if (color) color_block(p, color, whole, count, values);
-                for (int c = 0; c < together; ++c)
-                    store_block(p, whole, offset + (c0 + c) * p.output_stride[1], count, c0 + c, values + c * kBlock);
+                store_block(p, whole, offset + c0 * p.output_stride[1], count, c0, together, values);
             }
         }
     }
@@ -217,10 +177,7 @@ void warp_rows_of(const AffineWarp& p, int64_t begin, int64_t end) {
         const Map map = map_of(p, image);
         const int64_t bytes = prepared_bytes<T>(p, map);
         const Source<T> source = prepared<T>(p, map, image, bytes ? thread_scratch(bytes) : nullptr);
-        const int64_t size = p.channels * p.height * p.width;
-        const bool more = image + 1 < p.batch && (image + 1) * p.output_height < end && p.images_stride[0] == size;
-        Ahead ahead{more ? static_cast<const T*>(p.images) + (image + 1) * size : nullptr, size * int64_t{sizeof(T)},
-                    y1 - y0, 0};
+        Ahead ahead = ahead_of<T>(p, image, y1 - y0, end);
         warp_tile<T, R>(p, map, source, image, y0, y1, 0, p.output_width, ahead);
     });
 }

@@ -10,6 +10,8 @@ namespace imgopt {
 namespace {
 
 constexpr int64_t kWindowBytes = 640 << 10;  // most of a 1 MiB L2 cache
+constexpr int64_t kTile = 128;               // output tile where a whole image's window does not fit
+constexpr int64_t kSparse = 8;               // positions per output pixel beyond which copying does not pay
 constexpr int64_t kSlack = 128;              // a vector may read or write this far past the last position
 
 struct Window {
@@ -43,8 +45,9 @@ inline Span span_of(double low, double high, int32_t n, Padding padding, int tap
 
 // What the tile's samples may touch. The extremes of a line's image are at its ends, those of a rectangle's at its
 // corners, as long as w does not vanish in between; the slack covers the rounding of float32 coordinates.
-inline void tile_spans(const Map& map, const Source<uint8_t>& source, Padding padding, int taps, int64_t y0, int64_t y1,
-                       int64_t x0, int64_t x1, Span* columns, Span* rows) {
+template <class T>
+void tile_spans(const Map& map, const Source<T>& source, Padding padding, int taps, int64_t y0, int64_t y1, int64_t x0,
+                int64_t x1, Span* columns, Span* rows) {
     const double* m = map.m;
     double low[2] = {__builtin_inf(), __builtin_inf()}, high[2] = {-__builtin_inf(), -__builtin_inf()};
     bool positive = true, negative = true;
@@ -73,9 +76,10 @@ inline void tile_spans(const Map& map, const Source<uint8_t>& source, Padding pa
     *rows = span_of(floor_of(low[1] - slack[1]), floor_of(high[1] + slack[1] + 1), source.height, padding, taps);
 }
 
-template <int C>
-Window window_of(const Map& map, const Source<uint8_t>& source, Padding padding, int taps, int64_t y0, int64_t y1,
-                 int64_t x0, int64_t x1) {
+// `bytes`: of a position; `stacked`: it holds two rows.
+template <class T>
+Window window_of(const Map& map, const Source<T>& source, Padding padding, int taps, int bytes, bool stacked,
+                 int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
     Span columns, rows;
     tile_spans(map, source, padding, taps, y0, y1, x0, x1, &columns, &rows);
     const int lead = taps == 4;
@@ -85,9 +89,14 @@ Window window_of(const Map& map, const Source<uint8_t>& source, Padding padding,
     w.x_last = columns.last - columns.first;
     w.y_last = rows.last - rows.first;
     w.width = w.x_last + taps;
-    w.height = w.y_last + (taps == 4 ? 4 : 1);
-    w.pitch = (int64_t{w.width} * position_bytes(C, taps) + 31) / 32 * 32;
+    w.height = w.y_last + (stacked ? 1 : taps);
+    w.pitch = (int64_t{w.width} * bytes + 31) / 32 * 32;
     return w;
+}
+
+// Whether a window fits, and copying pays: by positions that are copied per pixel of output.
+inline bool pays(const Window& w, int64_t planes, int64_t outputs) {
+    return planes * w.pitch * w.height <= kWindowBytes && int64_t{w.width} * w.height <= kSparse * outputs + 4096;
 }
 
 // --- filling it ----------------------------------------------------------------------------------------------------
