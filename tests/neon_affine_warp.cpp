@@ -86,6 +86,16 @@ struct Problem {
         p.color_stride = 12;
     }
 
+    // Any finite values below 2 instead of levels.
+    void make_floating(DType dtype) {
+        p.images_dtype = dtype;
+        p.table = nullptr;
+        const int64_t bytes = 2 * p.channels * p.height * p.width * bytes_of(dtype);
+        images.resize(static_cast<size_t>(bytes + 2 * kGuard));
+        p.images = images.data() + kGuard;
+        for (int64_t i = 0; i < bytes; ++i) images[kGuard + i] = static_cast<uint8_t>(generator());
+        for (int64_t i = bytes_of(dtype) - 1; i < bytes; i += bytes_of(dtype)) images[kGuard + i] &= 0x3f;
+    }
     void add_color() {
         for (int i = 0; i < 24; ++i) color.push_back(1.2 * uniform() - 0.3);
         p.color_matrix = color.data();
@@ -179,6 +189,29 @@ int main(int count, char** arguments) {
                         if (!same_gradients)
                             std::fprintf(stderr, "gradients of the above, c %d\n", static_cast<int>(c));
                         differ += !same_gradients;
+                        ++cases;
+                    }
+    for (const int64_t c : {1, 3, 4, 6})
+        for (const Interpolation interpolation :
+             {Interpolation::nearest, Interpolation::bilinear, Interpolation::bicubic})
+            for (const Padding padding : {Padding::constant, Padding::edge, Padding::reflect, Padding::symmetric})
+                for (int kind = 0; kind < 4; ++kind)
+                    for (const DType output : {DType::u8, DType::f32, DType::f16, DType::bf16}) {
+                        static constexpr DType kTypes[] = {DType::f32, DType::f16, DType::bf16};
+                        const int64_t* size = kSizes[generator() % 7];
+                        const uint32_t way = generator();
+                        Problem problem(c, size[0], size[1], size[2], size[3], output, way & 1, way & 2, kind);
+                        problem.make_floating(kTypes[way % 3]);
+                        problem.p.interpolation = interpolation;
+                        problem.p.padding = padding;
+                        problem.p.antialias = way % 7 == 0;
+                        if (c == 3 && way % 5 == 0) problem.add_color();
+                        const bool same = problem.run(tables[0]) == problem.run(tables[1]);
+                        if (!same)
+                            std::fprintf(stderr, "floating images, c %d interpolation %d padding %d kind %d dtype %d\n",
+                                         static_cast<int>(c), static_cast<int>(interpolation),
+                                         static_cast<int>(padding), kind, static_cast<int>(output));
+                        differ += !same;
                         ++cases;
                     }
     std::printf("%d cases, %d differ\n", cases, differ);

@@ -50,36 +50,24 @@ IMGOPT_INLINE void put_positions(uint8_t* to, __m128i a, __m128i b) {
     }
 }
 
-template <int C, int taps>
-void pack_pixels(const Source<uint8_t>& source, const uint8_t* first, const uint8_t* second, int32_t count,
-                 uint8_t* to) {
-    constexpr int bytes = position_bytes(C, taps);
-    const bool planar = !(source.column == C && source.channel == 1);
-    const int64_t column = planar ? 1 : C, channel = planar ? source.channel : 1;
-    int32_t i = 0;
-    if constexpr (C == 1) {
-        for (; i + 16 <= count; i += 16) {
-            const __m128i a = bytes_at(first + i);
-            if constexpr (taps == 2) {
-                const __m128i b = bytes_at(second + i);
-                put_bytes(to + 2 * i, _mm_unpacklo_epi8(a, b));
-                put_bytes(to + 2 * i + 16, _mm_unpackhi_epi8(a, b));
-            } else {
-                put_bytes(to + i, a);
-            }
+struct Packing {
+    template <int taps>
+    IMGOPT_INLINE static void put_sixteen(uint8_t* to, const uint8_t* first, const uint8_t* second) {
+        const __m128i a = bytes_at(first);
+        if constexpr (taps == 2) {
+            const __m128i b = bytes_at(second);
+            put_bytes(to, _mm_unpacklo_epi8(a, b));
+            put_bytes(to + 16, _mm_unpackhi_epi8(a, b));
+        } else {
+            put_bytes(to, a);
         }
-    } else {
-        const int ahead = planar || C == 4 ? 4 : 6;  // pixels that a 16-byte load of interleaved RGB touches
-        for (; i + ahead <= count; i += 4)
-            put_positions<C, taps>(to + i * bytes, four_pixels<C>(source, first + i * column, planar),
-                                   four_pixels<C>(source, second + i * column, planar));
     }
-    for (; i < count; ++i)
-        for (int c = 0; c < C; ++c) {
-            to[i * bytes + c] = first[i * column + c * channel];
-            if (taps == 2) to[i * bytes + C + c] = second[i * column + c * channel];
-        }
-}
+    template <int C, int taps>
+    IMGOPT_INLINE static void put_four(uint8_t* to, const Source<uint8_t>& source, const uint8_t* first,
+                                       const uint8_t* second, bool planar) {
+        put_positions<C, taps>(to, four_pixels<C>(source, first, planar), four_pixels<C>(source, second, planar));
+    }
+};
 
 // --- offsets --------------------------------------------------------------------------------------------------------
 
@@ -299,7 +287,7 @@ struct Isa {
     template <int C, int taps>
     static void pack(const Source<uint8_t>& source, const uint8_t* first, const uint8_t* second, int32_t count,
                      uint8_t* to) {
-        pack_pixels<C, taps>(source, first, second, count, to);
+        pack_pixels<Packing, C, taps>(source, first, second, count, to);
     }
     IMGOPT_INLINE static Points affine(const Base<float>& base, int lane) { return affine_points(base, lane); }
     IMGOPT_INLINE static Points perspective(const double* m, int64_t x, int64_t y) {

@@ -5,12 +5,11 @@
 
 #include <arm_neon.h>
 
+#include "lanes_neon.h"
 #include "windowed.h"
 
 namespace imgopt::neon {
 namespace {
-
-constexpr int kLanes = 4;
 
 // Four elements of a plane to consecutive places, or the first of them.
 template <class T, class Store>

@@ -175,6 +175,29 @@ void fill_row_slowly(const Source<uint8_t>& source, const uint8_t* fill, const W
     }
 }
 
+// Isa::pack of the units that pack four pixels of two rows at a time, sixteen where there is one channel.
+template <class Packing, int C, int taps>
+void pack_pixels(const Source<uint8_t>& source, const uint8_t* first, const uint8_t* second, int32_t count,
+                 uint8_t* to) {
+    constexpr int bytes = position_bytes(C, taps);
+    const bool planar = !(source.column == C && source.channel == 1);
+    const int64_t column = planar ? 1 : C, channel = planar ? source.channel : 1;
+    int32_t i = 0;
+    if constexpr (C == 1) {
+        for (; i + 16 <= count; i += 16) Packing::template put_sixteen<taps>(to + i * bytes, first + i, second + i);
+    } else {
+        const int ahead = planar || C == 4 ? 4 : 6;  // pixels that a 16-byte load of interleaved RGB touches
+        for (; i + ahead <= count; i += 4)
+            Packing::template put_four<C, taps>(to + i * bytes, source, first + i * column, second + i * column,
+                                                planar);
+    }
+    for (; i < count; ++i)
+        for (int c = 0; c < C; ++c) {
+            to[i * bytes + c] = first[i * column + c * channel];
+            if (taps == 2) to[i * bytes + C + c] = second[i * column + c * channel];
+        }
+}
+
 // Isa::pack writes the pixels of two rows, given where each starts, as positions; it may write a vector too far, so the
 // rest of a row follows it, and the rows go upwards.
 template <int C, int taps, class Isa>
