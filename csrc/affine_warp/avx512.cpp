@@ -90,9 +90,10 @@ struct Group {
     const uint8_t* origin;
     __m512 fx[2], fy[2];
     __mmask16 finite[2];
-    SplitWeights weights[2];
-    bool touched;  // or all of it is fill
-    bool plain;    // no pixel is fill as a whole
+    PairedWeights bilinear[2];
+    SplitWeights bicubic[2];  // of a row
+    bool touched;             // or all of it is fill
+    bool plain;               // no pixel is fill as a whole
 };
 
 // Written so that the compiler does not see the other end of it: it would move each offset through vpextrd, four times
@@ -246,7 +247,7 @@ IMGOPT_INLINE void load_planes(const uint8_t* data, const int32_t* offset, __m51
 // Samples of 16 pixels: levels times kWeightSum, one register per channel.
 template <int C>
 IMGOPT_INLINE void bilinear_samples(const Group& at, int half, __m512* to) {
-    const SplitWeights& w = at.weights[half];
+    const PairedWeights& w = at.bilinear[half];
     __m512i planes[4];
     load_planes<C>(at.origin, at.offset + half * kLanes, planes);
     for (int c = 0; c < C; ++c) {
@@ -257,7 +258,7 @@ IMGOPT_INLINE void bilinear_samples(const Group& at, int half, __m512* to) {
 // Four rows of four columns: each row in exact integers like the bilinear taps, then the rows in float32.
 template <int C>
 IMGOPT_INLINE void bicubic_samples(const Window& w, const Group& at, int half, __m512* to) {
-    const SplitWeights& columns = at.weights[half];
+    const SplitWeights& columns = at.bicubic[half];
     __m512 rows[4];
     bicubic_weights(at.fy[half], rows);
     for (int row = 0; row < 4; ++row) {
@@ -313,8 +314,8 @@ struct Isa {
     }
     template <int taps>
     IMGOPT_INLINE static void weigh(Group& to) {
-        if constexpr (taps == 2) weigh_bilinear(to.fx, to.fy, to.weights);
-        if constexpr (taps == 4) weigh_bicubic(to.fx, to.weights);
+        if constexpr (taps == 2) weigh_bilinear(to.fx, to.fy, to.bilinear);
+        if constexpr (taps == 4) weigh_bicubic(to.fx, to.bicubic);
     }
     template <int C, int taps>
     IMGOPT_INLINE static void samples(const Window& w, const Group& at, int half, __m512* to) {
@@ -338,7 +339,8 @@ struct Isa {
     }
     IMGOPT_INLINE static Points affine(const Base<float>& base, int lane) { return affine_points(base, lane); }
     IMGOPT_INLINE static Points perspective(const double* m, int64_t x, int64_t y) {
-        return joined(perspective_half<false>(m, x, y), perspective_half<false>(m, x + 8, y));
+        const double down[3] = {m[1] * y + m[2], m[4] * y + m[5], m[7] * y + m[8]};
+        return points_of(perspective_half<false>(m, down, x), perspective_half<false>(m, down, x + 8));
     }
     IMGOPT_INLINE static void round(Points& at) { round_to_nearest(at); }
     IMGOPT_INLINE static void fold(Points& at, int32_t width, int32_t height, Padding padding) {

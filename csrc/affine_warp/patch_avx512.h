@@ -5,116 +5,13 @@
 // taps outside the image look up.
 #pragma once
 
-#include "patch_plan_avx512.h"
+#include "patch_points_avx512.h"
 #include "stores_avx512.h"
 
 namespace imgopt::avx512 {
 namespace {
 
 constexpr __mmask64 kFillByte = 1ull << 63;  // of the last of a patch's registers
-constexpr uint8_t kOutside = 0xff;           // its index
-
-// --- coordinates ----------------------------------------------------------------------------------------------------
-
-// affine_base() of eight rows, two to a register: lane i is of row i / 8.
-struct RowPairs {
-    __m512i x[4], y[4];
-    __m512 fx[4], fy[4];
-
-    IMGOPT_INLINE void place(const Map& map, int64_t x0, int64_t y0) {
-        const Doubles y = Doubles{0, 1, 2, 3, 4, 5, 6, 7} + static_cast<double>(y0);
-        const auto along = [&](const double* m, __m512i* whole, __m512* fraction) {
-            const Doubles v = m[0] * static_cast<double>(x0) + (m[1] * y + m[2]), below = floor_of(v);
-            const __m512i row = _mm512_castsi256_si512(_mm512_cvttpd_epi32((__m512d)below));
-            const __m512 rest = _mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)(v - below)));
-            for (int pair = 0; pair < 4; ++pair) {
-                const __m512i lane =
-                    _mm512_inserti64x4(_mm512_set1_epi32(2 * pair), _mm256_set1_epi32(2 * pair + 1), 1);
-                whole[pair] = _mm512_permutexvar_epi32(lane, row);
-                fraction[pair] = _mm512_permutexvar_ps(lane, rest);
-            }
-        };
-        along(map.m, this->x, fx);
-        along(map.m + 3, this->y, fy);
-    }
-};
-
-struct PairLanes {
-    alignas(64) float index[kSide][16];
-
-    constexpr PairLanes() : index{} {
-        for (int i = 0; i < 16 * kSide; ++i) index[i / 16][i % 16] = static_cast<float>(i / 16 * kSide + i % kSide);
-    }
-};
-constexpr PairLanes kPairLane;
-
-// The points of two rows of a block.
-template <bool affine>
-IMGOPT_INLINE Points points_of(const Map& map, const RowPairs& rows, const float* step, int pair, int block, int64_t x,
-                               int64_t y) {
-    if constexpr (affine) {
-        const __m512 lane = _mm512_load_ps(kPairLane.index[block]);
-        const __m512 px = _mm512_fmadd_ps(_mm512_set1_ps(step[0]), lane, rows.fx[pair]);
-        const __m512 py = _mm512_fmadd_ps(_mm512_set1_ps(step[1]), lane, rows.fy[pair]);
-        const __m512 wx = floored(px), wy = floored(py);
-        return {_mm512_add_epi32(rows.x[pair], _mm512_cvttps_epi32(wx)),
-                _mm512_add_epi32(rows.y[pair], _mm512_cvttps_epi32(wy)), _mm512_sub_ps(px, wx), _mm512_sub_ps(py, wy),
-                0xffff};
-    } else {
-        return joined(perspective_half<true>(map.m, x, y + 2 * pair),
-                      perspective_half<true>(map.m, x, y + 2 * pair + 1));
-    }
-}
-
-// --- indices --------------------------------------------------------------------------------------------------------
-
-// Byte 0 of each dword in all of its bytes.
-IMGOPT_INLINE __m512i spread_bytes(__m512i v) {
-    return _mm512_shuffle_epi8(
-        v, _mm512_broadcast_i32x4(_mm_set_epi8(12, 12, 12, 12, 8, 8, 8, 8, 4, 4, 4, 4, 0, 0, 0, 0)));
-}
-
-// The places of each pixel's taps in the patch: four bytes, or the lowest one for nearest.
-template <int taps>
-IMGOPT_INLINE __m512i indices_inside(const Points& at, int32_t x, int32_t y) {
-    const __m512i first =
-        _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(at.y, 4), at.x), _mm512_set1_epi32(-(16 * y + x)));
-    if constexpr (taps == 1) return first;
-    return _mm512_add_epi8(spread_bytes(first), _mm512_set1_epi32(0x11011000));
-}
-
-// Tap k along one axis of coordinates that are mirrored already, from the patch's first pixel, or kOutside.
-IMGOPT_INLINE __m512i tap_place(__m512i v, int k, int32_t n, int32_t first, Padding padding) {
-    const __m512i start = _mm512_set1_epi32(first), last = _mm512_set1_epi32(n - 1);
-    v = _mm512_add_epi32(v, _mm512_set1_epi32(k));
-    if (padding == Padding::constant) {
-        const __mmask16 kept = _mm512_cmple_epu32_mask(v, last);
-        return _mm512_mask_sub_epi32(_mm512_set1_epi32(kOutside), kept, v, start);
-    }
-    if (padding == Padding::reflect) {
-        const __mmask16 past = _mm512_cmpgt_epi32_mask(v, last);
-        return _mm512_sub_epi32(_mm512_mask_mov_epi32(v, past, _mm512_set1_epi32(n - 2)), start);
-    }
-    return _mm512_sub_epi32(_mm512_min_epi32(_mm512_max_epi32(v, _mm512_setzero_si512()), last), start);
-}
-
-template <int taps>
-IMGOPT_INLINE __m512i indices_at_border(const Points& at, const Source<uint8_t>& source, Padding padding, int32_t x,
-                                        int32_t y) {
-    const auto row_place = [&](int k) {
-        const __m512i v = tap_place(at.y, k, source.height, y, padding);
-        // kOutside stays: sixteen rows are 0 .. 15.
-        return _mm512_mask_slli_epi32(v, _mm512_cmplt_epu32_mask(v, _mm512_set1_epi32(16)), v, 4);
-    };
-    __m512i columns = tap_place(at.x, 0, source.width, x, padding), rows = row_place(0);
-    if constexpr (taps == 2) {
-        columns = _mm512_or_si512(columns, _mm512_slli_epi32(tap_place(at.x, 1, source.width, x, padding), 16));
-        columns = _mm512_or_si512(columns, _mm512_slli_epi32(columns, 8));
-        rows = _mm512_or_si512(rows, _mm512_slli_epi32(row_place(1), 8));
-        rows = _mm512_or_si512(rows, _mm512_slli_epi32(rows, 16));
-    }
-    return _mm512_or_si512(columns, rows);
-}
 
 // --- patches --------------------------------------------------------------------------------------------------------
 
@@ -139,19 +36,21 @@ struct Patch {
     __m512i part[4][4];  // channel; C of them
 
     IMGOPT_INLINE void load_plane(const uint8_t* from, int64_t row, int c) {
-        const auto at = [&](int y) { return _mm_maskz_loadu_epi8(0x7fff, from + y * row); };
-        for (int i = 0; i < 4; ++i) {
-            const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(at(4 * i)), at(4 * i + 1), 1);
-            const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(at(4 * i + 2)), at(4 * i + 3), 1);
+        const int64_t triple = 3 * row;
+        for (int i = 0; i < 4; ++i, from += 4 * row) {
+            const auto at = [&](int64_t y) { return _mm_maskz_loadu_epi8(0x7fff, from + y); };
+            const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(row), 1);
+            const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(at(2 * row)), at(triple), 1);
             part[c][i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
         }
     }
     IMGOPT_INLINE void load_pixels(const uint8_t* from, int64_t row) {
         static constexpr PatchIndices<C> kIndices;
         constexpr __mmask64 pixels = (1ull << kPatchColumns * C) - 1;
-        const auto at = [&](int y) { return _mm512_maskz_loadu_epi8(pixels, from + y * row); };
-        for (int i = 0; i < 4; ++i) {
-            const __m512i rows[4] = {at(4 * i), at(4 * i + 1), at(4 * i + 2), at(4 * i + 3)};
+        const int64_t triple = 3 * row;
+        for (int i = 0; i < 4; ++i, from += 4 * row) {
+            const auto at = [&](int64_t y) { return _mm512_maskz_loadu_epi8(pixels, from + y); };
+            const __m512i rows[4] = {at(0), at(row), at(2 * row), at(triple)};
             for (int pair = 0; pair < 2; ++pair) {
                 const __m512i index = _mm512_load_si512(kIndices.index[pair]);
                 const __m512i a = _mm512_permutex2var_epi8(rows[0], index, rows[1]);
@@ -186,7 +85,6 @@ struct PatchJob {
     const Map& map;
     const Source<uint8_t>& source;
     const Epilogue<C> epilogue;  // a copy that no store can change
-    const float step[2];
     const uint8_t* fill;
     const int64_t image;
 };
@@ -206,45 +104,54 @@ IMGOPT_INLINE int32_t patch_start(const __m512i (&at)[4], int32_t side, int32_t 
 }
 
 template <int C, int taps, bool affine, bool border, class T>
-IMGOPT_INLINE void locate_block(const PatchJob<C, T>& job, const RowPairs& rows, Block& block, __m512i* index,
-                                SplitWeights* weights) {
-    const Source<uint8_t>& source = job.source;
-    const Padding padding = job.p.padding;
-    Points at[4];
-    for (int pair = 0; pair < 4; ++pair) {
-        at[pair] = points_of<affine>(job.map, rows, job.step, pair, block.index, block.x0, block.y0);
-        if constexpr (taps == 1) round_to_nearest(at[pair]);
-    }
-    if (border && padding >= Padding::reflect) {
+IMGOPT_INLINE void locate_block(const PatchJob<C, T>& job, const BlockRows<affine>& rows, Block& block, __m512i* index,
+                                PairedWeights* weights) {
+    __m512 fx[4], fy[4];
+    if constexpr (border) {
+        const Source<uint8_t>& source = job.source;
+        const Padding padding = job.p.padding;
+        Points at[4];
         for (int pair = 0; pair < 4; ++pair) {
-            fold_axis(at[pair].x, at[pair].fx, source.width, padding);
-            fold_axis(at[pair].y, at[pair].fy, source.height, padding);
+            at[pair] = rows.points(pair, block.index);
+            if constexpr (taps == 1) round_to_nearest(at[pair]);
         }
-        block.x = patch_start({at[0].x, at[1].x, at[2].x, at[3].x}, source.width, kPatchColumns);
-        block.y = patch_start({at[0].y, at[1].y, at[2].y, at[3].y}, source.height, kPatchRows);
+        if (padding >= Padding::reflect) {
+            for (int pair = 0; pair < 4; ++pair) {
+                fold_axis(at[pair].x, at[pair].fx, source.width, padding);
+                fold_axis(at[pair].y, at[pair].fy, source.height, padding);
+            }
+            block.x = patch_start({at[0].x, at[1].x, at[2].x, at[3].x}, source.width, kPatchColumns);
+            block.y = patch_start({at[0].y, at[1].y, at[2].y, at[3].y}, source.height, kPatchRows);
+        }
+        for (int pair = 0; pair < 4; ++pair) {
+            index[pair] = indices_at_border<taps>(at[pair], source, padding, block.x, block.y);
+            fx[pair] = at[pair].fx;
+            fy[pair] = at[pair].fy;
+        }
+    } else {
+        for (int pair = 0; pair < 4; ++pair) {
+            const InsidePoints at = rows.template inside<taps>(pair, block.index);
+            index[pair] = indices_inside<taps>(at.index, block.x, block.y);
+            fx[pair] = at.fx;
+            fy[pair] = at.fy;
+        }
     }
-    for (int pair = 0; pair < 4; ++pair)
-        index[pair] = border ? indices_at_border<taps>(at[pair], source, padding, block.x, block.y)
-                             : indices_inside<taps>(at[pair], block.x, block.y);
     if constexpr (taps == 2)
-        for (int half = 0; half < 4; half += 2) {
-            const __m512 fx[2] = {at[half].fx, at[half + 1].fx}, fy[2] = {at[half].fy, at[half + 1].fy};
-            weigh_bilinear(fx, fy, weights + half);
-        }
+        for (int half = 0; half < 4; half += 2) weigh_bilinear(fx + half, fy + half, weights + half);
 }
 
-// The bytes of 64 dwords, row by row of the block.
-IMGOPT_INLINE __m512i joined_bytes(const __m512i* v) {
+// The lowest bytes of 64 dwords.
+IMGOPT_INLINE __m512i lowest_bytes(const __m512i* v) {
     struct Order {
         alignas(64) uint8_t index[64];
 
-        constexpr Order() : index{} {  // packing leaves four pixels of each pair side by side in each 128 bits
-            for (int i = 0; i < 64; ++i) index[i] = static_cast<uint8_t>(i % 16 / 4 * 16 + i / 16 * 4 + i % 4);
+        constexpr Order() : index{} {
+            for (int i = 0; i < 64; ++i) index[i] = static_cast<uint8_t>(4 * i);
         }
     };
     static constexpr Order kOrder;
-    const __m512i words[2] = {_mm512_packus_epi32(v[0], v[1]), _mm512_packus_epi32(v[2], v[3])};
-    return _mm512_permutexvar_epi8(_mm512_load_si512(kOrder.index), _mm512_packus_epi16(words[0], words[1]));
+    const __m512i order = _mm512_load_si512(kOrder.index), low = _mm512_permutex2var_epi8(v[0], order, v[1]);
+    return _mm512_inserti64x4(low, _mm512_castsi512_si256(_mm512_permutex2var_epi8(v[2], order, v[3])), 1);
 }
 
 // Sixteen of 64 pixels, the channels in registers of their own, as dwords of a level each.
@@ -253,53 +160,100 @@ IMGOPT_INLINE __m512 widened_levels(__m512i plane) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(plane, pair)));
 }
 
-template <int C, bool colored, class T>
-IMGOPT_INLINE void finish_pair(const PatchJob<C, T>& job, const Block& block, int pair, __m512* samples, T* to) {
-    const int64_t row_step = job.p.output_stride[2];
-    const Target target{job.p.output_stride[1], job.p.output_stride[3] == 1 && C > 1, 0, 0};
-    const int count = static_cast<int>(block.columns < kSide ? block.columns : kSide);
-    if constexpr (colored) apply_color(job.epilogue.color, job.epilogue.unit, samples);
+// Columns that a block and what its stores write beyond it need.
+template <int C, class T>
+constexpr int64_t kWholeColumns = sizeof(T) == 1 && C == 3 ? 11 : kSide;
+
+// Where two rows of a block go. `whole`: all of its pixels are in the tile, and what is written beyond them too.
+template <bool whole, class T>
+IMGOPT_INLINE Places<T> places_of(const AffineWarp& p, const Block& block, int pair, T* to) {
+    const int64_t row_step = p.output_stride[2];
     to += 2 * pair * row_step;
-    const Places<T> places{{to, to + row_step}, {count, 2 * pair + 1 < block.rows ? count : 0}, block.columns};
-    store<C, false>(places, target, job.epilogue, samples);
+    const int count = whole || block.columns >= kSide ? kSide : static_cast<int>(block.columns);
+    return {
+        {to, to + row_step}, {count, whole || 2 * pair + 1 < block.rows ? count : 0}, whole ? kBlock : block.columns};
+}
+
+template <int C, bool colored, bool whole, class T>
+IMGOPT_INLINE void finish_pair(const PatchJob<C, T>& job, const Block& block, int pair, __m512* samples, T* to) {
+    const Target target{job.p.output_stride[1], job.p.output_stride[3] == 1 && C > 1, 0, 0};
+    if constexpr (colored) apply_color(job.epilogue.color, job.epilogue.unit, samples);
+    store<C, false>(places_of<whole>(job.p, block, pair, to), target, job.epilogue, samples);
+}
+
+// vpermi2b indices that bring two rows of a block's pixels to either half of a register: channels 0 and 1, or 2 and 3.
+template <int C>
+struct RowIndices {
+    alignas(64) uint8_t index[2][64];
+    uint64_t second;  // bytes of channels 2 and 3
+
+    constexpr RowIndices() : index{}, second(0) {
+        for (int i = 0; i < 64; ++i) {
+            const int pixel = i % 32 / C, c = i % 32 % C;
+            if (pixel >= kSide) continue;
+            const int from = i / 32 * kSide + pixel;
+            index[c / 2][i] = static_cast<uint8_t>(from + c % 2 * 64);
+            if (c > 1) second |= uint64_t{1} << i;
+        }
+    }
+};
+
+// Two rows of a block of levels, channel by channel, as they are.
+template <int C, int pair>
+IMGOPT_INLINE void put_levels(const Places<uint8_t>& at, const Target& target, const __m512i* planes) {
+    static constexpr RowIndices<C> kIndices;
+    if (C == 1 || target.planar) {
+        for (int c = 0; c < C; ++c) {
+            const __m128i levels = _mm512_extracti32x4_epi32(planes[c], pair);
+            put_eight(at.to[0] + c * target.channel, levels, at.count[0]);
+            put_eight(at.to[1] + c * target.channel, _mm_unpackhi_epi64(levels, levels), at.count[1]);
+        }
+        return;
+    }
+    const __m512i first = _mm512_set1_epi8(2 * pair * kSide);
+    const auto index = [&](int k) { return _mm512_add_epi8(_mm512_load_si512(kIndices.index[k]), first); };
+    __m512i pixels = _mm512_permutex2var_epi8(planes[0], index(0), planes[C > 1]);
+    if constexpr (C == 3) pixels = _mm512_mask_permutexvar_epi8(pixels, kIndices.second, index(1), planes[2]);
+    if constexpr (C == 4)
+        pixels =
+            _mm512_mask_mov_epi8(pixels, kIndices.second, _mm512_permutex2var_epi8(planes[2], index(1), planes[3]));
+    put_pixels<C>(at, pixels);
 }
 
 template <int C, int taps, bool affine, bool border, bool colored, class T>
-IMGOPT_INLINE void warp_block(const PatchJob<C, T>& job, const RowPairs& rows, Block block, T* to) {
+IMGOPT_INLINE void warp_block(const PatchJob<C, T>& job, const BlockRows<affine>& rows, Block block, T* to) {
     __m512i index[4];
-    SplitWeights weights[4];
+    PairedWeights weights[4];
     locate_block<C, taps, affine, border>(job, rows, block, index, weights);
     Patch<C> patch;
     patch.load(job.source, block.x, block.y);
     if constexpr (border) patch.surround(job.fill);
+    __m512i planes[C];
     if constexpr (taps == 1) {
-        const __m512i places = joined_bytes(index);
-        __m512i planes[C];
+        const __m512i places = lowest_bytes(index);
         for (int c = 0; c < C; ++c) planes[c] = patch.look_up(c, places);
-        const auto finish = [&]<int pair>() __attribute__((always_inline)) {
-            if (2 * pair >= block.rows) return;
-            __m512 samples[C];
-            for (int c = 0; c < C; ++c) samples[c] = widened_levels<pair>(planes[c]);
-            finish_pair<C, colored>(job, block, pair, samples, to);
-        };
-        finish.template operator()<0>();
-        finish.template operator()<1>();
-        finish.template operator()<2>();
-        finish.template operator()<3>();
-    } else {
-        for (int pair = 0; pair < 4; ++pair) {
-            if (2 * pair >= block.rows) break;
-            __m512 samples[C];
-            for (int c = 0; c < C; ++c)
-                samples[c] = _mm512_cvtepi32_ps(weighted(patch.look_up(c, index[pair]), weights[pair]));
-            finish_pair<C, colored>(job, block, pair, samples, to);
-        }
     }
+    const auto finish = [&]<int pair>() __attribute__((always_inline)) {
+        if (border && 2 * pair >= block.rows) return;
+        if constexpr (taps == 1 && sizeof(T) == 1 && !colored) {
+            const Target target{job.p.output_stride[1], job.p.output_stride[3] == 1, 0, 0};
+            return put_levels<C, pair>(places_of<!border>(job.p, block, pair, to), target, planes);
+        }
+        __m512 samples[C];
+        for (int c = 0; c < C; ++c)
+            samples[c] = taps == 1 ? widened_levels<pair>(planes[c])
+                                   : _mm512_cvtepi32_ps(weighted(patch.look_up(c, index[pair]), weights[pair]));
+        finish_pair<C, colored, !border>(job, block, pair, samples, to);
+    };
+    finish.template operator()<0>();
+    finish.template operator()<1>();
+    finish.template operator()<2>();
+    finish.template operator()<3>();
 }
 
 // Blocks at the border, beyond it, or cut off by the end of the tile.
 template <int C, int taps, bool affine, bool colored, class T>
-[[gnu::noinline]] void warp_any_block(const PatchJob<C, T>& job, const RowPairs& rows, const Block& block,
+[[gnu::noinline]] void warp_any_block(const PatchJob<C, T>& job, const BlockRows<affine>& rows, const Block& block,
                                       int64_t reach, T* to) {
     if (reach == kBeyond) {
         Ahead nothing{};
@@ -310,7 +264,7 @@ template <int C, int taps, bool affine, bool colored, class T>
         for (int pair = 0; 2 * pair < block.rows && pair < 4; ++pair) {
             __m512 samples[C];
             for (int c = 0; c < C; ++c) samples[c] = _mm512_set1_ps(job.epilogue.fill[c]);
-            finish_pair<C, colored>(job, block, pair, samples, to);
+            finish_pair<C, colored, false>(job, block, pair, samples, to);
         }
     } else {
         warp_block<C, taps, affine, true, colored>(job, rows, block, to);
@@ -321,9 +275,8 @@ template <int C, int taps, bool affine, bool colored, class T>
 
 // Output that is written soon, as the order of blocks is one that no processor foresees: one row of a strip.
 template <class T>
-IMGOPT_INLINE void prefetch_row(const AffineWarp& p, const T* to, int planes, int64_t columns) {
-    const int64_t bytes = columns * p.output_stride[3] * int64_t{sizeof(T)};
-    for (int plane = 0; plane < planes; ++plane, to += p.output_stride[1]) {
+IMGOPT_INLINE void prefetch_row(const T* to, int planes, int64_t plane, int64_t bytes) {
+    for (int i = 0; i < planes; ++i, to += plane) {
         const int64_t in_line = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64);
         for (int64_t i = -in_line; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(to) + i, 1, 3);
     }
@@ -334,28 +287,30 @@ template <int C, int taps, bool affine, bool colored, class T>
 void warp_blocks(const PatchJob<C, T>& job, int64_t y0, int64_t y1, int64_t x0, int64_t x1, Ahead& ahead) {
     const AffineWarp& p = job.p;
     const int64_t row_step = p.output_stride[2], step = p.output_stride[3];
+    const int planes = step == 1 ? C : 1;
     T* output = static_cast<T*>(p.output) + job.image * p.output_stride[0];
     for (int64_t x = x0; x < x1; x += kBlock) {
-        const int64_t columns = x1 - x < kBlock ? x1 - x : kBlock;
+        const int64_t columns_left = x1 - x, columns = columns_left < kBlock ? columns_left : kBlock;
+        const int64_t row_bytes = columns * step * int64_t{sizeof(T)};
         const int blocks = static_cast<int>((columns + kSide - 1) / kSide);
         for (int64_t y = y0; y < y1; y += kSide) {
             Patches patches;
-            RowPairs rows;
             plan_patches<taps>(job.map, job.source, p.padding, x, y, patches);
-            if constexpr (affine) rows.place(job.map, x, y);
+            const BlockRows<affine> rows(job.map, x, y);
             T* to = output + y * row_step + x * step;
+            const T* below = to + kSide * row_step;
             for (int i = 0; i < blocks; ++i, to += kSide * step) {
                 for (int row = i; row < kSide && y + row < y1; row += blocks) {
                     ahead.row();
                     if (y + kSide + row < y1)
-                        prefetch_row(p, output + (y + kSide + row) * row_step + x * step, step == 1 ? C : 1, columns);
+                        prefetch_row(below + row * row_step, planes, p.output_stride[1], row_bytes);
                 }
-                const int64_t column = x + i * kSide;
-                const Block block{i, column, y, x1 - column, y1 - y, patches.x[i], patches.y[i]};
-                if (patches.reach[i] == kInside && block.columns >= kSide && block.rows >= kSide)
+                const int64_t reach = patches.reach[i], rest = columns_left - i * kSide;
+                const Block block{i, x + i * kSide, y, rest, y1 - y, patches.x[i], patches.y[i]};
+                if (reach == kInside && rest >= kWholeColumns<C, T> && y + kSide <= y1)
                     warp_block<C, taps, affine, false, colored>(job, rows, block, to);
                 else
-                    warp_any_block<C, taps, affine, colored>(job, rows, block, patches.reach[i], to);
+                    warp_any_block<C, taps, affine, colored>(job, rows, block, reach, to);
             }
         }
     }
@@ -366,8 +321,7 @@ template <int C, int taps, bool colored, class T>
 bool warp_patches(const AffineWarp& p, const Map& map, const Source<uint8_t>& source, const Epilogue<C>& epilogue,
                   const uint8_t* fill, int64_t image, int64_t y0, int64_t y1, int64_t x0, int64_t x1, Ahead& ahead) {
     if (!patches_fit<taps>(map, source, y0, y1, x0, x1)) return false;
-    const PatchJob<C, T> job{p,    map,  source, epilogue, {static_cast<float>(map.m[0]), static_cast<float>(map.m[3])},
-                             fill, image};
+    const PatchJob<C, T> job{p, map, source, epilogue, fill, image};
     if (map.affine)
         warp_blocks<C, taps, true, colored>(job, y0, y1, x0, x1, ahead);
     else

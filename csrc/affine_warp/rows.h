@@ -117,23 +117,22 @@ void sample_block(const AffineWarp& p, const Source<T>& source, const Points<R>&
 // The next image comes from memory while this one is computed, a share of it with every row: the order in which a
 // turned image is read is one that no processor foresees.
 struct Ahead {
-    const void* from;  // null: nothing
-    int64_t bytes, rows, done;
+    const char *at, *end;  // the same: nothing is left
+    int64_t share;
 
-    void row() {
-        if (!from) return;
-        const int64_t end = ++done * bytes / rows;
-        for (int64_t i = (done - 1) * bytes / rows; i < end; i += 64)
-            __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+    IMGOPT_INLINE void row() {
+        const char* stop = end - at < share ? end : at + share;
+        for (; at < stop; at += 64) __builtin_prefetch(at, 0, 2);
     }
 };
 
 // The image after `image`, if it is within the units up to `end`, over `rows` rows.
 template <class T>
 Ahead ahead_of(const AffineWarp& p, int64_t image, int64_t rows, int64_t end) {
-    const int64_t size = p.channels * p.height * p.width;
+    const int64_t size = p.channels * p.height * p.width, bytes = size * int64_t{sizeof(T)};
     const bool more = image + 1 < p.batch && (image + 1) * p.output_height < end && p.images_stride[0] == size;
-    return {more ? static_cast<const T*>(p.images) + (image + 1) * size : nullptr, size * int64_t{sizeof(T)}, rows, 0};
+    const char* next = reinterpret_cast<const char*>(static_cast<const T*>(p.images) + (image + 1) * size);
+    return {next, more ? next + bytes : next, bytes / rows + 1};
 }
 
 // Rows [y0, y1) and columns [x0, x1) of one image; x0 is a multiple of kBlock.

@@ -133,7 +133,7 @@ void warp_strip(const AffineWarp& p, const Map& map, const Source<uint8_t>& sour
         if (located_row < y1) {
             const int64_t x = x0 + located * kBlock;
             const int count = static_cast<int>(x1 - x < kBlock ? x1 - x : kBlock);
-            if (located == 0) ahead.row();
+            ahead.row();
             locate_block<Isa, C, taps>(p, map, source, w, steps, columns[located], static_cast<int>(located_row - y0),
                                        x, located_row, count, groups[turn % 2]);
             if (++located == blocks) {
@@ -164,9 +164,8 @@ void warp_strip(const AffineWarp& p, const Map& map, const Source<uint8_t>& sour
 template <class Isa, int C, int taps, bool colored, class T>
 void warp_strips(const AffineWarp& p, const Map& map, const Source<uint8_t>& source, const Window& w,
                  const Epilogue<C>& epilogue, int64_t image, int64_t y0, int64_t y1, int64_t x0, int64_t x1,
-                 const uint8_t* next) {
+                 Ahead& ahead) {
     constexpr int64_t wide = kStripBlocks * kBlock;
-    Ahead ahead{next, p.height * p.width * C, (y1 - y0) * ((x1 - x0 + wide - 1) / wide), 0};
     for (int64_t y = y0; y < y1; y += Isa::kLanes) {
         const int64_t y_end = y + Isa::kLanes < y1 ? y + Isa::kLanes : y1;
         for (int64_t x = x0; x < x1; x += wide) {
@@ -201,7 +200,6 @@ void warp_windowed(const AffineWarp& p, int64_t begin, int64_t end) {
         const Source<uint8_t> source = prepared<uint8_t>(p, map, image, scratch);
         const int64_t block_rows = (y_end - y_begin) * ((p.output_width + kBlock - 1) / kBlock);
         Ahead ahead = ahead_of<uint8_t>(p, image, block_rows, end);
-        const uint8_t* next = static_cast<const uint8_t*>(ahead.from);
         const auto warp_from_patches = [&](int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
             if constexpr (taps < 4 && Isa::kPatches)
                 return epilogue.moderate && Isa::template warp_blocks<C, taps, T>(p, map, source, epilogue, fill, image,
@@ -216,9 +214,10 @@ void warp_windowed(const AffineWarp& p, int64_t begin, int64_t end) {
             fill_window<C, taps, Isa>(source, fill, w, p.padding);
             if constexpr (C == 3)
                 if (epilogue.colored)
-                    return warp_strips<Isa, C, taps, true, T>(p, map, source, w, epilogue, image, y0, y1, x0, x1, next),
+                    return warp_strips<Isa, C, taps, true, T>(p, map, source, w, epilogue, image, y0, y1, x0, x1,
+                                                              ahead),
                            true;
-            warp_strips<Isa, C, taps, false, T>(p, map, source, w, epilogue, image, y0, y1, x0, x1, next);
+            warp_strips<Isa, C, taps, false, T>(p, map, source, w, epilogue, image, y0, y1, x0, x1, ahead);
             return true;
         };
         if (warp_from_patches(y_begin, y_end, 0, p.output_width)) return;
