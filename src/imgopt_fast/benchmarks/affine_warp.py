@@ -28,8 +28,6 @@ What stands between these cases and their goals, measured on a Zen 5 core with A
   took a quarter off. The floor of 0.3 ms counts bytes and arithmetic only.
 """
 
-import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,14 +37,12 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional as F
 
-from imgopt_fast import _native, augment
+from imgopt_fast import _native
+from imgopt_fast.benchmarks.augmentation import PipelineCase
 from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
+from imgopt_fast.benchmarks.warp_inputs import BILINEAR_FLOPS, MEAN, STD, affine_grid_theta, draw_matrices, photographs
 from imgopt_fast.ops.affine_warp import affine_warp
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Sixteen bilinear RGB pixels from uint8 take 66 vector instructions, 17 cycles on a core that issues four in each. In
-# 17 cycles it does 34 fused multiply-adds of 16 lanes, so that a pixel costs the time of 68 flop at the FMA rate.
-BILINEAR_FLOPS = 68
 # Their coordinates are float32 and their weights are rounded: a uint8 result may fall on the other side of a half.
 ONE_LEVEL = Agreement(1.0, outliers=1e-3)
 # 0.02 of 255 levels, over the smallest std; bfloat16 rounds a value of up to 2.7 by 2^-8 of itself.
@@ -173,20 +169,14 @@ class WarpCase(Case):
         return Agreement(1.0, outliers=5e-3) if self.interpolation == "nearest" else ONE_LEVEL
 
     def with_opencv(self) -> Runner:
-        cv2 = import_module("cv2")
-        source = self.images.permute(0, 2, 3, 1).numpy()
+        warp, source = self.opencv_warp(), self.images.permute(0, 2, 3, 1).numpy()
         matrices = self.matrix.double().numpy()
-        flags = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
-        how = flags[self.interpolation] | cv2.WARP_INVERSE_MAP
-        border = getattr(cv2, CV2_BORDER[self.padding_mode])
-        warp = cv2.warpPerspective if self.perspective else cv2.warpAffine
         target = torch.empty(source.shape, dtype=torch.uint8)
         views = list(target.numpy())
-        size = (self.side, self.side)
 
         def levels() -> torch.Tensor:
             for image, matrix, view in zip(source, matrices, views, strict=True):
-                warp(image, matrix, size, dst=view, flags=how, borderMode=border)
+                warp(image, matrix, view)
             return target.permute(0, 3, 1, 2)
 
         # Its cubic kernel and its older linear one have weights in 1/32 pixel steps.
@@ -201,6 +191,15 @@ class WarpCase(Case):
         # Its warp has rounded to uint8 before the normalisation: half a level more.
         rounded = Agreement(agreement.bound + 0.51 / (255 * min(STD)), agreement.outliers)
         return Runner(chain, rounded, goal=self.goal("opencv"))
+
+    def opencv_warp(self) -> Callable[[Any, Any, Any], Any]:
+        """From an image of pixels and a matrix into another image."""
+        cv2 = import_module("cv2")
+        flags = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+        how = flags[self.interpolation] | cv2.WARP_INVERSE_MAP
+        border, size = getattr(cv2, CV2_BORDER[self.padding_mode]), (self.side, self.side)
+        warp = cv2.warpPerspective if self.perspective else cv2.warpAffine
+        return lambda image, matrix, target: warp(image, matrix, size, dst=target, flags=how, borderMode=border)
 
     def with_kornia(self) -> Runner:
         transform = import_module("kornia.geometry.transform")
@@ -244,6 +243,44 @@ class TwinCase(WarpCase):
         fill, layout = [0.0] * self.channels, torch.channels_last
         how: tuple[Any, ...] = (self.interpolation, self.padding_mode, fill, False, None, None, [], [], None, layout)
         return Runner(lambda: fallback.affine_warp(images, matrix, size, *how))
+
+
+@dataclass(eq=False)
+class FloatingCase(WarpCase):
+    """float32 images and results, NCHW here and for torch, rows of pixels for OpenCV."""
+
+    @cached_property
+    def images(self) -> torch.Tensor:
+        return photographs(self.batch, self.channels, self.side).float().div_(255).contiguous()
+
+    def work(self) -> Work:
+        values = self.images.numel()
+        return Work(0.0, bytes_read=4 * values, bytes_written=4 * values)
+
+    def peers(self) -> Mapping[str, Callable[[], Runner]]:
+        peers: dict[str, Callable[[], Runner]] = {"torch": self.with_torch, "opencv": self.with_opencv}
+        if self.perspective:
+            del peers["torch"]
+        return peers
+
+    def agreement(self) -> Agreement:
+        # OpenCV's older kernels have weights in 1/32 pixel steps; a coordinate near a half picks another pixel.
+        return Agreement(4 / 255, outliers=0.01)
+
+    def finish_levels(self, levels: torch.Tensor) -> torch.Tensor:
+        return levels
+
+    def with_opencv(self) -> Runner:
+        warp, source = self.opencv_warp(), self.images.permute(0, 2, 3, 1).contiguous()
+        target = torch.empty_like(source)
+        images, views, matrices = list(source.numpy()), list(target.numpy()), self.matrix.double().numpy()
+
+        def call() -> torch.Tensor:
+            for image, matrix, view in zip(images, matrices, views, strict=True):
+                warp(image, matrix, view)
+            return target.permute(0, 3, 1, 2)
+
+        return Runner(call, self.agreement(), goal=self.goal("opencv"))
 
 
 @dataclass(eq=False)
@@ -296,154 +333,6 @@ class GradientCase(WarpCase):
         return self.gradient(forward, theta)
 
 
-@dataclass(eq=False)
-class PipelineCase(Case):
-    """Flip, rotation and scale, brightness, contrast and saturation, normalisation: uint8 images to float32 NCHW.
-
-    Everyone draws his own parameters, so what has to agree is the mean and the deviation of each channel.
-    """
-
-    subject: ClassVar[str] = "affine_warp"
-    name: str
-    batch: int
-    side: int
-    goals: Mapping[str, float]
-    quick: bool = False
-
-    degrees: ClassVar[float] = 30.0
-    scale: ClassVar[tuple[float, float]] = (0.8, 1.2)
-    jitter: ClassVar[float] = 0.2
-    # Sixty-four draws; a channel that is wrong in scale, offset or order is off by more.
-    agreement: ClassVar[Agreement] = Agreement(0.15)
-
-    @cached_property
-    def images(self) -> torch.Tensor:
-        return photographs(self.batch, 3, self.side)
-
-    def work(self) -> Work:
-        # The warp, and a colour matrix of nine multiply-adds per pixel.
-        pixels = self.batch * self.side**2
-        return Work(float((BILINEAR_FLOPS + 18) * pixels), bytes_read=3 * pixels, bytes_written=12 * pixels)
-
-    def ours(self) -> Runner:
-        pipeline = augment.Compose(
-            [
-                augment.RandomHorizontalFlip(),
-                augment.RandomAffine(self.degrees, scale=self.scale, interpolation="bilinear"),
-                augment.ColorJitter(self.jitter, self.jitter, self.jitter),
-                augment.Normalize(MEAN, STD),
-            ]
-        )
-        images, generator = self.images, torch.Generator().manual_seed(5)
-        return Runner(lambda: pipeline(images, generator=generator), result=moments)
-
-    def peers(self) -> Mapping[str, Callable[[], Runner]]:
-        return {"torch": self.with_torch, "albumentations": self.with_albumentations, "kornia": self.with_kornia}
-
-    def with_torch(self) -> Runner:
-        """The same by hand: a matrix per sample for the geometry, another for the colour."""
-        images, generator = self.images, torch.Generator().manual_seed(6)
-        mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
-        grey = torch.tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)
-
-        def uniform(low: float, high: float) -> torch.Tensor:
-            return low + (high - low) * torch.rand(self.batch, 1, 1, 1, generator=generator)
-
-        def call() -> torch.Tensor:
-            angle, scale = uniform(-1, 1) * math.radians(self.degrees), 1 / uniform(*self.scale)
-            mirror = 1 - 2 * (uniform(0, 1) < 0.5).float()
-            zero = torch.zeros_like(angle)
-            rows = [mirror * scale * angle.cos(), -scale * angle.sin(), zero]
-            rows += [mirror * scale * angle.sin(), scale * angle.cos(), zero]
-            theta = torch.cat(rows, dim=1).view(-1, 2, 3)
-            pixels = images.float().div_(255)
-            grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
-            pixels = F.grid_sample(pixels, grid, align_corners=False)
-            around = 1 - self.jitter, 1 + self.jitter
-            pixels = pixels.mul_(uniform(*around)).clamp_(0, 1)
-            level = (pixels * grey).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-            pixels = torch.lerp(level, pixels, uniform(*around)).clamp_(0, 1)
-            luma = (pixels * grey).sum(1, keepdim=True)
-            return torch.lerp(luma, pixels, uniform(*around)).clamp_(0, 1).sub_(mean).div_(std)
-
-        return Runner(call, self.agreement, moments)
-
-    def with_albumentations(self) -> Runner:
-        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or it asks a server for news at import
-        library = import_module("albumentations")
-        to_tensor = import_module("albumentations.pytorch").ToTensorV2
-        jitter = (1 - self.jitter, 1 + self.jitter)
-        pipeline = library.Compose(
-            [
-                library.HorizontalFlip(p=0.5),
-                library.Affine(rotate=(-self.degrees, self.degrees), scale=self.scale, p=1.0),
-                library.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter, hue=(0.0, 0.0), p=1.0),
-                library.Normalize(MEAN, STD),
-                to_tensor(),
-            ],
-            seed=7,
-        )
-        images = list(self.images.permute(0, 2, 3, 1).numpy())
-        return Runner(
-            lambda: torch.stack([pipeline(image=image)["image"] for image in images]),
-            self.agreement,
-            moments,
-            self.goals["albumentations"],
-        )
-
-    def with_kornia(self) -> Runner:
-        library = import_module("kornia.augmentation")
-        pipeline = library.AugmentationSequential(
-            library.RandomHorizontalFlip(p=0.5),
-            library.RandomAffine(self.degrees, scale=self.scale, p=1.0),
-            library.ColorJitter(self.jitter, self.jitter, self.jitter, 0.0, p=1.0),
-            library.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
-            data_keys=["input"],
-        )
-        images = self.images
-        return Runner(
-            lambda: pipeline(images.contiguous().float().div_(255)), self.agreement, moments, self.goals["kornia"]
-        )
-
-
-def moments(images: torch.Tensor) -> torch.Tensor:
-    """Mean and deviation of each channel over a batch."""
-    return torch.cat([images.mean((0, 2, 3)), images.std((0, 2, 3))])
-
-
-def photographs(batch: int, channels: int, side: int) -> torch.Tensor:
-    """Smooth uint8 images with a little noise, channels_last."""
-    generator = torch.Generator().manual_seed(1)
-    coarse = torch.rand(batch, channels, max(2, side // 8), max(2, side // 8), generator=generator)
-    smooth = F.interpolate(coarse, (side, side), mode="bilinear", align_corners=True) * 240
-    noise = torch.rand(batch, channels, side, side, generator=generator) * 15
-    return (smooth + noise).to(torch.uint8).contiguous(memory_format=torch.channels_last)
-
-
-def draw_matrices(batch: int, side: int, perspective: bool) -> torch.Tensor:
-    """Output-to-input matrices: rotation of up to 30 degrees about the centre, scale 0.8 to 1.2."""
-    generator = torch.Generator().manual_seed(2)
-    angle = (torch.rand(batch, generator=generator, dtype=torch.float64) * 2 - 1) * math.pi / 6
-    scale = 1 / (0.8 + 0.4 * torch.rand(batch, generator=generator, dtype=torch.float64))
-    cos, sin, centre = scale * angle.cos(), scale * angle.sin(), (side - 1) / 2
-    rows = [cos, -sin, centre - cos * centre + sin * centre, sin, cos, centre - sin * centre - cos * centre]
-    matrix = torch.stack(rows, dim=1).view(batch, 2, 3)
-    if perspective:
-        tilt = (torch.rand(batch, 1, 2, generator=generator, dtype=torch.float64) * 2 - 1) * 0.2 / side
-        matrix = torch.cat([matrix, torch.cat([tilt, torch.ones(batch, 1, 1, dtype=torch.float64)], dim=2)], dim=1)
-    return matrix.float()
-
-
-def affine_grid_theta(matrix: torch.Tensor, side: int, *, aligned: bool = True) -> torch.Tensor:
-    """`matrix`, which maps pixels to pixels, in the units of affine_grid, where the image spans [-1, 1]."""
-    half = (side - 1) / 2 if aligned else side / 2  # pixels per unit; the centre is at (side - 1) / 2 in both
-    centre = (side - 1) / 2
-    to_pixels = torch.tensor([[half, 0, centre], [0, half, centre], [0, 0, 1]], dtype=torch.float64)
-    full = torch.cat([matrix.double(), torch.tensor([[[0.0, 0.0, 1.0]]]).double().expand(len(matrix), 1, 3)], dim=1)
-    theta: torch.Tensor = torch.linalg.inv(to_pixels) @ full @ to_pixels
-    return theta[:, :2].float()
-
-
 def _cases() -> list[Case]:
     four = {"opencv": 4.0}
     found: list[Case] = [
@@ -459,6 +348,12 @@ def _cases() -> list[Case]:
         WarpCase("1 channel", channels=1, goals=four),
         WarpCase("4 channels", channels=4, goals=four),
         WarpCase("512 images of 32 x 32", batch=512, side=32, quick=True, goals=four),
+    ]
+    found += [
+        FloatingCase("float32 images, nearest", batch=16, interpolation="nearest"),
+        FloatingCase("float32 images, bilinear", batch=16),
+        FloatingCase("float32 images, bicubic", batch=16, interpolation="bicubic"),
+        FloatingCase("float32 images, homography", batch=16, perspective=True),
     ]
     if "avx2" in _native.supported_isas():
         found.append(WarpCase("AVX2 forced", isa="avx2", goals={"opencv": 3.0}))

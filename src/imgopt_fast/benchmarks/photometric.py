@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional as F
 
-from imgopt_fast.benchmarks.affine_warp import photographs
 from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
+from imgopt_fast.benchmarks.warp_inputs import photographs
 from imgopt_fast.ops.photometric import adjust_hue, adjust_sharpness, apply_table
 
 BATCH, SIDE = 64, 224
