@@ -44,13 +44,14 @@ inline __m128i load_16(const uint8_t* in, int64_t channels) {
     return _mm_load_si128(reinterpret_cast<const __m128i*>(bytes));
 }
 
-inline void depthwise_pixel(const Tile& t, const uint8_t* const* rows, __m256i offset0, __m256i offset1) {
+// The sums of a pixel's 16 channels.
+inline void depthwise_sums(const Tile& t, const uint8_t* const* rows, const __m256i (&offset)[2], __m256i (&sums)[2]) {
     const __m128i flip = _mm_set1_epi8(static_cast<char>(t.conv->input_flip));
     const auto load = [&](int64_t tap) {
         return _mm256_cvtepu8_epi16(_mm_xor_si128(load_16(rows[tap * t.row_stride] + t.channel, t.channels), flip));
     };
     const __m256i* weight = reinterpret_cast<const __m256i*>(t.weight);
-    __m256i sum0 = offset0, sum1 = offset1;
+    __m256i sum0 = offset[0], sum1 = offset[1];
     for (int64_t tap = 0; tap < t.taps; tap += 2, weight += 2) {
         const __m256i a = load(tap), b = load(tap + 1 < t.taps ? tap + 1 : tap);
         const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
@@ -58,8 +59,7 @@ inline void depthwise_pixel(const Tile& t, const uint8_t* const* rows, __m256i o
         sum1 = _mm256_add_epi32(sum1, _mm256_madd_epi16(high, _mm256_loadu_si256(weight + 1)));
     }
     // Back to sums of channels 0..7 and 8..15, which the common epilogue takes.
-    const __m256i sums[2] = {_mm256_permute2x128_si256(sum0, sum1, 0x20), _mm256_permute2x128_si256(sum0, sum1, 0x31)};
-    store_row<2>(t, t.pixel, sums);
+    sums[0] = _mm256_permute2x128_si256(sum0, sum1, 0x20), sums[1] = _mm256_permute2x128_si256(sum0, sum1, 0x31);
 }
 
 inline void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
@@ -88,11 +88,15 @@ inline void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
             tile.channels = smaller(kDepthwiseChannels, w.out_channels - c);
             const __m256i* offset = reinterpret_cast<const __m256i*>(p.offset + c);
             const __m256i o0 = _mm256_loadu_si256(offset), o1 = _mm256_loadu_si256(offset + 1);
-            const __m256i offset0 = _mm256_permute2x128_si256(o0, o1, 0x20);
-            const __m256i offset1 = _mm256_permute2x128_si256(o0, o1, 0x31);
-            for (int64_t m = 0; m < pixels; ++m) {
-                tile.pixel = first + m;
-                depthwise_pixel(tile, table + m, offset0, offset1);
+            const __m256i offset_lanes[2] = {_mm256_permute2x128_si256(o0, o1, 0x20),
+                                             _mm256_permute2x128_si256(o0, o1, 0x31)};
+            const ByteEpilogueYmm to_bytes(tile);
+            for (int64_t m = 0; m < pixels; m += 2) {
+                __m256i sums[2][2];
+                const int64_t pixel[2] = {first + m, first + m + 1};
+                const int count = m + 1 < pixels ? 2 : 1;
+                for (int i = 0; i < count; ++i) depthwise_sums(tile, table + m + i, offset_lanes, sums[i]);
+                store_pixels<2>(tile, to_bytes, pixel, sums, count);
             }
         }
     }

@@ -99,14 +99,16 @@ int64_t depth_of(const Int8Weight& w) {
     return w.kernel_h * row_depth_of<Isa>(w);
 }
 
-// How the left operand is read: bytes whose pixels are whole dwords where they lie, tap by tap; the bytes of a first
-// layer, where the pixels of a kernel row follow each other, row by row; others, and words, from a strip.
+// How the left operand is read: pixels that are whole dwords where they lie, tap by tap; those of a first layer, where
+// the pixels of a kernel row follow each other, row by row; others from a strip. Words are read from widened rows, or,
+// where every pixel has one tap at most, also from a strip.
 enum class Reading { taps, rows, strip };
 
 template <class Isa>
 Reading reading_of(const Int8Conv2d& p) {
     const Int8Weight& w = p.weight;
-    if (kGroup<Isa> == 4 && w.group_channels % 4 == 0) return Reading::taps;
+    if (kGroup<Isa> == 2 && (w.kernel_h <= p.stride_h || w.kernel_w <= p.stride_w)) return Reading::strip;
+    if (w.group_channels % kGroup<Isa> == 0) return Reading::taps;
     return p.dilation_w == 1 && w.groups == 1 && w.group_channels == p.input_stride ? Reading::rows : Reading::strip;
 }
 
@@ -150,9 +152,15 @@ bool skips_taps(const Int8Conv2d& p) {
     return sorted_pixels<Isa>() > 0 && reading_of<Isa>(p) == Reading::taps && can_skip_taps(p);
 }
 
+// Whether the words of a block's input rows are made before its table.
+template <class Isa>
+bool widens_rows(const Int8Conv2d& p) {
+    return kGroup<Isa> == 2 && reading_of<Isa>(p) != Reading::strip;
+}
+
 template <class Isa>
 int64_t block_pixels(const Int8Conv2d& p) {
-    return skips_taps<Isa>(p) ? sorted_pixels<Isa>() : Isa::kBlockPixels;
+    return skips_taps<Isa>(p) || widens_rows<Isa>(p) ? sorted_pixels<Isa>() : Isa::kBlockPixels;
 }
 
 template <class Isa>
@@ -193,6 +201,81 @@ void run_classes(Tile& tile, const TapClasses<BLOCK>& classes, int64_t vectors) 
     tile.taps = all;
 }
 
+// The left operands of one block after another, in the thread's scratch memory.
+template <class Isa>
+struct LeftOperands {
+    using Product = typename Isa::Product;
+    static constexpr int64_t kProductBytes = sizeof(Product);
+
+    const Int8Conv2d& p;
+    const Reading reading;
+    const bool skips, widens;
+    const int64_t most, row_depth, depth;  // pixels of a block; products
+    const uint8_t **table, **sorted, **strip_rows;
+    uint8_t* padding;
+    Product *strip, *words;
+    TapClasses<sorted_pixels<Isa>()> classes;
+    int64_t group_done;
+
+    // For blocks [begin, end).
+    LeftOperands(const Int8Conv2d& conv, const Blocks& blocks, int64_t begin, int64_t end)
+        : p(conv),
+          reading(reading_of<Isa>(conv)),
+          skips(skips_taps<Isa>(conv)),
+          widens(widens_rows<Isa>(conv)),
+          most(block_pixels<Isa>(conv)),
+          row_depth(row_depth_of<Isa>(conv.weight)),
+          depth(depth_of<Isa>(conv.weight)) {
+        const int64_t table_entries = taps_of(p.weight) * most, channels = p.weight.groups * p.weight.group_channels;
+        const int64_t table_bytes = ((skips ? 2 : 1) * table_entries + most) * 8;
+        const int64_t row_bytes = round_up(channels * kProductBytes, 64);
+        const int64_t strip_bytes = reading == Reading::taps ? 0 : round_up(most * depth * kProductBytes, 64);
+        int64_t rows = 0;
+        for (int64_t block = begin; widens && block < end; ++block) {
+            const WidenedRows widened(p, blocks.begin(block), blocks.begin(block + 1));
+            rows = widened.end - widened.begin > rows ? widened.end - widened.begin : rows;
+        }
+        const int64_t words_bytes = widens ? (rows * WidenedRows::row_words(p) + row_depth) * kProductBytes : 0;
+        char* scratch = static_cast<char*>(thread_scratch(table_bytes + row_bytes + strip_bytes + words_bytes));
+        table = reinterpret_cast<const uint8_t**>(scratch);
+        strip_rows = table + table_entries;
+        sorted = strip_rows + most;  // where `skips`
+        padding = reinterpret_cast<uint8_t*>(scratch + table_bytes);
+        strip = reinterpret_cast<Product*>(padding + row_bytes);
+        words = reinterpret_cast<Product*>(padding + row_bytes + strip_bytes);
+        for (int64_t m = 0; m < most; ++m) strip_rows[m] = reinterpret_cast<const uint8_t*>(strip + m * depth);
+        memset(padding, p.input_zero_point ^ p.input_flip, static_cast<size_t>(row_bytes));
+        if (widens)
+            for (int64_t c = 0; c < channels; ++c)
+                reinterpret_cast<Product*>(padding)[c] = static_cast<Product>(p.input_zero_point);
+    }
+
+    void fill(int64_t begin, int64_t end) {
+        Int8Conv2d widened;
+        if constexpr (kProductBytes > 1)
+            if (widens) widened = WidenedRows(p, begin, end).fill(p, words);
+        const Int8Conv2d& from = widens ? widened : p;
+        if (reading == Reading::rows)
+            fill_rows(from, begin, end, padding, row_depth, strip, table, most);
+        else
+            fill_table(from, begin, end, padding, table, most);
+        if (skips) {
+            classes.sort(p, begin, end);
+            if (classes.count > 1) classes.sort_table(table, taps_of(p.weight), end - begin, most, sorted);
+        }
+        group_done = -1;
+    }
+
+    // The table of a group whose block is `pixels` long.
+    const uint8_t* const* rows(int64_t group, int64_t pixels) {
+        if (reading != Reading::strip) return classes.count > 1 ? sorted : table;
+        if (group != group_done)
+            fill_strip(p, table, most, group * p.weight.group_channels, pixels, row_depth, depth, strip);
+        group_done = group;
+        return strip_rows;
+    }
+};
+
 // Weights of a layer that stay in L2 from one block of pixels to the next. More of them, and those that only one block
 // reads, come from further away, and the first tile of a panel waited for them: 512 to 512 channels at 7 x 7 takes 0.86
 // of the time when a panel is fetched evenly while the one before it is in use, and 1.0 when in bursts per tap.
@@ -200,76 +283,48 @@ constexpr int64_t kWeightsKept = int64_t{1} << 19;
 
 template <class Isa>
 void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
-    using Product = typename Isa::Product;
+    constexpr int64_t product_bytes = LeftOperands<Isa>::kProductBytes;
+    if (begin >= end) return;
     const Int8Weight& w = p.weight;
     const Panels<Isa> panels(w);
-    const int64_t most = block_pixels<Isa>(p);
-    constexpr int64_t product_bytes = static_cast<int64_t>(sizeof(Product));
-    const Blocks blocks(p, most);
-    const int64_t depth = depth_of<Isa>(w), row_depth = row_depth_of<Isa>(w), per_group = w.out_channels / w.groups;
-    const Reading reading = reading_of<Isa>(p);
-    const bool skips = skips_taps<Isa>(p);
-    const int64_t table_entries = taps_of(w) * most, row_bytes = round_up(w.groups * w.group_channels, 64);
-    const int64_t table_bytes = ((skips ? 2 : 1) * table_entries + most) * 8;
-    const int64_t strip_bytes = reading == Reading::taps ? 0 : most * depth * product_bytes;
-    char* scratch = static_cast<char*>(thread_scratch(table_bytes + row_bytes + strip_bytes));
-    const uint8_t** table = reinterpret_cast<const uint8_t**>(scratch);
-    const uint8_t** strip_rows = table + table_entries;
-    const uint8_t** sorted = strip_rows + most;  // where `skips`
-    uint8_t* padding = reinterpret_cast<uint8_t*>(scratch + table_bytes);
-    Product* strip = reinterpret_cast<Product*>(padding + row_bytes);
-    for (int64_t m = 0; m < most; ++m) strip_rows[m] = reinterpret_cast<const uint8_t*>(strip + m * depth);
-    memset(padding, p.input_zero_point ^ p.input_flip, static_cast<size_t>(row_bytes));
+    const Blocks blocks(p, block_pixels<Isa>(p));
+    const int64_t per_block = panels.panels * w.groups, per_group = w.out_channels / w.groups;
+    LeftOperands<Isa> left(p, blocks, begin / per_block, (end - 1) / per_block + 1);
 
     Tile tile{};
     tile.conv = &p;
     tile.range = byte_range(p);
     tile.rare = is_rare(p);
-    tile.row_stride = most;
-    tile.taps = reading == Reading::taps ? taps_of(w) : reading == Reading::rows ? w.kernel_h : 1;
-    tile.inner = depth / tile.taps * product_bytes;
+    tile.row_stride = left.most;
+    tile.taps = left.reading == Reading::taps ? taps_of(w) : left.reading == Reading::rows ? w.kernel_h : 1;
+    tile.inner = left.depth / tile.taps * product_bytes;
     // 1 x 1 layers read every pixel once, by rows in an order that no hardware prefetcher follows.
     const bool streams = taps_of(w) == 1 && p.stride_h == 1 && p.stride_w == 1 && w.groups == 1;
     tile.ahead_bytes = streams ? ceil_div(p.input_stride, panels.panels) : 0;
     const bool weights_come = blocks.blocks == 1 || igemm_weight_bytes<Isa>(w) > kWeightsKept;
-    TapClasses<sorted_pixels<Isa>()> classes;
-    int64_t block_done = -1, group_done = -1;
+    int64_t block_done = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t panel = unit % panels.panels, group = unit / panels.panels % w.groups;
-        const int64_t block = unit / panels.panels / w.groups;
+        const int64_t panel = unit % panels.panels, group = unit / panels.panels % w.groups, block = unit / per_block;
         const int64_t first_pixel = blocks.begin(block), pixels = blocks.begin(block + 1) - first_pixel;
-        if (block != block_done) {
-            if (reading == Reading::rows)
-                fill_rows(p, first_pixel, first_pixel + pixels, padding, row_depth, strip, table, most);
-            else
-                fill_table(p, first_pixel, first_pixel + pixels, padding, table, most);
-            if (skips) {
-                classes.sort(p, first_pixel, first_pixel + pixels);
-                if (classes.count > 1) classes.sort_table(table, taps_of(w), pixels, most, sorted);
-            }
-            group_done = -1;
-        }
+        if (block != block_done) left.fill(first_pixel, first_pixel + pixels);
         block_done = block;
-        if (reading == Reading::strip && group != group_done)
-            fill_strip(p, table, most, group * w.group_channels, pixels, row_depth, depth, strip);
-        group_done = group;
 
         const int64_t vector = panels.begin(panel), vectors = panels.begin(panel + 1) - vector;
         const int64_t channel = vector * Isa::kLanes;
-        tile.row_offset = reading == Reading::taps ? group * w.group_channels : 0;
-        tile.weight = p.packed + (group * panels.vectors + vector) * Isa::kLanes * depth * product_bytes;
+        tile.rows = left.rows(group, pixels);
+        tile.row_offset = left.reading == Reading::taps ? group * w.group_channels * product_bytes : 0;
+        tile.weight = p.packed + (group * panels.vectors + vector) * Isa::kLanes * left.depth * product_bytes;
         tile.channel = group * per_group + channel;
         tile.channels = smaller(per_group - channel, vectors * Isa::kLanes);
-        const int64_t panel_bytes = vectors * Isa::kLanes * depth * product_bytes;
+        const int64_t panel_bytes = vectors * Isa::kLanes * left.depth * product_bytes;
         // Behind the last panel of a layer lie the weights of the next one, in a graph's program.
         const bool wraps = panel + 1 == panels.panels && group + 1 == w.groups && block + 1 < blocks.blocks;
         tile.next = wraps ? p.packed : tile.weight + panel_bytes;
         tile.next_bytes = weights_come ? ceil_div(vectors * 64, ceil_div(pixels, Isa::rows(vectors))) : 0;
-        tile.rows = reading == Reading::strip ? strip_rows : classes.count > 1 ? sorted : table;
         tile.pixel = first_pixel;
         tile.ahead = p.input + (first_pixel + pixels) * p.input_stride + panel * pixels * tile.ahead_bytes;
-        if (classes.count > 1)
-            run_classes<Isa>(tile, classes, vectors);
+        if (left.classes.count > 1)
+            run_classes<Isa>(tile, left.classes, vectors);
         else
             run_tiles<Isa>(tile, pixels, vectors);
     }

@@ -34,10 +34,11 @@ inline void tile(const Tile& t, int64_t m, const int32_t* weight_sums) {
         for (int i = 0; i < MR; ++i) sums.of[i][j] = start;
     }
     const uint8x16_t flip = vdupq_n_u8(p.input_flip ^ 0x80);
-    const uint8_t* weight = t.weight;
     constexpr int64_t step = 16 * NV;
     int8x16_t x[MR];
-    for (int64_t tap = 0; tap < t.taps; ++tap) {
+    for (int64_t n = 0; n < t.taps; ++n) {
+        const int64_t tap = t.tap ? t.tap[n] : n;
+        const uint8_t* weight = t.weight + tap * t.inner / 4 * step;
         const uint8_t* row[MR];
         for (int i = 0; i < MR; ++i) row[i] = t.rows[tap * t.row_stride + m + i] + t.row_offset;
         int64_t c = 0;
@@ -57,7 +58,7 @@ inline void tile(const Tile& t, int64_t m, const int32_t* weight_sums) {
             sums.template add<0>(x, weight);
         }
     }
-    for (int i = 0; i < MR; ++i) store_row<NV>(t, t.pixel + m + i, sums.of[i]);
+    for (int i = 0; i < MR; ++i) store_row<NV>(t, t.at ? t.at[m + i] : t.pixel + m + i, sums.of[i]);
 }
 
 inline int64_t weight_sums_at(const Int8Weight& w);
@@ -71,7 +72,7 @@ void tiles(const Tile& t) {
 // Tiles of 4 pixels by 16 channels: 16 accumulators, 4 of the inputs, 4 of weights.
 struct Dot {
     using Product = int8_t;
-    static constexpr int64_t kLanes = 4, kMaxVectors = 4, kBlockPixels = 96;
+    static constexpr int64_t kLanes = 4, kMaxVectors = 4, kBlockPixels = 96, kSortedPixels = 98;
     static int64_t rows(int64_t) { return 4; }
     static TileFunction tiles(int64_t rows, int64_t vectors) {
         static constexpr TileFunction table[4][4] = {

@@ -104,34 +104,68 @@ void fill_strip(const Int8Conv2d& p, const uint8_t* const* table, int64_t row_st
                    table[tap * row_stride + m] + offset, channels, p);
 }
 
+// Input rows as words, flipped, for a block of output pixels: the rows of all images one after another, [begin, end) of
+// them. A word that nine taps read is made once, and found through the same table as a byte.
+struct WidenedRows {
+    int64_t begin, end;
+
+    WidenedRows(const Int8Conv2d& p, int64_t first_pixel, int64_t end_pixel) {
+        const int64_t first = first_pixel / p.out_w, last = (end_pixel - 1) / p.out_w;
+        const int64_t top = first % p.out_h * p.stride_h - p.pad_top;
+        const int64_t bottom = last % p.out_h * p.stride_h - p.pad_top + (p.weight.kernel_h - 1) * p.dilation_h + 1;
+        const auto inside = [&](int64_t y) { return y < 0 ? 0 : smaller(y, p.in_h); };
+        begin = first / p.out_h * p.in_h + inside(top);
+        end = last / p.out_h * p.in_h + inside(bottom);
+        if (end < begin) end = begin;
+    }
+
+    static int64_t row_words(const Int8Conv2d& p) { return p.in_w * p.weight.groups * p.weight.group_channels; }
+
+    // Widens the rows into `words`, and returns the layer as it reads them.
+    Int8Conv2d fill(const Int8Conv2d& p, int16_t* words) const {
+        const int64_t channels = p.weight.groups * p.weight.group_channels;
+        const bool dense = p.input_stride == channels;
+        const int64_t n = dense ? (end - begin) * row_words(p) : channels;
+        const int64_t runs = dense ? (end > begin) : (end - begin) * p.in_w;
+        const uint8_t* from = p.input + begin * p.in_w * p.input_stride;
+        for (int64_t i = 0; i < runs; ++i) append(words + i * channels, from + i * p.input_stride, n, p);
+        Int8Conv2d widened = p;
+        widened.input_stride = channels * 2;
+        widened.input = reinterpret_cast<const uint8_t*>(words) - begin * row_words(p) * 2;
+        return widened;
+    }
+};
+
 // Pointers to the kernel rows of output pixels [begin, end), table[ky * row_stride + pixel - begin]: to the image where
 // a row lies inside of it with all its dwords (what follows the row meets weights of zero), otherwise to a copy in the
-// strip. Nothing is collected for most pixels, which was half of the time of a first layer before.
+// strip. Nothing is collected for most pixels, which was half of the time of a first layer before. Words are those of
+// WidenedRows, behind which all dwords can be read.
 template <class Product>
 void fill_rows(const Int8Conv2d& p, int64_t begin, int64_t end, const uint8_t* padding, int64_t row_depth,
                Product* strip, const uint8_t** table, int64_t row_stride) {
-    const int64_t channels = p.weight.group_channels, kernel_w = p.weight.kernel_w, kernel_h = p.weight.kernel_h;
-    const int64_t step = p.stride_w * channels, input_bytes = p.batch * p.in_h * p.in_w * channels;
+    const int64_t kernel_w = p.weight.kernel_w, kernel_h = p.weight.kernel_h, step = p.stride_w * p.input_stride;
+    const int64_t input_bytes = p.batch * p.in_h * p.in_w * p.input_stride;
     for (int64_t m = begin; m < end;) {
         const Run r(p, m, end);
         const int64_t x0 = r.ox * p.stride_w - p.pad_left;
         for (int64_t ky = 0; ky < kernel_h; ++ky) {
             const int64_t y = r.oy * p.stride_h - p.pad_top + ky * p.dilation_h;
             const bool inside = y >= 0 && y < p.in_h;
-            const int64_t line = (r.n * p.in_h + y) * p.in_w * channels, room = input_bytes - row_depth - line;
+            const int64_t line = (r.n * p.in_h + y) * p.in_w * p.input_stride, room = input_bytes - row_depth - line;
             int64_t first = r.run, last = r.run;
             if (inside) r.inside(p, x0, kernel_w, first, last);
-            while (last > first && (sizeof(Product) > 1 || x0 * channels + (last - 1) * step > room)) --last;
+            while (last > first && sizeof(Product) == 1 && x0 * p.input_stride + (last - 1) * step > room) --last;
             const uint8_t** out = table + ky * row_stride + m - begin;
-            const uint8_t* base = p.input + line + x0 * channels;
+            const uint8_t* base = p.input + line + x0 * p.input_stride;
             for (int64_t i = first; i < last; ++i) out[i] = base + i * step;
             for (int64_t i = first > 0 ? 0 : last; i < r.run; i = i + 1 == first ? last : i + 1) {
-                Product* copy = strip + ((m - begin + i) * kernel_h + ky) * row_depth;
-                out[i] = reinterpret_cast<const uint8_t*>(copy);
+                uint8_t* copy = reinterpret_cast<uint8_t*>(strip + ((m - begin + i) * kernel_h + ky) * row_depth);
+                out[i] = copy;
                 for (int64_t kx = 0; kx < kernel_w; ++kx) {
                     const int64_t x = x0 + i * p.stride_w + kx;
                     const bool real = inside && x >= 0 && x < p.in_w;
-                    append(copy + kx * channels, real ? p.input + line + x * channels : padding, channels, p);
+                    copy_bytes(copy + kx * p.input_stride, real ? p.input + line + x * p.input_stride : padding,
+                               p.input_stride);
                 }
             }
         }

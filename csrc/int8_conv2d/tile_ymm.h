@@ -54,21 +54,28 @@ template <int NV>
     for (int64_t c = 0; c < t.channels; ++c) store_sum(p, pixel, t.channel + c, values[c]);
 }
 
-// One row of sums of 16 (or, with NV = 1, 8) channels.
-template <int NV>
-void store_row(const Tile& t, int64_t pixel, const __m256i* sums) {
-    const Int8Conv2d& p = *t.conv;
-    if (t.rare) return store_rare<NV>(t, pixel, sums);
-    const __m256i q0 = _mm256_cvtps_epi32(requantize(t, pixel, 0, sums[0]));
-    const __m256i q1 = NV == 2 ? _mm256_cvtps_epi32(requantize(t, pixel, 8, sums[NV - 1])) : q0;
-    // Packing works within 128-bit lanes; the permutation brings the channels back into order.
-    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q0, q1), 0xd8);
-    words = _mm256_adds_epi16(words, _mm256_set1_epi16(p.output_zero_point));
-    __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    bytes = _mm_max_epu8(bytes, _mm_set1_epi8(static_cast<char>(t.range.low)));
-    bytes = _mm_min_epu8(bytes, _mm_set1_epi8(static_cast<char>(t.range.high)));
-    bytes = _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(p.output_flip)));
-    uint8_t* out = static_cast<uint8_t*>(p.output) + pixel * p.output_stride + t.channel;
+// Scaled and rounded values of two pixels' 16 channels to bytes, a pixel in each half.
+struct ByteEpilogueYmm {
+    __m256i zero_point, low, high, flip;
+
+    explicit ByteEpilogueYmm(const Tile& t)
+        : zero_point(_mm256_set1_epi16(t.conv->output_zero_point)),
+          low(_mm256_set1_epi8(static_cast<char>(t.range.low))),
+          high(_mm256_set1_epi8(static_cast<char>(t.range.high))),
+          flip(_mm256_set1_epi8(static_cast<char>(t.conv->output_flip))) {}
+
+    __m256i operator()(const __m256i (&first)[2], const __m256i (&second)[2]) const {
+        const __m256i words0 = _mm256_adds_epi16(_mm256_packs_epi32(first[0], first[1]), zero_point);
+        const __m256i words1 = _mm256_adds_epi16(_mm256_packs_epi32(second[0], second[1]), zero_point);
+        // Packing works within 128-bit lanes; the permutation brings pixels and channels back into order.
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words0, words1), order);
+        return _mm256_xor_si256(_mm256_min_epu8(_mm256_max_epu8(bytes, low), high), flip);
+    }
+};
+
+inline void store_bytes(const Tile& t, int64_t pixel, __m128i bytes) {
+    uint8_t* out = static_cast<uint8_t*>(t.conv->output) + pixel * t.conv->output_stride + t.channel;
     if (t.channels == 16) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
     } else {
@@ -78,8 +85,27 @@ void store_row(const Tile& t, int64_t pixel, const __m256i* sums) {
     }
 }
 
+// The sums of 16 (or, with NV = 1, 8) channels of the first one or two pixels, in rows.
+template <int NV>
+[[gnu::always_inline]] inline void store_pixels(const Tile& t, const ByteEpilogueYmm& to_bytes, const int64_t* pixel,
+                                                const __m256i (*sums)[NV], int count) {
+    if (t.rare) {
+        for (int i = 0; i < count; ++i) store_rare<NV>(t, pixel[i], sums[i]);
+        return;
+    }
+    __m256i q[2][2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j)
+            q[i][j] = i < count && j < NV ? _mm256_cvtps_epi32(requantize(t, pixel[i], 8 * j, sums[i][j])) : q[0][0];
+    const __m256i bytes = to_bytes(q[0], q[1]);
+    store_bytes(t, pixel[0], _mm256_castsi256_si128(bytes));
+    if (count > 1) store_bytes(t, pixel[1], _mm256_extracti128_si256(bytes, 1));
+}
+
 template <class Dot, int MR, int NV>
-[[gnu::always_inline]] inline void tile_ymm(const Tile& t, int64_t m) {
+[[gnu::always_inline]] inline void tile_ymm(const Tile& t, const ByteEpilogueYmm& to_bytes, int64_t m) {
     const Int8Conv2d& p = *t.conv;
     __m256i sums[MR][NV];
 #pragma GCC unroll 6
@@ -88,9 +114,10 @@ template <class Dot, int MR, int NV>
         for (int j = 0; j < NV; ++j)
             sums[i][j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.offset + t.channel + 8 * j));
     const Dot dot(p);
-    const uint8_t* weight = t.weight;
-    const uint8_t* const* rows = t.rows + m;
-    for (int64_t tap = 0; tap < t.taps; ++tap, rows += t.row_stride) {
+    for (int64_t i = 0; i < t.taps; ++i) {
+        const int64_t tap = t.tap ? t.tap[i] : i;
+        const uint8_t* weight = t.weight + tap * t.inner * 8 * NV;
+        const uint8_t* const* rows = t.rows + m + tap * t.row_stride;
         const uint8_t* row[MR];
 #pragma GCC unroll 6
         for (int i = 0; i < MR; ++i) row[i] = rows[i] + t.row_offset;
@@ -108,20 +135,25 @@ template <class Dot, int MR, int NV>
             }
         }
     }
+    int64_t pixel[MR];
 #pragma GCC unroll 6
-    for (int i = 0; i < MR; ++i) store_row<NV>(t, t.pixel + m + i, sums[i]);
+    for (int i = 0; i < MR; ++i) pixel[i] = t.at ? t.at[m + i] : t.pixel + m + i;
+#pragma GCC unroll 3
+    for (int i = 0; i < MR; i += 2) store_pixels<NV>(t, to_bytes, pixel + i, sums + i, i + 1 < MR ? 2 : 1);
 }
 
 template <class Dot, int MR, int NV>
 void tiles_ymm(const Tile& t) {
-    for (int64_t m = 0; m < t.pixels; m += MR) tile_ymm<Dot, MR, NV>(t, m);
+    const ByteEpilogueYmm to_bytes(t);
+    for (int64_t m = 0; m < t.pixels; m += MR) tile_ymm<Dot, MR, NV>(t, to_bytes, m);
 }
 
 template <class Dot>
 struct Ymm {
     using Product = typename Dot::Product;
     static constexpr int64_t kLanes = 8, kMaxVectors = 2;
-    static constexpr int64_t kBlockPixels = 48;  // a strip of 48 pixels of 2304 words fills a fifth of an L2 cache
+    static constexpr int64_t kBlockPixels = 48;   // a strip of 48 pixels of 2304 words fills a fifth of an L2 cache
+    static constexpr int64_t kSortedPixels = 98;  // divides 14 x 14 and the larger maps of networks for 224 x 224
     static int64_t rows(int64_t) { return 6; }
     static TileFunction tiles(int64_t rows, int64_t vectors) {
         static constexpr TileFunction one[] = {tiles_ymm<Dot, 1, 1>, tiles_ymm<Dot, 2, 1>, tiles_ymm<Dot, 3, 1>,
