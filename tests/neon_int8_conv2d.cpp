@@ -22,7 +22,9 @@ struct Geometry {
 constexpr Geometry kGeometries[] = {
     {9, 7, 16, 32, 3, 1, 1, 1, 1},  {9, 7, 3, 17, 7, 1, 2, 3, 1},     {5, 5, 64, 16, 1, 1, 1, 0, 1},
     {6, 8, 12, 12, 3, 12, 1, 1, 1}, {6, 8, 12, 24, 3, 4, 2, 1, 2},    {4, 4, 5, 6, 2, 1, 1, 1, 1},
-    {1, 1, 1, 1, 1, 1, 1, 0, 1},    {13, 40, 16, 130, 3, 1, 1, 1, 1},
+    {1, 1, 1, 1, 1, 1, 1, 0, 1},    {13, 40, 16, 130, 3, 1, 1, 1, 1}, {6, 9, 40, 40, 5, 40, 2, 2, 1},
+    {7, 6, 16, 16, 3, 16, 1, 1, 1}, {5, 9, 33, 33, 4, 33, 1, 3, 2},   {3, 5, 7, 7, 1, 7, 1, 0, 1},
+    {7, 7, 16, 20, 3, 1, 1, 1, 1},
 };
 
 int main() {
@@ -46,7 +48,7 @@ int main() {
             p.out_w = (g.width + 2 * g.padding - g.dilation * (g.kernel - 1) - 1) / g.stride + 1;
             p.output_stride = p.residual_stride = g.outputs;
             p.input_flip = variant & 1 ? 0x80 : 0;
-            p.input_zero_point = 77;
+            p.input_zero_point = variant % 3 ? 77 : 0;  // 0: other units leave out taps in padding
             p.output_zero_point = 100;
             p.float_output = variant < 8 && variant & 2;
             const bool shifts = variant >= 6, huge = variant == 5;

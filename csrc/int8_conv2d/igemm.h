@@ -259,10 +259,11 @@ struct LeftOperands {
             fill_rows(from, begin, end, padding, row_depth, strip, table, most);
         else
             fill_table(from, begin, end, padding, table, most);
-        if (skips) {
-            classes.sort(p, begin, end);
-            if (classes.count > 1) classes.sort_table(table, taps_of(p.weight), end - begin, most, sorted);
-        }
+        if constexpr (sorted_pixels<Isa>() > 0)
+            if (skips) {
+                classes.sort(p, begin, end);
+                if (classes.count > 1) classes.sort_table(table, taps_of(p.weight), end - begin, most, sorted);
+            }
         group_done = -1;
     }
 

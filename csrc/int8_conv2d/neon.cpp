@@ -4,7 +4,7 @@
 // pixels by 16 channels take 22 instructions. Sums wrap modulo 2^32, which kernels.h shows harmless.
 #include <arm_neon.h>
 
-#include "epilogue_neon.h"
+#include "depthwise_neon.h"
 #include "steps.h"
 
 namespace imgopt::neon {
@@ -34,11 +34,10 @@ inline void tile(const Tile& t, int64_t m, const int32_t* weight_sums) {
         for (int i = 0; i < MR; ++i) sums.of[i][j] = start;
     }
     const uint8x16_t flip = vdupq_n_u8(p.input_flip ^ 0x80);
+    const uint8_t* weight = t.weight;
     constexpr int64_t step = 16 * NV;
     int8x16_t x[MR];
-    for (int64_t n = 0; n < t.taps; ++n) {
-        const int64_t tap = t.tap ? t.tap[n] : n;
-        const uint8_t* weight = t.weight + tap * t.inner / 4 * step;
+    for (int64_t tap = 0; tap < t.taps; ++tap) {
         const uint8_t* row[MR];
         for (int i = 0; i < MR; ++i) row[i] = t.rows[tap * t.row_stride + m + i] + t.row_offset;
         int64_t c = 0;
@@ -58,7 +57,7 @@ inline void tile(const Tile& t, int64_t m, const int32_t* weight_sums) {
             sums.template add<0>(x, weight);
         }
     }
-    for (int i = 0; i < MR; ++i) store_row<NV>(t, t.at ? t.at[m + i] : t.pixel + m + i, sums.of[i]);
+    for (int i = 0; i < MR; ++i) store_row<NV>(t, t.pixel + m + i, sums.of[i]);
 }
 
 inline int64_t weight_sums_at(const Int8Weight& w);
@@ -69,10 +68,11 @@ void tiles(const Tile& t) {
     for (int64_t m = 0; m < t.pixels; m += MR) tile<MR, NV>(t, m, sums);
 }
 
-// Tiles of 4 pixels by 16 channels: 16 accumulators, 4 of the inputs, 4 of weights.
+// Tiles of 4 pixels by 16 channels: 16 accumulators, 4 of the inputs, 4 of weights. Pixels are not sorted by the taps
+// that reach the image: padding with a zero point of 0 is taken as -128 here.
 struct Dot {
     using Product = int8_t;
-    static constexpr int64_t kLanes = 4, kMaxVectors = 4, kBlockPixels = 96, kSortedPixels = 98;
+    static constexpr int64_t kLanes = 4, kMaxVectors = 4, kBlockPixels = 96;
     static int64_t rows(int64_t) { return 4; }
     static TileFunction tiles(int64_t rows, int64_t vectors) {
         static constexpr TileFunction table[4][4] = {
@@ -85,12 +85,14 @@ struct Dot {
 };
 
 // Packed weights, then the sum of each channel's, with the slack that a vector reads.
-inline int64_t weight_sums_at(const Int8Weight& w) { return round_up(igemm_weight_bytes<Dot>(w), 64); }
+inline int64_t weight_sums_at(const Int8Weight& w) {
+    return round_up(is_depthwise(w) ? depthwise_weight_bytes(w) : igemm_weight_bytes<Dot>(w), 64);
+}
 
 int64_t weight_bytes(const Int8Weight& w) { return weight_sums_at(w) + (w.out_channels + kChannelSlack) * 4; }
 
 void weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* packed) {
-    igemm_weight_pack<Dot>(w, weight, packed);
+    is_depthwise(w) ? depthwise_weight_pack(w, weight, packed) : igemm_weight_pack<Dot>(w, weight, packed);
     int32_t* sums = reinterpret_cast<int32_t*>(packed + weight_sums_at(w));
     memset(sums, 0, static_cast<size_t>(w.out_channels + kChannelSlack) * 4);
     const int64_t depth = w.group_channels * taps_of(w);
@@ -98,14 +100,21 @@ void weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* packed) {
         for (int64_t k = 0; k < depth; ++k) sums[o] += weight[o * depth + k];
 }
 
+int64_t units(const Int8Conv2d& p) { return is_depthwise(p.weight) ? depthwise_units(p) : igemm_units<Dot>(p); }
+
+void kernel(const Int8Conv2d& p, int64_t begin, int64_t end) {
+    if (!is_depthwise(p.weight)) return igemm<Dot>(p, begin, end);
+    depthwise(p, reinterpret_cast<const int32_t*>(p.packed + weight_sums_at(p.weight)), begin, end);
+}
+
 }  // namespace
 
 void int8_conv2d(KernelTable& table) {
-    table.int8_weight_layout = "neon signed";
+    table.int8_weight_layout = "neon columns";
     table.int8_weight_bytes = weight_bytes;
     table.int8_weight_pack = weight_pack;
-    table.int8_conv2d_units = igemm_units<Dot>;
-    table.int8_conv2d = igemm<Dot>;
+    table.int8_conv2d_units = units;
+    table.int8_conv2d = kernel;
     fill_steps(table);
 }
 
