@@ -44,22 +44,53 @@ inline __m128i load_16(const uint8_t* in, int64_t channels) {
     return _mm_load_si128(reinterpret_cast<const __m128i*>(bytes));
 }
 
-// The sums of a pixel's 16 channels.
-inline void depthwise_sums(const Tile& t, const uint8_t* const* rows, const __m256i (&offset)[2], __m256i (&sums)[2]) {
-    const __m128i flip = _mm_set1_epi8(static_cast<char>(t.conv->input_flip));
-    const auto load = [&](int64_t tap) {
-        return _mm256_cvtepu8_epi16(_mm_xor_si128(load_16(rows[tap * t.row_stride] + t.channel, t.channels), flip));
+// The sums of a pixel's channels. FULL: of 16; TAPS: so many, or 0 where the number is not known here.
+template <bool FULL, int TAPS>
+[[gnu::always_inline]] inline void depthwise_sums(const Tile& t, const uint8_t* const* rows, __m128i flip,
+                                                  const __m256i (&offset)[2], __m256i (&sums)[2]) {
+    const int64_t taps = TAPS ? TAPS : t.taps;
+    const auto load = [&](int64_t tap) __attribute__((always_inline)) {
+        const uint8_t* from = rows[tap * kDepthwisePixels] + t.channel;
+        const __m128i bytes =
+            FULL ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)) : load_16(from, t.channels);
+        return _mm256_cvtepu8_epi16(_mm_xor_si128(bytes, flip));
     };
     const __m256i* weight = reinterpret_cast<const __m256i*>(t.weight);
     __m256i sum0 = offset[0], sum1 = offset[1];
-    for (int64_t tap = 0; tap < t.taps; tap += 2, weight += 2) {
-        const __m256i a = load(tap), b = load(tap + 1 < t.taps ? tap + 1 : tap);
+#pragma GCC unroll 13
+    for (int64_t tap = 0; tap < taps; tap += 2, weight += 2) {
+        const __m256i a = load(tap), b = tap + 1 < taps ? load(tap + 1) : a;
         const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
         sum0 = _mm256_add_epi32(sum0, _mm256_madd_epi16(low, _mm256_loadu_si256(weight)));
         sum1 = _mm256_add_epi32(sum1, _mm256_madd_epi16(high, _mm256_loadu_si256(weight + 1)));
     }
     // Back to sums of channels 0..7 and 8..15, which the common epilogue takes.
     sums[0] = _mm256_permute2x128_si256(sum0, sum1, 0x20), sums[1] = _mm256_permute2x128_si256(sum0, sum1, 0x31);
+}
+
+// One block of pixels, whose table is `table`.
+template <bool FULL, int TAPS>
+void depthwise_block(const Tile& t, const uint8_t* const* table) {
+    const __m256i* offset = reinterpret_cast<const __m256i*>(t.conv->offset + t.channel);
+    const __m256i o0 = _mm256_loadu_si256(offset), o1 = _mm256_loadu_si256(offset + 1);
+    const __m256i lanes[2] = {_mm256_permute2x128_si256(o0, o1, 0x20), _mm256_permute2x128_si256(o0, o1, 0x31)};
+    const __m128i flip = _mm_set1_epi8(static_cast<char>(t.conv->input_flip));
+    const ByteEpilogueYmm to_bytes(t);
+    for (int64_t m = 0; m < t.pixels; m += 2) {
+        __m256i sums[2][2];
+        const int64_t pixel[2] = {t.pixel + m, t.pixel + m + 1};
+        const int count = m + 1 < t.pixels ? 2 : 1;
+        depthwise_sums<FULL, TAPS>(t, table + m, flip, lanes, sums[0]);
+        if (count > 1) depthwise_sums<FULL, TAPS>(t, table + m + 1, flip, lanes, sums[1]);
+        store_pixels<2>(t, to_bytes, pixel, sums, count);
+    }
+}
+
+using DepthwiseFunction = void (*)(const Tile&, const uint8_t* const*);
+
+inline DepthwiseFunction depthwise_function(bool full, int64_t taps) {
+    if (!full) return depthwise_block<false, 0>;
+    return taps == 9 ? depthwise_block<true, 9> : taps == 25 ? depthwise_block<true, 25> : depthwise_block<true, 0>;
 }
 
 inline void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
@@ -86,18 +117,9 @@ inline void depthwise(const Int8Conv2d& p, int64_t begin, int64_t end) {
             tile.weight = p.packed + c / kDepthwiseChannels * depthwise_pairs(w) * 64;
             tile.channel = c;
             tile.channels = smaller(kDepthwiseChannels, w.out_channels - c);
-            const __m256i* offset = reinterpret_cast<const __m256i*>(p.offset + c);
-            const __m256i o0 = _mm256_loadu_si256(offset), o1 = _mm256_loadu_si256(offset + 1);
-            const __m256i offset_lanes[2] = {_mm256_permute2x128_si256(o0, o1, 0x20),
-                                             _mm256_permute2x128_si256(o0, o1, 0x31)};
-            const ByteEpilogueYmm to_bytes(tile);
-            for (int64_t m = 0; m < pixels; m += 2) {
-                __m256i sums[2][2];
-                const int64_t pixel[2] = {first + m, first + m + 1};
-                const int count = m + 1 < pixels ? 2 : 1;
-                for (int i = 0; i < count; ++i) depthwise_sums(tile, table + m + i, offset_lanes, sums[i]);
-                store_pixels<2>(tile, to_bytes, pixel, sums, count);
-            }
+            tile.pixel = first;
+            tile.pixels = pixels;
+            depthwise_function(tile.channels == kDepthwiseChannels, taps)(tile, table);
         }
     }
 }
