@@ -124,34 +124,59 @@ template <int NV, int ROWS>
     }
 }
 
+// What the epilogue of a tile needs beside its sums. Read once per run of tiles: stores of bytes may change anything,
+// for all that a compiler knows, and reading it again for every vector was half of the instructions of a layer's
+// residual.
+template <int NV, bool RESIDUAL, bool PLAIN>
+struct Rows {
+    ByteEpilogue<PLAIN> to_bytes;
+    ResidualTerm<PLAIN> term;
+    const float* multiplier;
+    uint8_t* out;
+    const uint8_t* residual;
+    int64_t out_stride, residual_stride, channels;
+    __mmask16 mask[NV];
+
+    explicit Rows(const Tile& t)
+        : to_bytes(*t.conv, t.range),
+          term(*t.conv),
+          multiplier(t.conv->multiplier + t.channel),
+          out(static_cast<uint8_t*>(t.conv->output) + t.channel),
+          residual(t.conv->residual + t.channel),
+          out_stride(t.conv->output_stride),
+          residual_stride(t.conv->residual_stride),
+          channels(t.channels) {
+        for (int j = 0; j < NV; ++j) {
+            const int64_t left = channels - 16 * j;
+            mask[j] = static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : -1);
+        }
+    }
+};
+
 // The epilogue of rows FIRST.. of a tile at output pixel `pixel`, in registers.
-template <int FIRST, bool RESIDUAL, bool PLAIN, int MR, int NV>
-[[gnu::always_inline]] inline void store_tile(const Tile& t, int64_t pixel, const __m512i (&sums)[MR][NV]) {
+template <int FIRST, int MR, int NV, bool RESIDUAL, bool PLAIN>
+[[gnu::always_inline]] inline void store_tile(const Rows<NV, RESIDUAL, PLAIN>& to, int64_t pixel,
+                                              const __m512i (&sums)[MR][NV]) {
     constexpr int kRows = NV >= 3 ? 1 : 4 / NV, rows = FIRST + kRows <= MR ? kRows : MR - FIRST;
-    const Int8Conv2d& p = *t.conv;
-    const ByteEpilogue<PLAIN> to_bytes(p, t.range);
     __m512i q[4] = {};
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) {
-            const __m512 multiplier = _mm512_loadu_ps(p.multiplier + t.channel + 16 * j);
+            const __m512 multiplier = _mm512_loadu_ps(to.multiplier + 16 * j);
             __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[FIRST + r][j]), multiplier);
-            if constexpr (RESIDUAL) {
-                const int64_t left = t.channels - 16 * j;
-                const uint8_t* residual = p.residual + (pixel + FIRST + r) * p.residual_stride + t.channel + 16 * j;
-                y = _mm512_add_ps(
-                    y, ResidualTerm<PLAIN>(p)(residual, static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : -1)));
-            }
+            if constexpr (RESIDUAL)
+                y = _mm512_add_ps(y,
+                                  to.term(to.residual + (pixel + FIRST + r) * to.residual_stride + 16 * j, to.mask[j]));
             q[NV >= 3 ? j : r * NV + j] = _mm512_cvtps_epi32(y);
         }
     }
     // Dword 4L + j to 4j + L.
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i bytes = to_bytes.bytes(to_bytes.words(q[0], q[1]), to_bytes.words(q[2], q[3]));
-    uint8_t* out = static_cast<uint8_t*>(p.output) + (pixel + FIRST) * p.output_stride + t.channel;
-    store_rows<NV, rows>(out, p.output_stride, _mm512_permutexvar_epi32(order, bytes), t.channels);
-    if constexpr (FIRST + rows < MR) store_tile<FIRST + rows, RESIDUAL, PLAIN>(t, pixel, sums);
+    const __m512i bytes = to.to_bytes.bytes(to.to_bytes.words(q[0], q[1]), to.to_bytes.words(q[2], q[3]));
+    store_rows<NV, rows>(to.out + (pixel + FIRST) * to.out_stride, to.out_stride,
+                         _mm512_permutexvar_epi32(order, bytes), to.channels);
+    if constexpr (FIRST + rows < MR) store_tile<FIRST + rows>(to, pixel, sums);
 }
 
 // Rows whose epilogue is not worth a place in the loop of the tiles: rare ones, and those of sorted pixels, which lie
@@ -168,11 +193,11 @@ template <int NV>
         __m512i row[1][NV];
         for (int j = 0; j < NV; ++j) row[0][j] = _mm512_load_si512(sums + 16 * j);
         if (t.conv->residual)
-            plain ? store_tile<0, true, true>(t, pixel, row) : store_tile<0, true, false>(t, pixel, row);
-        else if (plain)
-            store_tile<0, false, true>(t, pixel, row);
+            plain ? store_tile<0>(Rows<NV, true, true>(t), pixel, row)
+                  : store_tile<0>(Rows<NV, true, false>(t), pixel, row);
         else
-            store_tile<0, false, false>(t, pixel, row);
+            plain ? store_tile<0>(Rows<NV, false, true>(t), pixel, row)
+                  : store_tile<0>(Rows<NV, false, false>(t), pixel, row);
     }
 }
 
@@ -232,37 +257,40 @@ template <int MR, int NV>
     store_apart<NV>(t, m, values, MR);
 }
 
-// In a function of its own: beside it the loop of layers with few products took 5 % longer.
-template <int MR, int NV>
-[[gnu::noinline]] void sorted_tiles(const Tile& t) {
+template <bool SORTED, int MR, int NV>
+[[gnu::always_inline]] inline void sum_and_store_apart(const Tile& t) {
     const uint8_t* next = t.next;
     for (int64_t m = 0; m < t.pixels; m += MR) {
         __m512i sums[MR][NV];
-        sum_tile<true, MR, NV>(t, t.rows + m, next, sums);
+        sum_tile<SORTED, MR, NV>(t, t.rows + m, next, sums);
         store_tile_apart<MR, NV>(t, m, sums);
     }
 }
 
 template <int MR, int NV>
-void tiles(const Tile& t) {
-    if (t.at) return sorted_tiles<MR, NV>(t);
-    const bool residual = t.conv->residual, plain = is_plain(*t.conv, t.range);
+[[gnu::noinline]] void apart_tiles(const Tile& t) {
+    t.tap ? sum_and_store_apart<true, MR, NV>(t) : sum_and_store_apart<false, MR, NV>(t);
+}
+
+// A function for every epilogue: what the others need takes no registers then.
+template <int MR, int NV, bool RESIDUAL, bool PLAIN>
+[[gnu::noinline]] void byte_tiles(const Tile& t) {
+    const Rows<NV, RESIDUAL, PLAIN> to(t);
     const uint8_t* next = t.next;
     for (int64_t m = 0; m < t.pixels; m += MR) {
         __m512i sums[MR][NV];
         prefetch(t.ahead + m * t.ahead_bytes, MR * t.ahead_bytes);
         sum_tile<false, MR, NV>(t, t.rows + m, next, sums);
-        if (t.rare)
-            store_tile_apart<MR, NV>(t, m, sums);
-        else if (residual && plain)
-            store_tile<0, true, true>(t, t.pixel + m, sums);
-        else if (residual)
-            store_tile<0, true, false>(t, t.pixel + m, sums);
-        else if (plain)
-            store_tile<0, false, true>(t, t.pixel + m, sums);
-        else
-            store_tile<0, false, false>(t, t.pixel + m, sums);
+        store_tile<0>(to, t.pixel + m, sums);
     }
+}
+
+template <int MR, int NV>
+void tiles(const Tile& t) {
+    const bool plain = is_plain(*t.conv, t.range);
+    if (t.at || t.rare) return apart_tiles<MR, NV>(t);
+    if (t.conv->residual) return plain ? byte_tiles<MR, NV, true, true>(t) : byte_tiles<MR, NV, true, false>(t);
+    plain ? byte_tiles<MR, NV, false, true>(t) : byte_tiles<MR, NV, false, false>(t);
 }
 
 }  // namespace
