@@ -41,6 +41,11 @@ def choose(dtype: torch.dtype, density: float, *, blocks: bool, two_of_four: boo
     return "dense"
 
 
+def may_need_quads(density: float) -> bool:
+    """Whether row quads serve a mask of `density` in some dtype."""
+    return any(form == "quads" and density <= most for (form, _), most in LARGEST_DENSITY.items())
+
+
 def block_bits(mask: Tensor) -> tuple[Tensor, Tensor] | None:
     """Bits of the 16 × 16 blocks that a mask (O, K) consists of, and those of its transpose; None if it does not.
 

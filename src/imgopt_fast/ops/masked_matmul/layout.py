@@ -117,8 +117,12 @@ def mask_layout(mask: Tensor, *, groups: int = 1) -> MaskLayout:
     mask = _checked_mask(mask, groups).detach().clone()
     kept = int(mask.sum())
     index = _gather_index(mask, groups)
-    block, forward = _structure(mask, index)
-    transposed_block, transposed = _structure(mask, index.permute(2, 1, 0))
+    if mask.is_cuda and not cuda.may_need_quads(kept / max(1, mask.numel())):  # a hundredth of the time without them
+        none = torch.empty(0, dtype=torch.int32, device=mask.device)
+        block, forward = transposed_block, transposed = 0, (none, none, none)
+    else:
+        block, forward = _structure(mask, index)
+        transposed_block, transposed = _structure(mask, index.permute(2, 1, 0))
     blocks, transposed_blocks = (cuda.block_bits(mask) if mask.is_cuda else None) or (None, None)
     return MaskLayout(
         mask,
