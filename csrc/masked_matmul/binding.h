@@ -29,13 +29,16 @@ inline RowQuads row_quads(const Tensor& quads, const Tensor& columns, const std:
             columns.scalar_type() == ScalarType::Int};
 }
 
+// Asking first saves the dispatcher's 0.7 us.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // The rows of a linear's input, or the windows of a convolution's; `keep` holds the memory that the result points to.
 inline MaskedInput masked_input(const Tensor& input, const std::vector<int64_t>& shape,
                                 const std::vector<int64_t>& window, Tensor& keep) {
     const DType dtype = dtype_of(input, "input");
     STD_TORCH_CHECK(dtype >= DType::f16, "input: expected a floating dtype");
     if (window.empty()) {
-        keep = torch::stable::contiguous(input);
+        keep = as_contiguous(input);
         STD_TORCH_CHECK(input.dim() >= 1 && input.size(input.dim() - 1) == shape[1], "input: expected (..., inputs)");
         int64_t samples = 1;
         for (int64_t d = 0; d + 1 < input.dim(); ++d) samples *= input.size(d);

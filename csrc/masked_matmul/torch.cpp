@@ -15,13 +15,21 @@ int64_t windows_of(const RowQuads& weight) { return (weight.rows + RowQuads::kWi
 // Units that make a thread worth waking.
 int64_t grain(int64_t work, int64_t units) { return units == 0 ? 1 : 1 + kWorthThread * units / (work + 1); }
 
-// A dense tensor of the input's device and `size`, its values not set. The gradient of a large weight is what outputs.h
-// is for: 64 MB fresh from the system took longer to clear than to compute (29 of 45 ms in small pages).
-Tensor new_rows(const Tensor& input, const std::vector<int64_t>& size) {
-    if (large_bytes(size, input.scalar_type()) == 0) return torch::stable::new_empty(input, size);
-    int64_t count = 1;
-    for (const int64_t n : size) count *= n;
-    return torch::stable::view(new_output({1, 1, 1, count}, input.scalar_type(), MemoryFormat::Contiguous), size);
+// A dense tensor on the CPU, its values not set, made as in outputs.h: that of a large weight's gradient there, because
+// 64 MB fresh from the system took longer to clear than to compute (29 of 45 ms in small pages).
+Tensor new_rows(const std::vector<int64_t>& size, ScalarType dtype) {
+    if (large_bytes(size, dtype) > 0) {
+        int64_t count = 1;
+        for (const int64_t n : size) count *= n;
+        return torch::stable::view(new_output({1, 1, 1, count}, dtype, MemoryFormat::Contiguous), size);
+    }
+    std::vector<int64_t> strides(size.size(), 1);
+    for (size_t d = size.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(size[d], 1);
+    const auto code = [](auto v) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(v)); };
+    AtenTensorHandle made;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), strides.data(),
+                                                    code(dtype), code(torch::headeronly::DeviceType::CPU), -1, &made));
+    return Tensor(made);
 }
 
 Tensor widened(const Tensor& weight, const int32_t* source, int64_t count) {
@@ -42,15 +50,15 @@ Tensor run(const Tensor& input, const Tensor& values, const std::optional<Tensor
     const MaskedInput x = masked_input(input, shape, window, keep);
     check_blocks(weight, x);
     const bool wide = values.scalar_type() == sum_type(x.dtype);
-    const Tensor all = wide ? torch::stable::contiguous(values) : widened(values, nullptr, values.numel());
+    const Tensor all = wide ? as_contiguous(values) : widened(values, nullptr, values.numel());
     std::optional<Tensor> offsets;
     if (bias) {
         STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape[0] && bias->scalar_type() == input.scalar_type(),
                         "bias: expected (outputs,) of the input's dtype");
-        offsets = torch::stable::contiguous(*bias);
+        offsets = as_contiguous(*bias);
     }
 
-    Tensor output = new_rows(input, output_size(input, shape[0], window));
+    Tensor output = new_rows(output_size(input, shape[0], window), input.scalar_type());
     constexpr double kInfinity = std::numeric_limits<double>::infinity();
     const MaskedMatmul p{weight,
                          x,
@@ -86,7 +94,7 @@ Tensor masked_matmul(const Tensor& input, const Tensor& weight, const std::optio
                      std::optional<double> output_max) {
     STD_TORCH_CHECK(weight.scalar_type() == input.scalar_type(), "weight: expected the input's dtype");
     check_source(source);
-    const Tensor dense = torch::stable::contiguous(weight);
+    const Tensor dense = as_contiguous(weight);
     const Tensor values = widened(dense, static_cast<const int32_t*>(source.const_data_ptr()), source.numel());
     return run(input, values, bias, quads, columns, shape, window, output_min, output_max);
 }
@@ -114,11 +122,12 @@ Tensor masked_matmul_weight_grad(const Tensor& input, const Tensor& grad, const 
     check_source(source);
     STD_TORCH_CHECK(grad.scalar_type() == input.scalar_type() && grad.numel() == x.samples * shape[0],
                     "grad: expected the output's shape and dtype");
-    const Tensor rows = window.empty() ? torch::stable::contiguous(grad)
+    const Tensor rows = window.empty() ? as_contiguous(grad)
                                        : torch::stable::contiguous(grad, torch::headeronly::MemoryFormat::ChannelsLast);
     const Tensor sums = torch::stable::new_empty(input, {source.numel()}, sum_type(x.dtype));
     const bool transposed = shape.size() < 5 || shape[4] != 0;
-    Tensor gradient = transposed ? torch::stable::new_zeros(input, weight_shape) : new_rows(input, weight_shape);
+    Tensor gradient =
+        transposed ? torch::stable::new_zeros(input, weight_shape) : new_rows(weight_shape, input.scalar_type());
     const MaskedWeightGrad p{weight,
                              x,
                              rows.const_data_ptr(),

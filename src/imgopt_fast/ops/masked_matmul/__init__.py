@@ -372,13 +372,9 @@ def _weight_grad_backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None,
     return (grad_input, grad_grad) + (None,) * 9
 
 
-torch.library.register_autograd(MATMUL, _matmul_backward, setup_context=_matmul_setup, lib=registration.LIBRARY)
-torch.library.register_autograd(
-    MATMUL_ORDERED, _ordered_backward, setup_context=_ordered_setup, lib=registration.LIBRARY
-)
-torch.library.register_autograd(
-    WEIGHT_GRAD, _weight_grad_backward, setup_context=_weight_grad_setup, lib=registration.LIBRARY
-)
+registration.register_autograd(MATMUL, _matmul_backward, _matmul_setup)
+registration.register_autograd(MATMUL_ORDERED, _ordered_backward, _ordered_setup)
+registration.register_autograd(WEIGHT_GRAD, _weight_grad_backward, _weight_grad_setup)
 
 
 def _cast(dtype: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
