@@ -8,9 +8,8 @@
     python benchmarks/bench_train.py sampling             --grad-sampling 1, 2 and 4 on the embedded images
 
 CIFAR is a zip or folder of CIFAR-10 as JPEG files, PHOTOS a folder of photos; IMGOPT_CIFAR and IMGOPT_PHOTOS serve as
-well. OMP_NUM_THREADS sets the threads of both sides. The plain loop is what a careful user writes: a DataLoader over
-decoded images in memory with as many workers as threads, the same augmentation per sample in albumentations, float32,
-NCHW, SGD with the same settings. Contestants have processes of their own. What both do is checked before it is timed.
+well. OMP_NUM_THREADS sets the threads of both sides. The plain loop is in plain_loop.py. Contestants have processes of
+their own. Photos are counted per second of the processor, of which each side uses one thread.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -30,15 +29,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, get_worker_info
-from torch.utils.data import Dataset as TorchDataset
+from plain_loop import RECIPE, plain_steps, plain_training
+from torch import Tensor
 
 from imgopt_fast.augment import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop
 from imgopt_fast.data import Dataset, load_dataset
-from imgopt_fast.data.decode import decode_whole
+from imgopt_fast.data.decode import decode_whole, upright_size
 from imgopt_fast.models import create_model
 from imgopt_fast.training import TrainConfig, evaluate, train
 from imgopt_fast.training.allocator import freed_memory_kept
@@ -53,93 +50,9 @@ from imgopt_fast.training.stages import Stage
 
 Call = Callable[[int], int]  # takes a number of steps or rounds, returns that of the images
 SIDE, PHOTOS = 224, 25  # pixels of a view, and views of a batch
+LARGEST = 2048 * 2048 * 3  # bytes of a photo whose memory is used again
 CROP = {"scale": (0.25, 1.0), "ratio": (3 / 4, 4 / 3)}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SHIFT = 3  # whole pixels either way, each as likely: half a pixel more than that, rounded
-RECIPE = TrainConfig(
-    model="resnet20", epochs=30, batch_size=128, lr=0.2, translate=(SHIFT + 0.5) / 32, quantize="none", prune_epochs=0,
-    reference_epoch=False,
-)  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------- the plain loop
-
-
-class PlainImages(TorchDataset[tuple[Tensor, int]]):
-    """Decoded images in memory; each is augmented by albumentations when a worker asks for it."""
-
-    def __init__(self, config: TrainConfig, images: Tensor, labels: Tensor, mean: Any, std: Any) -> None:
-        import albumentations as A
-        import cv2
-
-        cv2.setNumThreads(0)
-        self.images, self.labels = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.tolist()
-        turn = (-config.degrees, config.degrees)
-        # In pixels: a share of the width would be cut to whole pixels towards zero, to smaller shifts than ours.
-        self.transform = A.Compose([
-            A.HorizontalFlip(p=config.hflip),
-            A.Affine(config.scale, translate_px=(-SHIFT, SHIFT), rotate=turn, keep_ratio=True, p=1.0),
-            A.Normalize(mean, std, max_pixel_value=255.0),
-        ], seed=config.seed)  # fmt: skip
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        image = self.transform(image=self.images[i])["image"]
-        return torch.from_numpy(image.transpose(2, 0, 1).copy()), self.labels[i]
-
-
-def own_draws(worker: int) -> None:
-    """Workers are copies of one process: without this they would draw the same numbers for different images."""
-    info = get_worker_info()
-    info.dataset.transform.set_random_seed(info.seed % 2**32)
-
-
-def plain_steps(config: TrainConfig, data: Dataset, model: nn.Module, workers: int, steps: int) -> Iterator[int]:
-    """Trains `model` for `steps` updates under the schedule of `config`; yields the images of each."""
-    mean, std = data.statistics()
-    images = PlainImages(config, data.train.first(len(data.train)).images, data.train.labels, mean, std)
-    loader = DataLoader(
-        images, config.batch_size, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0,
-        worker_init_fn=own_draws,
-    )  # fmt: skip
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, config.lr, config.momentum, nesterov=True)
-    warmup = config.warmup_epochs * len(loader)
-
-    def rate(step: int) -> float:
-        return (step + 1) / (warmup + 1) if step < warmup else (
-            1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-        ) / 2  # fmt: skip
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    done = 0
-    while done < steps:
-        model.train()
-        for batch, labels in loader:
-            given, wanted = batch.to(config.device), labels.to(config.device)
-            loss = F.cross_entropy(model(given), wanted, label_smoothing=config.smoothing)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            done += 1
-            yield len(labels)
-            if done == steps:
-                return
-
-
-def plain_training(path: str, config: TrainConfig, workers: int) -> Call:
-    """Trains for a number of steps."""
-    torch.set_num_threads(workers)
-    torch.manual_seed(0)
-    data = load_dataset(path)
-    model = create_model(config.model, num_classes=len(data.class_names), in_channels=data.channels)
-    loop = plain_steps(config, data, model, workers, config.epochs * len(data.train) // config.batch_size)
-    return lambda count: sum(next(loop) for _ in range(count))
 
 
 # --------------------------------------------------------------------------------------------------------- contestants
@@ -166,12 +79,13 @@ class Contestant:
 
 
 def serve(connection: Connection, make: Callable[..., Call], *arguments: Any) -> None:
+    now = time.process_time if make in (our_photos, plain_photos) else time.perf_counter
     with freed_memory_kept() if make is our_photos else nullcontext():  # as in every training of ours
         call = make(*arguments)
         while count := connection.recv():
-            begin = time.perf_counter()
+            begin = now()
             images = call(count)
-            connection.send(images / (time.perf_counter() - begin))
+            connection.send(images / (now() - begin))
 
 
 # ------------------------------------------------------------------------------------------------------- measurements
@@ -317,10 +231,15 @@ def our_photos(folder: str) -> Call:
     torch.set_num_threads(1)
     crop = Compose([RandomResizedCrop(SIDE, **CROP), RandomHorizontalFlip(), Normalize(MEAN, STD)])
 
+    buffer = np.empty(LARGEST, np.uint8)
+
     def views(some: list[bytes]) -> Tensor:
+        sizes = [torch.empty(()).expand(3, *upright_size(data)) for data in some]
+        draws = [crop.make_params(size, key=(0, 0, i)) for i, size in enumerate(sizes)]
         batch = torch.empty((len(some), 3, SIDE, SIDE), memory_format=torch.channels_last)
         for i, data in enumerate(some):  # each to its end, while it is in the cache
-            batch[i] = crop(torch.from_numpy(decode_whole(data)).permute(2, 0, 1), key=(0, 0, i))
+            image = torch.from_numpy(decode_whole(data, buffer)).permute(2, 0, 1)
+            batch[i] = crop.transform(image, draws[i])
         return batch
 
     return in_batches(photo_files(folder), views)

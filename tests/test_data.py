@@ -15,7 +15,16 @@ import torch
 from conftest import require
 from PIL import Image
 
-from imgopt_fast.data import DataError, Split, decode, load_dataset, load_labelled, stable_fraction
+from imgopt_fast.data import (
+    DataError,
+    Split,
+    decode,
+    decode_whole,
+    load_dataset,
+    load_labelled,
+    stable_fraction,
+    upright_size,
+)
 from imgopt_fast.data.embedded.make_subset import draw
 from imgopt_fast.data.idx import read_idx
 
@@ -235,6 +244,34 @@ def test_both_decoders_see_the_same_images(tmp_path: Path, monkeypatch: pytest.M
                 both.append(decode(path, height, width, channels).astype(int))
                 monkeypatch.undo()
             assert np.abs(both[0] - both[1]).max() <= 6, (path.name, height)
+
+
+@pytest.mark.parametrize("library", ["simplejpeg", "Pillow"])
+def test_a_whole_image_is_upright_and_may_reuse_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    if library == "Pillow":
+        monkeypatch.setattr(decoding, "simplejpeg", None)
+    ramp = np.add.outer(np.arange(30) * 3, np.arange(50) * 3).clip(0, 255).astype(np.uint8)
+    plain, turned = Image.fromarray(ramp), Image.Exif()
+    turned[0x0112] = 6  # a quarter
+    plain.convert("RGB").save(tmp_path / "plain.jpg", quality=95)
+    plain.convert("CMYK").save(tmp_path / "printed.jpg", quality=95)
+    plain.save(tmp_path / "grey.png")
+    plain.convert("RGB").save(tmp_path / "turned.jpg", exif=turned, quality=95)
+    plain.save(tmp_path / "turned.png", exif=turned)
+    buffer = np.empty(30 * 50 * 3, np.uint8)
+    for path in sorted(tmp_path.iterdir()):
+        data = path.read_bytes()
+        expected = np.rot90(ramp, -1) if "turned" in path.name else ramp
+        for memory in (None, buffer, buffer[:-1]):
+            pixels = decode_whole(data, memory)
+            assert pixels.shape == (*upright_size(data), 3) == (*expected.shape, 3), path.name
+            assert np.abs(pixels.astype(int) - expected[..., None]).max() <= 8, path.name
+    for damaged in (b"no image", b"\xff\xd8\xff and no more"):
+        for function in (decode_whole, upright_size):
+            with pytest.raises(decoding.UnreadableError):
+                function(damaged)
 
 
 def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:

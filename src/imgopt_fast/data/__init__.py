@@ -13,7 +13,7 @@ from imgopt_fast.data.dataset import (
     batches_per_epoch,
     stable_fraction,
 )
-from imgopt_fast.data.decode import decode
+from imgopt_fast.data.decode import decode, decode_whole, upright_size
 from imgopt_fast.data.embedded import load_embedded
 from imgopt_fast.data.folder import load_folder, load_labelled
 from imgopt_fast.data.idx import find_idx, load_idx
@@ -29,9 +29,11 @@ __all__ = [
     "TrainingSplit",
     "batches_per_epoch",
     "decode",
+    "decode_whole",
     "load_dataset",
     "load_labelled",
     "stable_fraction",
+    "upright_size",
 ]
 
 

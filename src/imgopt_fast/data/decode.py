@@ -28,6 +28,7 @@ DECODER = "Pillow" if simplejpeg is None else "simplejpeg"
 GREY = ("1", "L", "I;16", "I;16B")  # modes without colours
 JPEG = b"\xff\xd8\xff"
 _EXIF = b"Exif\0"
+_ORIENTATION, _HALF_TURNS = 0x0112, 4  # EXIF's tag; its values above that exchange width and height
 EXIF_WITHIN = 4096  # bytes from the start of a file where cameras put EXIF
 PLAIN_COLORS = ("Gray", "YCbCr", "RGB")  # JPEG's own, that become grey or RGB without a profile's help
 
@@ -72,18 +73,37 @@ def decode_into(data: bytes, pixels: NDArray[np.uint8]) -> Header:
     return header
 
 
-def decode_whole(data: bytes) -> NDArray[np.uint8]:
-    """(height, width, 3) pixels of an image file at its own size, upright. Raises UnreadableError."""
-    if simplejpeg is not None and data.startswith(JPEG) and _EXIF not in data[:EXIF_WITHIN]:
+def decode_whole(data: bytes, buffer: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """(height, width, 3) pixels of an image file at its own size, upright. Raises UnreadableError.
+
+    They lie in `buffer`, a flat array, where it is large enough for them: one that is used again for every image stays
+    in the processor's cache.
+    """
+    if simplejpeg is not None and _is_upright_jpeg(data):
         try:
             rows, columns, colors, _ = simplejpeg.decode_jpeg_header(data)
             if colors in PLAIN_COLORS and rows * columns <= _most_pixels():
-                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
+                fits = buffer is not None and 3 * rows * columns <= buffer.size
+                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer if fits else None)
                 return pixels
         except ValueError:
             pass  # Pillow has the last word
     with _opened(data) as image:
         return np.array(ImageOps.exif_transpose(_eight_bits(image)).convert("RGB"))
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of what `decode_whole` returns: a crop can be drawn before. Raises UnreadableError."""
+    if simplejpeg is not None and _is_upright_jpeg(data):
+        try:
+            rows, columns, _, _ = simplejpeg.decode_jpeg_header(data)
+            return rows, columns
+        except ValueError:
+            pass
+    with _opened(data) as image:
+        width, height = image.size
+        turned = image.getexif().get(_ORIENTATION, 1) > _HALF_TURNS
+    return (width, height) if turned else (height, width)
 
 
 def read_header(data: bytes) -> Header:
@@ -123,6 +143,10 @@ def _decode_jpeg(data: bytes, pixels: NDArray[np.uint8]) -> Header | None:
         decoded = np.asarray(_fitted(image, (width, height))).reshape(pixels.shape)
     pixels[...] = decoded
     return Header((columns, rows), colors == "Gray")
+
+
+def _is_upright_jpeg(data: bytes) -> bool:
+    return data.startswith(JPEG) and _EXIF not in data[:EXIF_WITHIN]
 
 
 def _most_pixels() -> float:
