@@ -664,3 +664,10 @@ def test_samples_are_taken_out_and_put_back(shape, dtype, layout):
     assert torch.equal(images, expected)
     part = torch.zeros(9, *shape[1:-1], shape[-1] + 2, dtype=dtype)[..., 1:-1]  # not dense
     assert torch.equal(samples.put(part, index, other)[index], other)
+
+
+def test_a_table_alone_needs_no_warp(calls):
+    images = photos(3)
+    expected = (images.double() * 0.5).round().to(torch.uint8)
+    assert torch.equal(augment.scale_color(images, 0.5), expected)
+    assert calls == []
