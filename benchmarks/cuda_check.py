@@ -231,8 +231,8 @@ def masked_cases(report: Report) -> None:
 
     chosen = dict(cuda.LARGEST_DENSITY)
     side = 4096
-    for form, block, dtype in (("blocks", 16, torch.bfloat16), ("blocks", 32, torch.bfloat16),
-                               ("quads", 1, torch.float32)):  # fmt: skip
+    for form, block, dtype in (("packed 16", 16, torch.bfloat16), ("packed 32", 32, torch.bfloat16),
+                               ("blocks", 16, torch.bfloat16), ("quads", 1, torch.float32)):  # fmt: skip
         cuda.LARGEST_DENSITY = {(form, dtype): 1.0}
         for sparsity in (0.5, 0.8, 0.9, 0.95, 0.99):
             tiles = torch.rand(side // block, side // block, device="cuda") >= sparsity

@@ -69,6 +69,23 @@ class Launcher {
         check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
     }
 
+    // For a kernel whose blocks, `cluster` at a time, see each other's shared memory (compute capability 9.0).
+    template <class... P, class... A>
+    void clusters(void (*kernel)(P...), int cluster, dim3 grid, dim3 block, size_t shared, A&&... arguments) const {
+        cudaLaunchAttribute attribute;
+        const cudaLaunchConfig_t config = cluster_launch(kernel, cluster, grid, block, shared, attribute);
+        check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
+    }
+    // Clusters that the device runs at once.
+    template <class... P>
+    int64_t resident_clusters(void (*kernel)(P...), int cluster, int threads, size_t shared) const {
+        cudaLaunchAttribute attribute;
+        const cudaLaunchConfig_t config = cluster_launch(kernel, cluster, cluster, threads, shared, attribute);
+        int count = 0;
+        check(cudaOccupancyMaxActiveClusters(&count, kernel, &config));
+        return count;
+    }
+
     void copy(void* to, const void* from, int64_t bytes) const {
         check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_));
     }
@@ -92,6 +109,23 @@ class Launcher {
         if (shared > (48 << 10))  // more than every device grants unasked
             check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    }
+    template <class Kernel>
+    cudaLaunchConfig_t cluster_launch(Kernel kernel, int cluster, dim3 grid, dim3 block, size_t shared,
+                                      cudaLaunchAttribute& attribute) const {
+        allow_shared(kernel, shared);
+        attribute = {};
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = grid;
+        config.blockDim = block;
+        config.dynamicSmemBytes = shared;
+        config.stream = stream_;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        return config;
     }
     static int attribute(cudaDeviceAttr which) {
         int device = 0, value = 0;
@@ -218,6 +252,9 @@ __device__ __forceinline__ uint32_t shift_pair(uint32_t low, uint32_t high, uint
     return __funnelshift_r(low, high, bits);
 }
 
+__device__ __forceinline__ uint32_t of_lane(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
+// Known to the compiler as the same in all lanes, which it is.
+__device__ __forceinline__ uint32_t warp_uniform(uint32_t v) { return of_lane(v, 0); }
 __device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 __device__ __forceinline__ int set_bits(uint64_t bits) { return __popcll(bits); }
 

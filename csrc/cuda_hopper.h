@@ -1,8 +1,8 @@
-// What compute capability 9.0 adds and int8_conv2d uses: the copy engine (TMA), which moves boxes of a tensor between
-// global and shared memory by itself; barriers in shared memory (mbarrier) that count its bytes; and products of whole
-// tiles by four warps (wgmma), read from shared memory. Rows of a tile are one span (64 or 128 bytes) long, and within
-// eight of them the 16-byte chunks are exchanged ("swizzled") so that a column of chunks hits all banks; the copy
-// engine writes and wgmma reads that order.
+// What compute capability 9.0 adds and the kernels use: the copy engine (TMA), which moves boxes of a tensor between
+// global and shared memory by itself, into several blocks of a cluster at once; barriers in shared memory (mbarrier)
+// that count its bytes; and products of whole tiles by four warps (wgmma), read from shared memory. Rows of a tile are
+// one span (64 or 128 bytes) long, and within eight of them the 16-byte chunks are exchanged ("swizzled") so that a
+// column of chunks hits all banks; the copy engine writes and wgmma reads that order.
 #pragma once
 
 #include "cuda.h"
@@ -153,6 +153,35 @@ __device__ __forceinline__ void group_barrier(int group) {
 // Orders this thread's stores to shared memory before what the copy engine and wgmma do after the next barrier.
 __device__ __forceinline__ void publish_stores() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
+// --- device: clusters of blocks, and registers that warp groups hand each other
+// ---------------------------------------
+
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+    return rank;
+}
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
+}
+// At the barrier that has the place of `barrier` in the shared memory of another block of the cluster.
+__device__ __forceinline__ void arrive_in(Barrier* barrier, int rank) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_address(barrier)),
+        "r"(rank)
+        : "memory");
+}
+// By all threads of a warp group; what it keeps, or has from then on, per thread.
+template <int registers>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(registers));
+}
+template <int registers>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(registers));
+}
+
 // --- device: the copy engine. One thread starts a copy ---------------------------------------------------------------
 
 __device__ __forceinline__ void load_window(void* to, const TensorMap& map, Barrier* barrier, int channel, int x, int y,
@@ -178,6 +207,25 @@ __device__ __forceinline__ void load_box(void* to, const TensorMap& map, Barrier
         "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y)
         : "memory");
 }
+// Into the same place of all `blocks` of the cluster, and to each one's barrier.
+template <int blocks>
+__device__ __forceinline__ void load_box_for_all(void* to, const TensorMap& map, Barrier* barrier, int x, int y) {
+    if constexpr (blocks == 1)
+        load_box(to, map, barrier, x, y);
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+            "{%3, %4}], [%2], %5;\n" ::"r"(shared_address(to)),
+            "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(static_cast<uint16_t>((1 << blocks) - 1))
+            : "memory");
+}
+// Addresses and bytes are multiples of 16.
+__device__ __forceinline__ void load_bytes(void* to, const void* from, int bytes, Barrier* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
 __device__ __forceinline__ void store_box(const void* from, const TensorMap& map, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n" ::"l"(&map),
                  "r"(shared_address(from)), "r"(x), "r"(y)
@@ -199,7 +247,51 @@ __device__ __forceinline__ uint64_t tile_of(const void* shared) {
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
-__device__ __forceinline__ void wait_products() { asm volatile("wgmma.wait_group.sync.aligned 0;\n" ::: "memory"); }
+// Until at most `pending` committed groups are under way.
+template <int pending = 0>
+__device__ __forceinline__ void wait_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(pending) : "memory");
+}
+
+// Operands of multiply_block() in shared memory; + n: 16 n bytes on.
+// Of x: a tile with rows of 128 bytes that starts at a multiple of 1024; + 2 per 16 of the common axis.
+__device__ __forceinline__ uint32_t tile_place(const void* shared) {
+    return (shared_address(shared) & 0x3ffff) >> 4 | 1u << 16;
+}
+// Of the weight: matrices of 8 × 8, rows of eight of the common axis, side / 8 of them to a row of matrices; + 16 per
+// 16 of the common axis.
+__device__ __forceinline__ uint32_t block_place(const void* shared) {
+    return (shared_address(shared) & 0x3ffff) >> 4 | 8u << 16;
+}
+
+// s += 64 × 16 times 16 × side of bfloat16 or float16. The sums lie as in multiply_tiles().
+template <bool brain, int side>
+__device__ __forceinline__ void multiply_block(float (&s)[side / 2], uint32_t x, uint32_t block) {
+    const uint64_t left = uint64_t{64 | 1u << 30} << 32 | x, right = uint64_t{side} << 32 | block;
+#define IMGOPT_MULTIPLY_16(type)                                                                                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type                                      \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, 1, 1, 1, 0, 0;\n"                                    \
+                 : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3]), "+f"(s[4]), "+f"(s[5]), "+f"(s[6]), "+f"(s[7]) \
+                 : "l"(left), "l"(right))
+#define IMGOPT_MULTIPLY_32(type)                                                                                   \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                       \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, 0, " \
+                 "0;\n"                                                                                            \
+                 : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3]), "+f"(s[4]), "+f"(s[5]), "+f"(s[6]), "+f"(s[7]), \
+                   "+f"(s[8]), "+f"(s[9]), "+f"(s[10]), "+f"(s[11]), "+f"(s[12]), "+f"(s[13]), "+f"(s[14]),        \
+                   "+f"(s[15])                                                                                     \
+                 : "l"(left), "l"(right))
+    if constexpr (brain && side == 16)
+        IMGOPT_MULTIPLY_16("bf16");
+    else if constexpr (side == 16)
+        IMGOPT_MULTIPLY_16("f16");
+    else if constexpr (brain)
+        IMGOPT_MULTIPLY_32("bf16");
+    else
+        IMGOPT_MULTIPLY_32("f16");
+#undef IMGOPT_MULTIPLY_16
+#undef IMGOPT_MULTIPLY_32
+}
 
 #define IMGOPT_SUMS_4(i) "+r"(s[i]), "+r"(s[(i) + 1]), "+r"(s[(i) + 2]), "+r"(s[(i) + 3])
 #define IMGOPT_SUMS_16(i) IMGOPT_SUMS_4(i), IMGOPT_SUMS_4((i) + 4), IMGOPT_SUMS_4((i) + 8), IMGOPT_SUMS_4((i) + 12)

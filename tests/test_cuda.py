@@ -26,7 +26,7 @@ from imgopt_fast.ops.affine_warp import INTERPOLATIONS, PADDING_MODES
 from imgopt_fast.ops.affine_warp import reference as warp_reference
 from imgopt_fast.ops.int8_graph import int8_graph, repack
 from imgopt_fast.ops.masked_matmul import cuda as masked_cuda
-from imgopt_fast.ops.masked_matmul import mask_layout
+from imgopt_fast.ops.masked_matmul import cuda_packed, mask_layout
 from imgopt_fast.ops.masked_sgd import KeptBits, masked_sgd
 
 EMULATED = os.environ.get("IMGOPT_CUDA_EMULATED")
@@ -52,7 +52,7 @@ def moved(value: Any, device: torch.device) -> Any:
 OPERATIONS = (
     "affine_warp", "affine_warp_backward", "adjust_hue", "adjust_sharpness", "int8_conv2d", "int8_graph",
     "masked_matmul", "masked_matmul_packed", "masked_matmul_weight_grad", "int8_masked_matmul", "block_matmul",
-    "masked_sgd",
+    "masked_sgd", "packed_block_matmul",
 )  # fmt: skip
 
 
@@ -535,6 +535,31 @@ def test_block_matmul(device: torch.device, size: tuple[int, int, int], dtype: t
     g, kept = grad.double(), torch.where(mask, w, 0)
     expected = [x @ kept.t() + b, g @ kept, torch.where(mask, g.t() @ x, 0), g.sum(0)]
     assert_near([found.detach(), *gradients], expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("side", "size", "density"),
+    [(16, (1, 16, 16), 1.0), (16, (130, 400, 208), 0.4), (16, (300, 816, 592), 0.05), (16, (70, 784, 80), 1.0),
+     (32, (200, 832, 160), 0.3), (32, (129, 64, 96), 1.0), (32, (70, 64, 64), 0.0)],
+)  # fmt: skip
+def test_packed_block_matmul(
+    device: torch.device, side: int, size: tuple[int, int, int], density: float, dtype: torch.dtype
+) -> None:
+    if not EMULATED and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("expected compute capability 9.0")
+    samples, out, inputs = size
+    blocks = masked_problems.random_mask(out // side, inputs // side, density)
+    mask = blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)
+    x, w, b = (t.to(dtype) for t in (torch.randn(samples, inputs), torch.randn(out, inputs), torch.randn(out)))
+    packed = cuda_packed.pack_blocks(w.to(device), mask.to(device))
+    assert packed[0].shape == (int(blocks.sum()), side, side)
+    torch.testing.assert_close(cuda_packed.unpack_blocks(*packed, out, inputs).cpu(), torch.where(mask, w, 0))
+    expected = x.double() @ torch.where(mask, w, 0).double().t()
+    for bias in (b, None):
+        there = None if bias is None else bias.to(device)
+        found = cuda_packed.packed_block_matmul(x.to(device), packed[0], there, *packed[1:], out)
+        assert_near([found], [expected if bias is None else expected + b.double()], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

@@ -4,6 +4,7 @@
 
 #include "binding.h"
 #include "cuda_blocks.h"
+#include "cuda_packed.h"
 #include "cuda_sparse.h"
 
 namespace imgopt {
@@ -33,6 +34,15 @@ void check_all(std::initializer_list<const Tensor*> tensors) {
     for (const Tensor* t : tensors) check_device(*t, "input, weight, structure");
 }
 
+// Contiguous and aligned.
+std::optional<Tensor> checked_bias(const Tensor& input, const std::optional<Tensor>& bias, int64_t outputs) {
+    if (!bias) return std::nullopt;
+    check_device(*bias, "bias");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == outputs && bias->scalar_type() == input.scalar_type(),
+                    "bias: expected (outputs,) of the input's dtype");
+    return aligned_contiguous(*bias);
+}
+
 Tensor run(const Launcher& launch, const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias,
            const Tensor& quads, const Tensor& columns, const std::vector<int64_t>& shape,
            const std::vector<int64_t>& window) {
@@ -42,13 +52,7 @@ Tensor run(const Launcher& launch, const Tensor& input, const Tensor& values, co
     check_blocks(weight, x);
     const bool wide = values.scalar_type() == sum_type(x.dtype);
     const Tensor all = wide ? aligned_contiguous(values) : widened(launch, values, nullptr, values.numel());
-    std::optional<Tensor> offsets;
-    if (bias) {
-        check_device(*bias, "bias");
-        STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape[0] && bias->scalar_type() == input.scalar_type(),
-                        "bias: expected (outputs,) of the input's dtype");
-        offsets = torch::stable::contiguous(*bias);
-    }
+    const std::optional<Tensor> offsets = checked_bias(input, bias, shape[0]);
     Tensor output = torch::stable::new_empty(input, output_size(input, shape[0], window));
     if (output.numel() == 0) return as_image(output, window);
     const MaskedMatmul p{weight, x, all.const_data_ptr(), offsets ? offsets->const_data_ptr() : nullptr,
@@ -189,13 +193,7 @@ Tensor block_matmul(const Tensor& input, const Tensor& weight, const std::option
                     "blocks: expected a bit per block, int32");
     const Launcher launch(input);
     const Tensor x = aligned_contiguous(input), w = aligned_contiguous(weight);
-    std::optional<Tensor> offsets;
-    if (bias) {
-        check_device(*bias, "bias");
-        STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == rows && bias->scalar_type() == input.scalar_type(),
-                        "bias: expected (outputs,) of the input's dtype");
-        offsets = torch::stable::contiguous(*bias);
-    }
+    const std::optional<Tensor> offsets = checked_bias(input, bias, rows);
     Tensor output = torch::stable::new_empty(input, output_size(input, rows, {}));
     if (output.numel() == 0) return output;
     const BlockMatmul p{static_cast<const uint16_t*>(x.const_data_ptr()),
@@ -223,6 +221,57 @@ Tensor block_matmul(const Tensor& input, const Tensor& weight, const std::option
     return output;
 }
 
+// input (..., K) times a weight whose blocks ops/masked_matmul/cuda.py packed for clusters of kPackedCluster blocks of
+// threads, of `tile_rows` outputs each. For has_hopper_kernels() alone.
+Tensor packed_block_matmul(const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias,
+                           const Tensor& stages, const Tensor& tiles, int64_t outputs, int64_t tile_rows) {
+    check_all({&input, &values, &stages, &tiles});
+    const DType dtype = dtype_of(input, "input");
+    const int64_t side = values.dim() == 3 ? values.size(2) : 0;
+    STD_TORCH_CHECK((dtype == DType::f16 || dtype == DType::bf16) && values.scalar_type() == input.scalar_type() &&
+                        input.dim() >= 1 && (side == 16 || side == 32) && values.size(1) == side,
+                    "input, values: expected (..., K) and (blocks, 16 or 32, same) of float16 or bfloat16");
+    const int64_t depth = input.size(input.dim() - 1), across = ceil_div(outputs, tile_rows * kPackedCluster);
+    STD_TORCH_CHECK(depth > 0 && depth % side == 0 && outputs > 0 && outputs % side == 0 && tile_rows > 0 &&
+                        tile_rows % side == 0 && tile_rows <= kPackedOutputs,
+                    "input: expected a whole number of blocks of features");
+    STD_TORCH_CHECK(stages.scalar_type() == ScalarType::Int && stages.is_contiguous() && stages.dim() == 3 &&
+                        stages.size(1) == kPackedCluster && stages.size(2) == 8 &&
+                        tiles.scalar_type() == ScalarType::Int && tiles.is_contiguous() && tiles.dim() == 1 &&
+                        tiles.size(0) == across + 1,
+                    "stages, tiles: expected int32 (stages, cluster, 8) and (tiles + 1,)");
+    const Launcher launch(input);
+    STD_TORCH_CHECK(has_hopper_kernels(), "packed_block_matmul: expected compute capability 9.0");
+    const Tensor x = aligned_contiguous(input), blocks = aligned_contiguous(values);
+    const std::optional<Tensor> offsets = checked_bias(input, bias, outputs);
+    Tensor output = torch::stable::new_empty(input, output_size(input, outputs, {}));
+    if (output.numel() == 0) return output;
+    const int64_t samples = output.numel() / outputs;
+    STD_TORCH_CHECK(samples < int64_t{1} << 31 && depth < int64_t{1} << 30, "input: too large");
+    PackedBlocks p{};
+    p.x = box_map({x.const_data_ptr(),
+                   2,
+                   {static_cast<uint64_t>(depth * 2), static_cast<uint64_t>(samples)},
+                   {static_cast<uint64_t>(depth * 2)}},
+                  {kPackedDepth * 2, kPackedSamples / kPackedCluster, 1});
+    p.values = static_cast<const uint16_t*>(blocks.const_data_ptr());
+    p.stages = static_cast<const PackedStage*>(stages.const_data_ptr());
+    p.tiles = static_cast<const int32_t*>(tiles.const_data_ptr());
+    p.bias = offsets ? static_cast<const uint16_t*>(offsets->const_data_ptr()) : nullptr;
+    p.output = static_cast<uint16_t*>(output.mutable_data_ptr());
+    p.samples = samples;
+    p.rows = outputs;
+    p.tile_rows = static_cast<int32_t>(tile_rows);
+    p.tiles_across = static_cast<int32_t>(across);
+    p.tiles_count = across * ceil_div(samples, kPackedSamples);
+    const bool brain = dtype == DType::bf16;
+    if (side == 16)
+        brain ? launch_packed<true, 16>(launch, p) : launch_packed<false, 16>(launch, p);
+    else
+        brain ? launch_packed<true, 32>(launch, p) : launch_packed<false, 32>(launch, p);
+    return output;
+}
+
 }  // namespace
 }  // namespace imgopt
 
@@ -232,4 +281,5 @@ STABLE_TORCH_LIBRARY_IMPL(imgopt_fast, IMGOPT_CUDA_KEY, m) {
     m.impl("masked_matmul_weight_grad", TORCH_BOX(&imgopt::masked_matmul_weight_grad));
     m.impl("int8_masked_matmul", TORCH_BOX(&imgopt::int8_masked_matmul));
     m.impl("block_matmul", TORCH_BOX(&imgopt::block_matmul));
+    m.impl("packed_block_matmul", TORCH_BOX(&imgopt::packed_block_matmul));
 }

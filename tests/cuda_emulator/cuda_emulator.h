@@ -69,9 +69,9 @@ struct Copy {
 
 struct Thread {
     dim3 index;
-    int number = 0;
+    int number = 0, rank = 0;  // in its block; of its block in a cluster
     bool done = false;
-    int64_t block_waits = 0, group_waits = 0, warp_waits = 0;  // barriers that it has reached
+    int64_t block_waits = 0, group_waits = 0, warp_waits = 0, cluster_waits = 0;  // barriers that it has reached
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
     bool started = false;
@@ -86,10 +86,12 @@ struct Exchange {  // what the lanes of a warp show each other
 };
 
 struct Device {
-    dim3 grid, block, block_index;
-    std::vector<Thread> threads;
+    dim3 grid, block, block_index;  // block_index: of the first block of a cluster
+    int cluster = 1, block_threads = 0;
+    std::vector<Thread> threads;  // of all blocks of a cluster
     std::vector<Exchange> warps;
-    std::vector<uint4> shared;
+    std::vector<uint4> shared;  // of each block, one after the other
+    size_t block_shared = 0;
     Thread* current = nullptr;
     jmp_buf scheduler;
     std::function<void()> body;
@@ -104,9 +106,10 @@ inline void yield_thread() {
     if (_setjmp(device().current->place) == 0) _longjmp(device().scheduler, 1);
 }
 
-// Whether every living thread of [first, last) has reached as many barriers as `waits` says.
+// Whether every living thread of [first, last) of the current block has reached as many barriers as `waits` says.
 inline bool all_reached(int first, int last, int64_t Thread::* waits, int64_t count) {
-    for (int i = first; i < last; ++i) {
+    const int block = device().current->rank * device().block_threads;
+    for (int i = block + first; i < block + last; ++i) {
         const Thread& t = device().threads[static_cast<size_t>(i)];
         if (!t.done && t.*waits < count) return false;
     }
@@ -116,19 +119,28 @@ inline bool all_reached(int first, int last, int64_t Thread::* waits, int64_t co
 inline void block_barrier() {
     Thread* me = device().current;
     const int64_t count = ++me->block_waits;
-    while (!all_reached(0, static_cast<int>(device().threads.size()), &Thread::block_waits, count)) yield_thread();
+    while (!all_reached(0, device().block_threads, &Thread::block_waits, count)) yield_thread();
 }
 
 inline void warp_barrier() {
     Thread* me = device().current;
     const int64_t count = ++me->warp_waits;
     const int first = me->number / kWarp * kWarp;
-    const int last = std::min<int>(first + kWarp, static_cast<int>(device().threads.size()));
+    const int last = std::min(first + kWarp, device().block_threads);
     while (!all_reached(first, last, &Thread::warp_waits, count)) yield_thread();
 }
 
 inline int lane() { return device().current->number % kWarp; }
-inline Exchange& exchange() { return device().warps[static_cast<size_t>(device().current->number / kWarp)]; }
+inline Exchange& exchange() {
+    const Thread& t = *device().current;
+    return device()
+        .warps[static_cast<size_t>(t.rank * ((device().block_threads + kWarp - 1) / kWarp) + t.number / kWarp)];
+}
+inline uint4* shared_of(int rank) { return device().shared.data() + static_cast<size_t>(rank) * device().block_shared; }
+inline dim3 block_index() {
+    const Device& d = device();
+    return {d.block_index.x + static_cast<unsigned>(d.current->rank), d.block_index.y, d.block_index.z};
+}
 
 inline void run_thread() {
     device().body();
@@ -146,12 +158,12 @@ inline void resume(Thread& t) {
     setcontext(&t.context);
 }
 
-inline void run_block() {
+inline void run_block() {  // or the blocks of a cluster
     Device& d = device();
     std::memset(static_cast<void*>(d.shared.data()), 0xCD, d.shared.size() * sizeof(uint4));
     for (Thread& t : d.threads) {
         t.done = t.started = false;
-        t.block_waits = t.group_waits = t.warp_waits = 0;
+        t.block_waits = t.group_waits = t.warp_waits = t.cluster_waits = 0;
         t.open.clear();
         t.groups.clear();
         getcontext(&t.context);
@@ -170,30 +182,31 @@ inline void run_block() {
     }
 }
 
-inline void launch(dim3 grid, dim3 block, size_t shared, std::function<void()> body) {
+inline void launch(dim3 grid, dim3 block, size_t shared, std::function<void()> body, int cluster = 1) {
     Device& d = device();
     d.grid = grid;
     d.block = block;
     d.body = std::move(body);
-    const size_t count = size_t{block.x} * block.y * block.z;
+    d.cluster = cluster;
+    d.block_threads = static_cast<int>(block.x * block.y * block.z);
+    const size_t of_block = static_cast<size_t>(d.block_threads), count = of_block * static_cast<size_t>(cluster);
     if (d.threads.size() != count) {
         d.threads = std::vector<Thread>(count);
-        d.warps = std::vector<Exchange>((count + kWarp - 1) / kWarp);
-        for (size_t i = 0; i < count; ++i) {
-            Thread& t = d.threads[i];
-            t.number = static_cast<int>(i);
-            t.index = {static_cast<unsigned>(i % block.x), static_cast<unsigned>(i / block.x % block.y),
-                       static_cast<unsigned>(i / block.x / block.y)};
-            t.stack = std::make_unique<char[]>(kStack);
-        }
+        for (Thread& t : d.threads) t.stack = std::make_unique<char[]>(kStack);
     }
-    for (size_t i = 0; i < count; ++i)  // the same number of threads in another shape
-        d.threads[i].index = {static_cast<unsigned>(i % block.x), static_cast<unsigned>(i / block.x % block.y),
-                              static_cast<unsigned>(i / block.x / block.y)};
-    d.shared.resize((shared + sizeof(uint4) - 1) / sizeof(uint4));
+    d.warps = std::vector<Exchange>((of_block + kWarp - 1) / kWarp * static_cast<size_t>(cluster));
+    for (size_t thread = 0; thread < count; ++thread) {  // the same number of threads may come in another shape
+        const size_t i = thread % of_block;
+        d.threads[thread].number = static_cast<int>(i);
+        d.threads[thread].rank = static_cast<int>(thread / of_block);
+        d.threads[thread].index = {static_cast<unsigned>(i % block.x), static_cast<unsigned>(i / block.x % block.y),
+                                   static_cast<unsigned>(i / block.x / block.y)};
+    }
+    d.block_shared = (shared + 1023) / 1024 * (1024 / sizeof(uint4));  // aligned alike in all blocks of a cluster
+    d.shared.resize(d.block_shared * static_cast<size_t>(cluster));
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) {
+            for (unsigned x = 0; x < grid.x; x += static_cast<unsigned>(cluster)) {
                 d.block_index = {x, y, z};
                 run_block();
             }
@@ -202,7 +215,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared, std::function<void()> b
 }  // namespace imgopt::emulator
 
 #define threadIdx (::imgopt::emulator::device().current->index)
-#define blockIdx (::imgopt::emulator::device().block_index)
+#define blockIdx (::imgopt::emulator::block_index())
 #define blockDim (::imgopt::emulator::device().block)
 #define gridDim (::imgopt::emulator::device().grid)
 
@@ -245,6 +258,14 @@ class Launcher {
     void overlapping(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A&&... arguments) const {
         (*this)(kernel, grid, block, shared, arguments...);
     }
+    template <class... P, class... A>
+    void clusters(void (*kernel)(P...), int cluster, dim3 grid, dim3 block, size_t shared, A&&... arguments) const {
+        emulator::launch(grid, block, shared, [&] { kernel(static_cast<P>(arguments)...); }, cluster);
+    }
+    template <class... P>
+    int64_t resident_clusters(void (*)(P...), int, int, size_t) const {
+        return 2;
+    }
     void copy(void* to, const void* from, int64_t bytes) const { std::memcpy(to, from, static_cast<size_t>(bytes)); }
     size_t shared_bytes() const { return 227 << 10; }
     int64_t processors() const { return 4; }  // few, so that small problems reach every tile size
@@ -261,7 +282,7 @@ inline void let_successor_start() {}
 
 template <class T>
 T* dynamic_shared() {
-    return reinterpret_cast<T*>(emulator::device().shared.data());
+    return reinterpret_cast<T*>(emulator::shared_of(emulator::device().current->rank));
 }
 template <class T>
 T load_cached(const T* from) {
@@ -414,6 +435,15 @@ inline uint32_t bfloat16s_of_floats(float low, float high) {
     return bfloat16_of_float(low) | static_cast<uint32_t>(bfloat16_of_float(high)) << 16;
 }
 
+inline uint32_t of_lane(uint32_t v, int from) {
+    emulator::Exchange& e = emulator::exchange();
+    e.words[emulator::lane()][0] = v;
+    emulator::warp_barrier();
+    const uint32_t other = e.words[from][0];
+    emulator::warp_barrier();
+    return other;
+}
+inline uint32_t warp_uniform(uint32_t v) { return v; }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 inline int set_bits(uint64_t bits) { return __builtin_popcountll(bits); }
 

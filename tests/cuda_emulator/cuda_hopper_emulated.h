@@ -96,6 +96,29 @@ inline void group_barrier(int group) {
 }
 inline void publish_stores() {}
 
+inline int cluster_rank() { return emulator::device().current->rank; }
+inline void cluster_barrier() {
+    emulator::Device& d = emulator::device();
+    const int64_t count = ++d.current->cluster_waits;
+    const auto reached = [&] {
+        return std::all_of(d.threads.begin(), d.threads.end(),
+                           [&](const emulator::Thread& t) { return t.done || t.cluster_waits >= count; });
+    };
+    while (!reached()) emulator::yield_thread();
+}
+// What is at `own`'s place in the shared memory of another block of the cluster.
+template <class T>
+T* in_block(T* own, int rank) {
+    const auto offset = reinterpret_cast<uintptr_t>(own) -
+                        reinterpret_cast<uintptr_t>(emulator::shared_of(emulator::device().current->rank));
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(emulator::shared_of(rank)) + offset);
+}
+inline void arrive_in(Barrier* barrier, int rank) { arrive(in_block(barrier, rank)); }
+template <int registers>
+void give_registers() {}
+template <int registers>
+void take_registers() {}
+
 inline void load_window(void* to, const TensorMap& map, Barrier* barrier, int channel, int x, int y, int n, int right,
                         int down) {
     const int64_t span = map.box[0];
@@ -126,6 +149,13 @@ inline void load_box(void* to, const TensorMap& map, Barrier* barrier, int x, in
             }
     });
 }
+template <int blocks>
+void load_box_for_all(void* to, const TensorMap& map, Barrier* barrier, int x, int y) {
+    for (int rank = 0; rank < blocks; ++rank) load_box(in_block(to, rank), map, in_block(barrier, rank), x, y);
+}
+inline void load_bytes(void* to, const void* from, int bytes, Barrier* barrier) {
+    emulator::start_copy(barrier, bytes, [=] { std::memcpy(to, from, static_cast<size_t>(bytes)); });
+}
 inline void store_box(const void* from, const TensorMap& map, int x, int y) {
     const int64_t span = map.box[0];
     emulator::stores().push_back([=] {
@@ -148,7 +178,32 @@ uint64_t tile_of(const void* shared) {
 }
 inline void begin_products() {}
 inline void commit_products() {}
-inline void wait_products() {}
+template <int pending = 0>
+void wait_products() {}
+
+// Chunks of 16 bytes from the start of the block's shared memory.
+inline uint32_t tile_place(const void* shared) {
+    const auto start = reinterpret_cast<uintptr_t>(emulator::shared_of(emulator::device().current->rank));
+    return static_cast<uint32_t>((reinterpret_cast<uintptr_t>(shared) - start) / 16);
+}
+inline uint32_t block_place(const void* shared) { return tile_place(shared); }
+template <bool brain, int side>
+void multiply_block(float (&s)[side / 2], uint32_t x, uint32_t block) {
+    const auto* shared = reinterpret_cast<const char*>(emulator::shared_of(emulator::device().current->rank));
+    const int lane = emulator::lane(), warp = emulator::device().current->number / 32 % 4;
+    uint32_t a[4], b[2];
+    for (int i = 0; i < 4; ++i)
+        std::memcpy(
+            a + i,
+            emulator::tile_byte(shared + x * 16, warp * 16 + lane / 4 + i % 2 * 8, i / 2 * 16 + lane % 4 * 4, 128), 4);
+    for (int j = 0; j < side / 8; ++j) {
+        for (int k = 0; k < 2; ++k)
+            std::memcpy(b + k, shared + block * 16 + (j * side / 8 + k) * 128 + lane / 4 * 16 + lane % 4 * 4, 4);
+        float sums[4] = {s[4 * j], s[4 * j + 1], s[4 * j + 2], s[4 * j + 3]};
+        multiply_half<brain>(sums, a, b[0], b[1]);
+        std::copy(sums, sums + 4, s + 4 * j);
+    }
+}
 
 template <int columns>
 void multiply_tiles(int32_t (&s)[columns / 2], uint64_t a, uint64_t b, int more) {

@@ -65,8 +65,8 @@ def masked_matmul(
         raise ValueError(
             f"input: expected (..., {weight_shape[1]}) for weight {weight_shape}, got {tuple(input.shape)}"
         )
-    if isinstance(weight, PackedMaskedWeight) and weight.values.dim() == 2:
-        output = cuda.linear_of_packed(input, weight.values, bias, weight.quads, weight.columns)
+    if isinstance(weight, PackedMaskedWeight) and weight.values.dim() in (2, 3):
+        output = cuda.linear_of_packed(input, weight.values, bias, weight.quads, weight.columns, weight.shape[0])
         return _clamped(output, output_min, output_max)
     if isinstance(mask, MaskLayout) and input.is_cuda:
         assert isinstance(weight, Tensor)

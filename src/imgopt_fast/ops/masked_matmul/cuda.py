@@ -7,20 +7,33 @@ dtype alone.
 """
 
 import warnings
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from imgopt_fast.ops import registration
+from imgopt_fast.ops.masked_matmul.cuda_packed import (
+    BLOCK,
+    Form,
+    cast_operands,
+    has_packed_kernel,
+    kept_blocks,
+    pack_blocks,
+    packed_block_matmul,
+    packed_form,
+)
 
-Form = Literal["quads", "blocks", "2:4", "dense"]
-
-BLOCK = 16  # side of the blocks of tensor cores
 COLUMNS = 128  # per block of row quads: with 64 samples a tile of 32 KB, two of them and their sums in an SM
-# Greatest density that the form serves. Blocks of 16 overtake the dense product between 90 and 95 % sparsity. Row quads
-# overtook it nowhere, in float32 at 99 % neither (0.73 of its speed): they serve who calls them by their structure.
-LARGEST_DENSITY = {("blocks", torch.float16): 0.05, ("blocks", torch.bfloat16): 0.05}
+# Greatest density that the form serves: where it overtakes the dense product. Blocks in place, with the weight of the
+# training, do so between 90 and 95 % sparsity; packed for inference on Hopper, near 70 % (16 × 16) and 60 % (32 × 32).
+# Row quads overtook it nowhere, in float32 at 99 % neither (0.73 of its speed): they serve who calls them by their
+# structure.
+LARGEST_DENSITY = {
+    (form, dtype): density
+    for dtype in (torch.float16, torch.bfloat16)
+    for form, density in (("blocks", 0.05), ("packed 16", 0.3), ("packed 32", 0.4))
+}
 
 
 def form_in_training(input: Tensor, count: int, kept: int, *, blocks: bool) -> Form:
@@ -30,8 +43,15 @@ def form_in_training(input: Tensor, count: int, kept: int, *, blocks: bool) -> F
     return choose(dtype, kept / max(1, count), blocks=blocks)
 
 
-def choose(dtype: torch.dtype, density: float, *, blocks: bool, two_of_four: bool = False) -> Form:
-    """The form of a mask of `density`; `blocks`: it consists of 16 × 16 blocks, `two_of_four`: at most 2 of 4."""
+def choose(
+    dtype: torch.dtype, density: float, *, blocks: bool, packed: Form | None = None, two_of_four: bool = False
+) -> Form:
+    """The form of a mask of `density`; `blocks`: it consists of 16 × 16 blocks, `two_of_four`: at most 2 of 4.
+
+    `packed`: how its blocks could be packed, if they could.
+    """
+    if packed and density <= LARGEST_DENSITY.get((packed, dtype), -1.0):
+        return packed
     if blocks and density <= LARGEST_DENSITY.get(("blocks", dtype), -1.0):
         return "blocks"
     if density <= LARGEST_DENSITY.get(("quads", dtype), -1.0):
@@ -51,13 +71,8 @@ def block_bits(mask: Tensor) -> tuple[Tensor, Tensor] | None:
 
     int32 (O / 16, ceil(K / 16 / 32)), the first block in the lowest bit. Reads the mask's values: eager only.
     """
-    if mask.dim() != 2 or 0 in mask.shape or mask.shape[0] % BLOCK or mask.shape[1] % BLOCK:
-        return None
-    tiles = mask.view(mask.shape[0] // BLOCK, BLOCK, mask.shape[1] // BLOCK, BLOCK).sum((1, 3))
-    kept = tiles == BLOCK * BLOCK
-    if not bool((kept | (tiles == 0)).all()):
-        return None
-    return _bits(kept), _bits(kept.t())
+    kept = kept_blocks(mask, BLOCK)
+    return None if kept is None else (_bits(kept), _bits(kept.t()))
 
 
 def _bits(kept: Tensor) -> Tensor:
@@ -78,9 +93,12 @@ def pack(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """(values, quads, columns) of a PackedMaskedWeight that is not made of row quads; None for those. Eager only."""
     density = int(mask.sum()) / max(1, mask.numel())
     bits = block_bits(mask)
-    form = choose(weight.dtype, density, blocks=bits is not None, two_of_four=is_two_of_four(mask))
+    packed = packed_form(mask) if has_packed_kernel(weight) else None
+    form = choose(weight.dtype, density, blocks=bits is not None, packed=packed, two_of_four=is_two_of_four(mask))
     if form == "quads":
         return None
+    if form in ("packed 16", "packed 32"):
+        return pack_blocks(weight, mask)
     kept = torch.where(mask, weight, 0)
     if form == "blocks":
         assert bits is not None
@@ -93,8 +111,12 @@ def pack(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     return kept, empty, empty
 
 
-def linear_of_packed(input: Tensor, values: Tensor, bias: Tensor | None, quads: Tensor, columns: Tensor) -> Tensor:
+def linear_of_packed(
+    input: Tensor, values: Tensor, bias: Tensor | None, quads: Tensor, columns: Tensor, outputs: int
+) -> Tensor:
     """The product with what `pack` made."""
+    if values.dim() == 3:
+        return packed_block_matmul(input, values, bias, quads, columns, outputs)
     if quads.dim() == 2:
         return block_matmul(input, values, bias, quads, columns)
     return torch.nn.functional.linear(input, values, bias)
@@ -157,11 +179,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd(BLOCK_MATMUL, _backward, setup_context=_setup, lib=registration.LIBRARY)
 
 
-def _cast(dtype: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    return (input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *rest)
-
-
-registration.register_autocast(BLOCK_MATMUL, _cast)
+registration.register_autocast(BLOCK_MATMUL, cast_operands)
 
 
 def block_matmul(
