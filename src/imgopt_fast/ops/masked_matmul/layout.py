@@ -86,7 +86,8 @@ class PackedMaskedWeight(NamedTuple):
     """The values of a masked weight in the order in which the kernel visits them. Made by `pack_masked_weight`.
 
     On CUDA, where `cuda.choose` says so, `values` is the weight itself with zeros, or torch's 2:4 form of it, and
-    `quads` and `columns` are empty, or hold the bits of its blocks. On the CPU so it is where torch's dense product is
+    `quads` and `columns` are empty, or hold the bits of its blocks; on Hopper, `values` are the blocks alone
+    (`cuda_packed.pack_blocks`). On the CPU so it is where torch's dense product is
     faster: in bfloat16 (`_mask_blocks.DENSE_BFLOAT16`), and of a convolution of few channels in float32
     (`_mask_blocks.SPARSE_CONVOLUTIONS`). `dense` is a copy for few samples
     (`_mask_blocks.DENSE_COPY`).
