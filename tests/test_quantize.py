@@ -394,6 +394,8 @@ class Untraceable(nn.Module):
         ({"calibration": []}, ValueError, "calibration: expected at least one batch"),
         ({"calibration": [torch.zeros(0, 3, 32, 30)]}, ValueError, "at least one batch"),
         ({"calibration": [torch.zeros(2, 3, 8, 8, dtype=torch.uint8)]}, TypeError, "calibration: .*uint8"),
+        ({"calibration": torch.zeros(2, 3, 8, 8)}, TypeError, r"calibration: expected batches, got one tensor"),
+        ({"calibration": [torch.zeros(2, 1, 8, 8)]}, ValueError, r"calibration: .* not take a batch of shape \(2, 1"),
         ({"calibration": ["image.png"]}, TypeError, "calibration: .*str"),
         ({"calibration": [torch.full((2, 3, 32, 30), torch.nan)]}, ValueError, "calibration: .* is not finite"),
         ({"config": Int8Config(exclude=("convX",))}, ValueError, "exclude: .*'convX'"),

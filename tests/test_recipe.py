@@ -68,7 +68,8 @@ def test_one_report_shows_every_stage(whole: Report) -> None:
     markdown = (whole.path / "report.md").read_text()
     for word in ("memory", "dense float", "distilled", "wait", "![samples](samples.png)", "bad<b>.png"):
         assert word in markdown
-    lines = whole.layers.splitlines()
+    assert whole.layers is not None
+    lines = str(whole.layers).splitlines()
     assert lines[0].split() == [
         "layer",
         "operation",
@@ -85,7 +86,7 @@ def test_one_report_shows_every_stage(whole: Report) -> None:
     ]
     shares = [float(line.split()[3].rstrip("%")) for line in lines if " int8 " in line]
     assert 50 < sum(shares) <= 100.5  # the rest are steps between the layers
-    assert re.search(r"^8 +linear +int8 +[\d.]+% +[\d.]+ +[\d.]+ +(9|8)\d% zeros", whole.layers, re.MULTILINE)
+    assert re.search(r"^8 +linear +int8 +[\d.]+% +[\d.]+ +[\d.]+ +(9|8)\d% zeros", str(whole.layers), re.MULTILINE)
     assert "% zeros" in str(load_network(whole.path).module.report)
     assert all(line in markdown for line in lines)
 
@@ -124,7 +125,7 @@ def test_the_page_in_a_browser(whole: Report, tmp_path: Path) -> None:
     assert "<script" not in text
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
     assert [base64.b64decode(image) for image in images] == [
-        (whole.path / name).read_bytes() for name in ("curves.png", "samples.png", "confusion.png", "mistakes.png")
+        (whole.path / f"{name}.png").read_bytes() for name in ("curves", "samples", "confusion", "mistakes", "layers")
     ]
     probe = """<script>addEventListener('load', () => {
       const found = {sizes: [...document.images].map(i => [i.naturalWidth, i.naturalHeight, i.clientWidth]),
@@ -140,7 +141,7 @@ def test_the_page_in_a_browser(whole: Report, tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     found = json.loads(html.unescape(result.stdout.split("<pre>")[1].split("</pre>")[0]))
-    assert len(found["sizes"]) == 4
+    assert len(found["sizes"]) == 5
     for natural_width, natural_height, shown_width in found["sizes"]:
         assert min(natural_width, natural_height) > 200
         assert shown_width > 300

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from tiny_training import TINY, assert_same_weights, files_of, make_images, resu
 from torch import nn
 
 from imgopt_fast.augment import Compose, Normalize
+from imgopt_fast.compress.quantize import LayerReport, QuantizationReport
 from imgopt_fast.data import Split
 from imgopt_fast.nn import Int8Segment
 from imgopt_fast.training import (
@@ -65,6 +67,7 @@ def test_a_training_writes_its_folder_and_reports_three_networks(shared: Report)
         "confusion.png",
         "curves.png",
         "dense.safetensors",
+        "layers.png",
         "mistakes.png",
         "model.safetensors",
         "network.yaml",
@@ -321,6 +324,19 @@ def test_figures_are_drawn_for_any_number_of_classes_and_mistakes(tmp_path: Path
             for name in ("confusion.png", "mistakes.png"):
                 with Image.open(tmp_path / name) as image:
                     assert min(image.size) > 200
+
+
+def test_layers_are_drawn_for_any_number_and_exact_ones(tmp_path: Path) -> None:
+    for count in (0, 1, 70):
+        rows = [LayerReport(f"layer{i}", "conv2d", "int8", "", 9, 0.01, 64, 40.0 - i) for i in range(count)]
+        rows += [
+            LayerReport("zeros", "linear", "int8", "", 9, 0.1, 64, math.inf),
+            LayerReport("silu", "silu", "", "", 0),
+        ]
+        figures.layers(tmp_path / "layers.png", QuantizationReport(rows, 1))
+        with Image.open(tmp_path / "layers.png") as image:
+            assert image.size[0] > 900
+            assert image.size[1] > 150 + 15 * count
 
 
 def test_progress_shows_where_somebody_watches(monkeypatch: pytest.MonkeyPatch) -> None:

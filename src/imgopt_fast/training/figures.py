@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,12 @@ from imgopt_fast.training.augmentation import Augmentation
 from imgopt_fast.training.stages import TITLES
 
 if TYPE_CHECKING:
+    from imgopt_fast.compress.quantize import QuantizationReport
     from imgopt_fast.training.report import EpochRow
 
 DPI = 120
 COLUMNS, ROWS = 8, 3  # of the mistakes that are shown
+WORST = 3  # layers that are marked
 SAMPLES = 12  # augmented images that are shown
 
 
@@ -82,6 +85,28 @@ def mistakes(path: Path, split: Split, found: Tensor, class_names: Sequence[str]
             axes.imshow(image, cmap="gray", vmin=0, vmax=255)
             is_class, found_class = (class_names[int(labels[wrong[i]])] for labels in (split.labels, found))
             axes.set_title(f"{found_class}\nis {is_class}", fontsize=7)
+    figure.savefig(path, dpi=DPI)
+
+
+def layers(path: Path, report: QuantizationReport) -> None:
+    """Of each int8 layer, from the first to the last: the signal to noise ratio of the result when it alone is int8,
+    the worst ones marked, and its share of the time."""
+    from matplotlib.figure import Figure
+
+    rows = [layer for layer in report.layers if layer.decibels is not None]
+    decibels = [layer.decibels or 0.0 for layer in rows]
+    finite = [value for value in decibels if math.isfinite(value)]  # a layer of zeros, or of exact weights, adds none
+    worst = sorted(finite)[:WORST]
+    figure = Figure(figsize=(9, 1.2 + 0.17 * max(len(rows), 4)), layout="constrained")
+    noise, times = figure.subplots(1, 2, sharey=True)
+    colors = ["tab:red" if value in worst else "tab:blue" for value in decibels]
+    noise.barh(range(len(rows)), [min(value, max(finite, default=0.0)) for value in decibels], color=colors)
+    noise.set_yticks(range(len(rows)), [layer.name for layer in rows], fontsize=7)
+    noise.set(title="signal to noise with it alone in int8, dB (low is bad)", ylim=(len(rows) - 0.4, -0.6))
+    times.barh(range(len(rows)), [100 * (layer.share or 0.0) for layer in rows], color="tab:gray")
+    times.set(title="share of the time, %")
+    for axes in (noise, times):
+        axes.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=DPI)
 
 

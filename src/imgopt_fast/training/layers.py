@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from imgopt_fast.compress import Int8Config, PruneConfig, sensitivity
 from imgopt_fast.compress.prune import masked_layers
 from imgopt_fast.compress.prune.report import measure
-from imgopt_fast.compress.quantize import Int8Model, profile
+from imgopt_fast.compress.quantize import Int8Model, QuantizationReport, profile
 
 REPEATS = 5  # the fastest of so many runs: what disturbs a run only ever adds time
 
@@ -27,10 +27,17 @@ def layer_table(
     takes a second per layer. Of others: times.
     """
     if isinstance(module, Int8Model):
-        ranked = [] if before is None else sensitivity(before, [images], Int8Config(power_of_two=power_of_two))
-        return str(module.report.measured(profile(module, images), ranked))
+        return str(int8_layers(module, images, before, power_of_two=power_of_two))
     masked = {name: (layer, PruneConfig().structure) for name, layer in masked_layers(module)}
     return str(measure(module, masked, images)) if masked else _times(module, images)
+
+
+def int8_layers(
+    module: Int8Model, images: Tensor, before: nn.Module | None, *, power_of_two: bool = False
+) -> QuantizationReport:
+    """The report of `module` with what its layers take on `images` and, where `before` is given, do to its result."""
+    ranked = [] if before is None else sensitivity(before, [images], Int8Config(power_of_two=power_of_two))
+    return module.report.measured(profile(module, images), ranked)
 
 
 @torch.no_grad()

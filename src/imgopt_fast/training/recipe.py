@@ -18,6 +18,7 @@ from torch import nn
 
 from imgopt_fast.augment import Compose, Normalize
 from imgopt_fast.compress import Int8Config, PruneConfig, load_weights, prune, qat, quantize, save_weights
+from imgopt_fast.compress.quantize import Int8Model
 from imgopt_fast.data import Dataset, Split, batches_per_epoch
 from imgopt_fast.models import create_model
 from imgopt_fast.training.augmentation import Augmentation
@@ -30,7 +31,7 @@ from imgopt_fast.training.evaluate import accuracy, density, measure_speed, pred
 from imgopt_fast.training.events import Events
 from imgopt_fast.training.head import fit_head
 from imgopt_fast.training.images import load_images, preparation
-from imgopt_fast.training.layers import layer_table
+from imgopt_fast.training.layers import int8_layers
 from imgopt_fast.training.loop import Fitting, fit
 from imgopt_fast.training.memory import peak_memory
 from imgopt_fast.training.network import FILE as CARD
@@ -148,7 +149,7 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
     if not process.main:  # the tests are measurements, and the first process makes them alone
         empty = torch.empty(0, dtype=torch.int64)
         return Report(
-            config, dataset, run.path, epochs, [], empty, None, time.perf_counter() - began, fitting.times, ""
+            config, dataset, run.path, epochs, [], empty, None, time.perf_counter() - began, fitting.times, None
         )
 
     # The choices are made. Now, and only now, the test images.
@@ -165,14 +166,15 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
         )
         for name, network in networks.items()
     ]
-    before = networks[rows[-2].stage] if rows[-1].stage == "int8" else None
-    shift = config.quantize == "pow2"
-    layers = layer_table(networks[rows[-1].stage], images[:LAYER_IMAGES], before, power_of_two=shift) if before else ""
+    last, layers = networks[rows[-1].stage], None
+    if isinstance(last, Int8Model):
+        before, shift = networks[rows[-2].stage], config.quantize == "pow2"
+        layers = int8_layers(last, images[:LAYER_IMAGES], before, power_of_two=shift)
     reference = None
     if config.reference_epoch and isinstance(dataset.train, Split) and config.crop_scale is None:
         plain = _create(dataclasses.replace(config, channels_last=False), dataset)
         reference = reference_epoch(config, plain, dataset.train, mean, std)
-    found = predictions(networks[rows[-1].stage], dataset.test, prepare).cpu()
+    found = predictions(last, dataset.test, prepare).cpu()
     seconds = time.perf_counter() - began
     times = {"data": {"decode": decoding}} | fitting.times
     shown = dataset.to(torch.device("cpu"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from imgopt_fast import __version__, _native
+from imgopt_fast.compress.quantize import QuantizationReport
 from imgopt_fast.data import Dataset
 from imgopt_fast.training import figures, memory
 from imgopt_fast.training.augmentation import Augmentation
@@ -58,7 +59,7 @@ class Report:
     reference_seconds: float | None  # of one epoch in the plain PyTorch loop
     seconds: float  # of everything
     times: dict[str, dict[str, float]]  # seconds per stage and phase
-    layers: str  # of the int8 network, a line each; "" where there is none
+    layers: QuantizationReport | None  # of the int8 network, if there is one
 
     def cells(self) -> list[tuple[str, ...]]:
         """The networks side by side: a line of titles, then one for each."""
@@ -115,6 +116,8 @@ def write_report(run: RunFolder, report: Report, augment: Augmentation) -> None:
     run.write("curves.png", lambda path: figures.curves(path, report.epochs))
     run.write("confusion.png", lambda path: figures.confusion(path, report.dataset.test.labels, report.found, names))
     run.write("mistakes.png", lambda path: figures.mistakes(path, report.dataset.test, report.found, names))
+    if (layers := report.layers) is not None:
+        run.write("layers.png", lambda path: figures.layers(path, layers))
     run.write("report.md", lambda path: path.write_text(_markdown(report)))
     run.write("report.html", lambda path: path.write_text(page(report)))
 
@@ -190,7 +193,7 @@ def _skipped(report: Report) -> str:
 
 
 def _layers(report: Report) -> str:
-    if not report.layers:
+    if report.layers is None:
         return ""
     return f"""The layers of the int8 network: what they run in, their shares of the time, the activations in memory \
 meanwhile, and the signal to noise ratio of the result when one alone is int8: low is bad, and \
@@ -199,6 +202,8 @@ meanwhile, and the signal to noise ratio of the result when one alone is int8: l
 ```
 {report.layers}
 ```
+
+![layers](layers.png)
 
 """
 

@@ -121,6 +121,8 @@ def images_of(calibration: Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
 
     Raises TypeError for anything else.
     """
+    if isinstance(calibration, Tensor):
+        raise TypeError("calibration: expected batches, got one tensor; [images] is a list of one batch")
     parameter = next(model.parameters(), None)
     for batch in calibration:
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch

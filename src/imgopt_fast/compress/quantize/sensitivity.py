@@ -40,9 +40,9 @@ def sensitivity(
         score: called once per layer with the network in which that layer alone is int8; a higher result is better, such
             as the accuracy on a validation set. The ranking then follows it, and the noise among equals.
     """
-    batches = list(calibration)
+    batches = list(images_of(calibration, model))
     simulation = Simulation(make_plan(model, batches, config or Int8Config()))
-    images = next(images_of(batches, model))
+    images = batches[0]
     simulation.rounded = lambda operation: False
     exact = _flat(simulation(images))
     ranked = []

@@ -55,6 +55,7 @@ def trace(model: nn.Module, sample: Tensor) -> tuple[GraphModule, tuple[int, ...
         try:
             program, size = _export(model, images, (0,)), tuple(sample.shape[2:])
         except Exception as refusal:
+            _check_sample(model, images)
             raise ValueError(
                 f"model: torch.export cannot trace {type(model).__name__}: {refusal or first}\n"
                 "Make the named line independent of the values of tensors (torch.where, torch.cond), or quantize the "
@@ -135,6 +136,17 @@ def _copy(model: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     }
     return copy.deepcopy(model, memo)
+
+
+def _check_sample(model: nn.Module, images: Tensor) -> None:
+    """Raise ValueError where the model itself does not take the images, which no tracer can change."""
+    try:
+        with torch.no_grad():
+            model(images)
+    except Exception as refusal:
+        raise ValueError(
+            f"calibration: {type(model).__name__} does not take a batch of shape {tuple(images.shape)}: {refusal}"
+        ) from refusal
 
 
 def _export(model: nn.Module, images: Tensor, dynamic: tuple[int, ...]) -> torch.export.ExportedProgram:
