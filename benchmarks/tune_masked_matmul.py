@@ -135,51 +135,64 @@ def form(rounds: int) -> None:
     print(f'DENSE_BFLOAT16: "{_native.active_isa()}": {_limit(faster)},')
 
 
-def packed_conv(rounds: int) -> None:
+Ways = Mapping[str, Callable[[], object]]
+
+
+def conv_limits(
+    text: str, densities: tuple[float, ...], rounds: int, ways: Callable[[int, float], Ways]
+) -> tuple[tuple[int, float], ...]:
+    """Per number of channels, the density up to which the "sparse" one of `ways(channels, density)` is the faster.
+
+    A row is worth a line where its limit is above those of fewer channels.
+    """
     limits: list[tuple[int, float]] = [(0, 0.0)]
     for channels in CONV_CHANNELS:
-        images = max(4, CONV_VALUES // (channels * 16 * 16))
-        x = torch.randn(images, channels, 16, 16).contiguous(memory_format=torch.channels_last)
-        weight = torch.randn(channels, channels, 3, 3)
         limit = 0.0
-        for density in (*CONV_DENSITIES, 0.7, 0.85, 1.0):
-            mask = torch.rand(weight.shape) < density
-            with mock.patch.object(layout, "infers_sparse", return_value=True):
-                packed = pack_masked_weight(weight, mask)
-            dense = torch.where(mask, weight, 0).contiguous(memory_format=torch.channels_last)
-            ways = {
-                "sparse": partial(masked_conv2d, x, packed, padding=1),
-                "dense": partial(torch.nn.functional.conv2d, x, dense, padding=1),
-            }
-            best = fastest(ways, max(5, rounds // 4))
-            report(f"{channels} channels, density {density:.2f}", best)
+        for density in densities:
+            best = fastest(ways(channels, density), rounds)
+            report(f"{text}{channels} channels, density {density:.2f}", best)
             if best["sparse"] >= best["dense"]:
                 break
             limit = density
         if limit > limits[-1][1]:
             limits.append((channels, limit))
-    print(f'SPARSE_CONVOLUTIONS: "{_native.active_isa()}": {tuple(limits)},')
+    return tuple(limits)
+
+
+def conv_problem(channels: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input and weight of a 3 x 3 convolution."""
+    images = max(4, CONV_VALUES // (channels * 16 * 16))
+    x = torch.randn(images, channels, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return x, torch.randn(channels, channels, 3, 3, dtype=dtype)
+
+
+def packed_conv(rounds: int) -> None:
+    def ways(channels: int, density: float) -> Ways:
+        x, weight = conv_problem(channels)
+        mask = torch.rand(weight.shape) < density
+        with mock.patch.object(layout, "infers_sparse", return_value=True):
+            packed = pack_masked_weight(weight, mask)
+        dense = torch.where(mask, weight, 0).contiguous(memory_format=torch.channels_last)
+        return {
+            "sparse": partial(masked_conv2d, x, packed, padding=1),
+            "dense": partial(torch.nn.functional.conv2d, x, dense, padding=1),
+        }
+
+    limits = conv_limits("", (*CONV_DENSITIES, 0.7, 0.85, 1.0), max(5, rounds // 4), ways)
+    print(f'SPARSE_CONVOLUTIONS: "{_native.active_isa()}": {limits},')
 
 
 def conv(rounds: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        limits: list[tuple[int, float]] = [(0, 0.0)]
-        for channels in CONV_CHANNELS:
-            images = max(4, CONV_VALUES // (channels * 16 * 16))
-            x = torch.randn(images, channels, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)
-            weight = torch.randn(channels, channels, 3, 3, dtype=dtype)
-            limit = 0.0
-            for density in CONV_DENSITIES:
-                mask = torch.rand(weight.shape) < density
-                ways = {"sparse": mask_layout(mask), "dense": mask}
-                best = fastest({name: partial(step, x, weight, way) for name, way in ways.items()}, max(3, rounds // 8))
-                report(f"{str(dtype)[6:]}, {channels} channels, density {density:.2f}", best)
-                if best["sparse"] >= best["dense"]:
-                    break
-                limit = density
-            if limit > limits[-1][1]:
-                limits.append((channels, limit))
-        print(f'SPARSE_TRAINING: ("{_native.active_isa()}", "{str(dtype)[6:]}"): {tuple(limits)},')
+
+        def ways(channels: int, density: float, dtype: torch.dtype = dtype) -> Ways:
+            x, weight = conv_problem(channels, dtype)
+            mask = torch.rand(weight.shape) < density
+            return {"sparse": partial(step, x, weight, mask_layout(mask)), "dense": partial(step, x, weight, mask)}
+
+        name = str(dtype)[6:]
+        limits = conv_limits(f"{name}, ", CONV_DENSITIES, max(3, rounds // 8), ways)
+        print(f'SPARSE_TRAINING: ("{_native.active_isa()}", "{name}"): {limits},')
 
 
 @torch.enable_grad()

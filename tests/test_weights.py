@@ -81,3 +81,14 @@ def test_a_dense_weight_with_a_mask(tmp_path: Path) -> None:
     prune(model, PruneConfig(sparsity=0.02))
     save_weights(model.state_dict(), tmp_path / "file.safetensors")
     assert same_bits(load_weights(tmp_path / "file.safetensors"), model.state_dict())
+
+
+def test_a_new_network_takes_the_file(tmp_path: Path) -> None:
+    """As docs/prune.md says, and with the path as text."""
+    pruned, fresh = (nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 4)) for _ in range(2))
+    prune(pruned, PruneConfig(sparsity=0.9))
+    save_weights(pruned.state_dict(), str(tmp_path / "pruned.safetensors"))
+    prune(fresh, PruneConfig(sparsity=0.0))
+    fresh.load_state_dict(load_weights(str(tmp_path / "pruned.safetensors")))
+    x = torch.randn(3, 20)
+    assert torch.equal(fresh(x), pruned(x))

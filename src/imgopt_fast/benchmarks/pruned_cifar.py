@@ -28,10 +28,10 @@ RATE, MOMENTUM = 1e-3, 0.9
 AGREEMENT = Agreement(1e-3, relative=True)
 
 
-def resnet18_small(num_classes: int) -> ResNet:
+def resnet18_small(num_classes: int, in_channels: int = 3) -> ResNet:
     """ResNet-18 as it is used on small images: a 3 x 3 stem of stride 1, no pooling before the stages."""
     return ResNet(
-        BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), num_classes=num_classes, in_channels=3, stem_kernel=3,
+        BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), num_classes=num_classes, in_channels=in_channels, stem_kernel=3,
         stem_stride=1,
     )  # fmt: skip
 

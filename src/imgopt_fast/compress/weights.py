@@ -19,7 +19,7 @@ from torch import Tensor
 MASK = "_mask"  # of nn.MaskedLinear and nn.MaskedConv2d: the positions that count are the mask's, not the nonzeros
 
 
-def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+def save_weights(weights: Mapping[str, Tensor], path: str | Path) -> None:
     """Write a state_dict to `path`, each tensor in its smaller form; of a masked weight, the kept entries.
 
     Raises OSError when the file cannot be written.
@@ -43,10 +43,10 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
         for part in ("bits", "values"):
             del stored[f"{name}{MASK}.{part}"]
     # As bytes: safetensors' own writer reports a full disk as something else than an OSError.
-    path.write_bytes(save(stored, metadata={"format": "pt", "sparse": json.dumps(shapes)}))
+    Path(path).write_bytes(save(stored, metadata={"format": "pt", "sparse": json.dumps(shapes)}))
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
+def load_weights(path: str | Path) -> dict[str, Tensor]:
     """The state_dict in the file `path`; ValueError when it is not a whole safetensors file."""
     try:
         with safe_open(path, "pt") as file:

@@ -193,7 +193,10 @@ def _check(
             raise ValueError("mask: expected None with a PackedMaskedWeight, which holds its own")
         held, made_for, shape = weight.values, weight.groups, weight.shape
         if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
-            raise ValueError("input: expected no gradient through a PackedMaskedWeight; train with a MaskLayout")
+            raise ValueError(
+                "input: expected no gradient through a PackedMaskedWeight: call it under torch.no_grad(), "
+                "or train with a MaskLayout"
+            )
     else:
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight: expected a tensor or a PackedMaskedWeight, got {_kind(weight)}")
