@@ -1,6 +1,7 @@
 // int8_conv2d on AVX2, exactly. vpmaddubsw would add two products of bytes in 16 bits, where they saturate; so the
-// activations of a block of pixels are widened to words once, for all output channels, and vpmaddwd multiplies words.
-// The multipliers are as busy as with vpmaddubsw and its second step: two instructions for 32 products either way.
+// input rows of a block of pixels are widened to words once, for all taps and output channels, and vpmaddwd multiplies
+// words. The multipliers are as busy as with vpmaddubsw and its second step: two instructions for 32 products either
+// way.
 #include "depthwise_ymm.h"
 #include "steps.h"
 

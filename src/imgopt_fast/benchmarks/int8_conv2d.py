@@ -37,19 +37,29 @@ NOTES = (
     "go, and 9 % at 14 x 14; at 28 x 28 (5 %) sorting the pixels costs as much as it saves.",
     "1 x 1 with K <= 64: 64->256 at 56 x 56 takes 240 cycles per tile of 6 x 64 sums, of which the products need 192; "
     "rounding and packing overlap with the next tile only in part. With 24 filters a quarter of the lanes is empty. "
-    "Tiles of half the height, to overlap more, were slower by a quarter.",
+    "Slower were tiles of half the height, to overlap more (by a quarter), the last 16 products of two rows at a time "
+    "before their rounding (by 12 to 40 %), and sums taken as floats (by 5 %: the fused multiplications meet the "
+    "products on two of the four pipes, the conversions they replace do not).",
     "7 x 7 stem: the 21 bytes of a kernel row take 6 dwords, 42 instead of 37 for all rows, which bounds it at 276 us; "
-    "1.5 times oneDNN's 416 us would be 277. 353 us are the kernel's, the rest is the call and its output.",
+    "1.5 times oneDNN's 416 us would be 277. 353 us are the kernel's, the rest is the call and its output. Gathering "
+    "the last byte of all rows into two dwords would leave 37 and about 320 us.",
     "Depthwise 3 x 3: 13 cycles per 64 outputs with stride 1 and 20 with stride 2 (192 channels at 28 x 28, N = 1), of "
     "which the 12 vpdpbusd and 4 multiplications need 8; the vectors at a row's borders, 2 of 7 at 14 x 14, cost twice "
-    "as much as the others. 144 channels at 56 x 56, stride 2, N = 8, take 118 us in a loop of the kernel alone and "
-    "215 to 261 as calls, without a page fault; why is not explained.",
-    "Depthwise 5 x 5 stores the columns of a strip before it multiplies them: some 40 cycles per 64 outputs at 14 x "
-    "14, stride 1, of which 40 vpdpbusd need 20. Taking the fifth row four columns at a time would leave 28 of these.",
-    "AVX2: exact products need words, vpmaddwd and vpaddd: four vector instructions for 32 products on four pipes. "
-    "fbgemm's vpmaddubsw needs three, but saturates pairs at 16 bits, which is why torch halves the range of its "
-    "activations for it (reduce_range); the results here are exact for all 8 bits. With fbgemm forced to AVX2 in the "
-    "same process it takes 0.87 to 0.94 times as long (five layers of ResNet-50).",
+    "as much as the others. A loop over one image finds it and the output in the caches; calls between those of other "
+    "contestants find neither: 144 channels at 56 x 56, stride 2, N = 8, take 120 us in the loop and 170 to 290 with "
+    "four images in turn. Rows are therefore fetched ahead where images and outputs exceed 1 MiB (96 channels at 112 x "
+    "112, stride 2, N = 8, four in turn: 815 to 470 us). Best peer over ours, geometric mean, other core busy: 2.6 to "
+    "3.0 at N = 1, 2.3 at N = 8; 5 x 5: 2.5 to 2.6 and 2.0.",
+    "Depthwise 5 x 5: 23 cycles per 64 outputs with stride 1 (64 channels at 28 x 28), of which 28 vpdpbusd and 4 "
+    "multiplications need 16 and 32 loads another 16; 17 to 32 where the borders are 2 of 7 vectors. With stride 2 no "
+    "two output rows share columns.",
+    "AVX2: exact products need words, vpmaddwd and vpaddd: four vector instructions for 32 products on four pipes, two "
+    "of them on the two pipes that multiply. fbgemm's vpmaddubsw needs three, two of them multiplications too, but "
+    "saturates pairs at 16 bits, which is why torch halves the range of its activations for it (reduce_range); the "
+    "results here are exact for all 8 bits. With fbgemm forced to AVX2 in the same process it takes 0.94 to 1.04 times "
+    "as long as ours in 3 x 3 layers, 0.89 to 0.94 in 1 x 1 layers and 1.00 in the first layer (eight layers of "
+    "ResNet-50). Bytes whose pairs provably fit 16 bits would be exact too; of weights with a deviation of 40 steps "
+    "half the dwords of 16 channels have a pair that does not.",
 )
 
 
