@@ -38,6 +38,18 @@ def test_mixup(dtype):
         torch.testing.assert_close(soft[i], target)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("mix", [MixUp(num_classes=3), CutMix(num_classes=3)], ids=["mixup", "cutmix"])
+def test_samples_mixed_a_few_at_a_time_are_those_of_the_whole_batch(mix, layout, monkeypatch):
+    images, targets = torch.randint(0, 256, (7, 3, 30, 41), dtype=torch.uint8), torch.arange(7) % 3
+    images = images.contiguous(memory_format=layout)
+    monkeypatch.setattr(mixing, "_CACHED", 8000)
+    few = mix(images, targets, key=(3, 1, range(7)))[0]
+    monkeypatch.setattr(mixing, "_walked", lambda images: False)
+    assert torch.equal(few, mix(images, targets, key=(3, 1, range(7)))[0])
+    assert few.is_contiguous(memory_format=layout)
+
+
 def test_cutmix():
     images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).repeat(1, 3, 20, 30)
     targets = torch.eye(6)

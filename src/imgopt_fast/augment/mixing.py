@@ -18,6 +18,9 @@ from imgopt_fast.augment.transform import Draw, Key, Params, resolve_key
 _LAST_POSITION = (1 << (32 - philox.BLOCK_BITS)) - 1  # mixing follows any pipeline, so it never shares its counters
 
 
+_CACHED = 1 << 18  # floats that stay in the second-level cache
+
+
 class Mixing(opaque.Numbered):
     """Called as `mix(images, targets, key=...)`; returns the mixed images and soft targets (N, classes).
 
@@ -109,6 +112,16 @@ class MixUp(Mixing):
         return {"share": symmetric_beta(u, self.alpha)}
 
     def mixed(self, images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.Tensor:
+        if images.dtype == torch.uint8 and _walked(images):
+            share, previous, result = (
+                draw["share"].float().view(-1, 1, 1, 1),
+                images.roll(1, 0),
+                torch.empty_like(images),
+            )
+            step = max(1, _CACHED // max(1, images[:1].numel()))
+            for part in (slice(i, i + step) for i in range(0, len(images), step)):
+                result[part] = torch.lerp(previous[part].float(), images[part].float(), share[part]).round_()
+            return result
         wide = images if images.dtype == torch.float64 else images.float()
         weight = draw["share"].to(wide.dtype).view(-1, 1, 1, 1)
         result = torch.lerp(wide.roll(1, 0), wide, weight)
@@ -136,11 +149,22 @@ class CutMix(Mixing):
         return {"share": share, "top": top, "bottom": bottom, "left": left, "right": right}
 
     def mixed(self, images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.Tensor:
-        top, bottom, left, right = (draw[name][:, None] for name in ("top", "bottom", "left", "right"))
+        if _walked(images):
+            result = images.clone()
+            edges = torch.stack([draw[name] for name in self.names[1:]], dim=1).long().tolist()
+            for i, (top, bottom, left, right) in enumerate(edges):
+                result[i, :, top:bottom, left:right] = images[i - 1, :, top:bottom, left:right]
+            return result
+        above, below, before, behind = (draw[name][:, None] for name in ("top", "bottom", "left", "right"))
         y, x = (torch.arange(n, device=images.device) for n in images.shape[2:])
-        rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
+        rows, columns = (y >= above) & (y < below), (x >= before) & (x < behind)
         inside = rows[:, None, :, None] & columns[:, None, None, :]
         return torch.where(inside, images.roll(1, 0), images)
+
+
+def _walked(images: torch.Tensor) -> bool:
+    """Whether samples are mixed a few at a time: in one go torch takes 88 ms for 64 of 224 × 224, CutMix 27."""
+    return images.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _batch(images: torch.Tensor) -> torch.Tensor:
