@@ -43,7 +43,8 @@ PACKED_NOTE = (
     "beside the multiply-adds, 16 of which wait for 18 loads where no column is shared, the activations are brought "
     "into panels and back, 40 to 50 us at any sparsity, and each of 6144 visits of four rows to a block (at 90 %) "
     "costs some 70 cycles: sums from and to a cache, a mispredicted end of a loop. Passing over all blocks with 64 to "
-    "512 rows at a time, asking for sums or inputs ahead, or asking for less changed nothing; then the host's caches, "
+    "512 rows at a time, panels of two registers, large pages, quads without a call of their own, asking for sums or "
+    "inputs ahead, or asking for less changed nothing; then 6 us of the call, no page faults; then the host's caches, "
     "which other guests share: up to a third of the time"
 )
 TRAINING_NOTE = (
