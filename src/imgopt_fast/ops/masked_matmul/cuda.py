@@ -32,7 +32,7 @@ COLUMNS = 128  # per block of row quads: with 64 samples a tile of 32 KB, two of
 LARGEST_DENSITY = {
     (form, dtype): density
     for dtype in (torch.float16, torch.bfloat16)
-    for form, density in (("blocks", 0.05), ("packed 16", 0.25), ("packed 32", 0.35))
+    for form, density in (("blocks", 0.05), ("packed 16", 0.2), ("packed 32", 0.3))
 }
 
 
