@@ -88,7 +88,7 @@ inline CUtensorMapSwizzle swizzle_of(uint32_t span) {
 }
 
 // Boxes of box[0] (64 or 128) by box[1], ... elements; beyond the tensor, zeros are read and nothing is written.
-inline TensorMap box_map(const ByteTensor& t, const uint32_t (&box)[3]) {
+inline TensorMap box_map(const ByteTensor& t, const uint32_t (&box)[4]) {
     static const auto encode = driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled");
     const uint32_t steps[4] = {1, 1, 1, 1};
     TensorMap map;
@@ -150,6 +150,11 @@ __device__ __forceinline__ void wait_for(Barrier* barrier, uint32_t parity) {
 __device__ __forceinline__ void group_barrier(int group) {
     asm volatile("bar.sync %0, 128;\n" ::"r"(group + 1) : "memory");
 }
+// Among the first `groups` warp groups.
+template <int groups>
+__device__ __forceinline__ void groups_barrier() {
+    asm volatile("bar.sync 1, %0;\n" ::"n"(groups * kWarpGroup) : "memory");
+}
 // Orders this thread's stores to shared memory before what the copy engine and wgmma do after the next barrier.
 __device__ __forceinline__ void publish_stores() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
@@ -193,6 +198,13 @@ __device__ __forceinline__ void load_window(void* to, const TensorMap& map, Barr
         "h"(static_cast<uint16_t>(right)), "h"(static_cast<uint16_t>(down))
         : "memory");
 }
+__device__ __forceinline__ void load_box(void* to, const TensorMap& map, Barrier* barrier, int x, int y, int z, int n) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+        "[%2];\n" ::"r"(shared_address(to)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(n)
+        : "memory");
+}
 __device__ __forceinline__ void load_box(void* to, const TensorMap& map, Barrier* barrier, int x, int y, int z) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
@@ -231,6 +243,11 @@ __device__ __forceinline__ void store_box(const void* from, const TensorMap& map
                  "r"(shared_address(from)), "r"(x), "r"(y)
                  : "memory");
 }
+__device__ __forceinline__ void store_box(const void* from, const TensorMap& map, int x, int y, int z, int n) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(&map),
+                 "r"(shared_address(from)), "r"(x), "r"(y), "r"(z), "r"(n)
+                 : "memory");
+}
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
 // Until this thread's stores have read shared memory, or have arrived.
 __device__ __forceinline__ void wait_until_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
@@ -238,11 +255,13 @@ __device__ __forceinline__ void wait_until_stored() { asm volatile("cp.async.bul
 
 // --- device: products ----------------------------------------------------------------------------------------------
 
-// A tile with rows of `span` bytes that starts at a multiple of 1024; + 2 per product along a row.
+// A tile with rows of `span` bytes, from any row on of memory that starts at a multiple of 1024: chunks are exchanged
+// by their address (measured: the descriptor's base offset stays 0). + 2 per product along a row.
 template <int span>
 __device__ __forceinline__ uint64_t tile_of(const void* shared) {
     constexpr uint64_t eight_rows = 8 * span / 16, order = span == 128 ? 1 : 2;
-    return (shared_address(shared) & 0x3ffff) >> 4 | uint64_t{1} << 16 | eight_rows << 32 | order << 62;
+    const uint32_t address = shared_address(shared);
+    return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | eight_rows << 32 | order << 62;
 }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }

@@ -331,6 +331,12 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "zeros of one tile": {
         "c": 64, "o": 48, "n": 1, "h": 20, "w": 30, "padding": ((1, 1), (1, 1)), "input_zero_point": 0,
     },
+    "zeros in bands": {
+        "c": 48, "o": 64, "n": 3, "h": 19, "w": 38, "padding": ((1, 1), (1, 1)), "input_zero_point": 0,
+    },
+    "zeros to one side": {
+        "c": 64, "o": 32, "n": 2, "h": 27, "w": 60, "padding": ((2, 0), (0, 2)), "input_zero_point": 0,
+    },
     "zeros deep": {
         "c": 128, "o": 128, "n": 1, "h": 16, "w": 16, "padding": ((1, 1), (1, 1)), "input_zero_point": 0,
     },

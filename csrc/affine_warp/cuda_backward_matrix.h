@@ -37,22 +37,30 @@ __device__ inline Slope<R> slope_at(const Pixels<T>& s, const Point<R>& at, Padd
     return sum;
 }
 
+template <class T>
+__device__ inline float element_at(const T* at) {
+    return value_at(Pixels<T>{at, 0, 0, 0, 0, 0, nullptr}, 0, 0, 0.0f);
+}
+
 // The same where all four taps are inside the image.
 template <class T, class G>
 __device__ inline Slope<float> slope_inside(const Pixels<T>& s, const Point<float>& at, const Pixels<G>& flow,
                                             int64_t from, const WarpNumbers<float>& n, int64_t first, int64_t count) {
-    const int64_t place = at.y * s.row + at.x * s.column;
+    const T* above = s.data + at.y * s.row + at.x * s.column + first * s.channel;
+    const T* below = above + s.row;
+    const G* in = flow.data + from + first * flow.channel;
     Slope<float> sum{0, 0};
 #pragma unroll 4
-    for (int64_t c = 0; c < count; ++c) {
-        const auto tap = [&](int64_t further) {
-            return value_at(s, place + (first + c) * s.channel + further, 0, 0.0f);
-        };
-        const float p00 = tap(0), p01 = tap(s.column), p10 = tap(s.row), p11 = tap(s.row + s.column);
-        const float g = value_at(flow, from + (first + c) * flow.channel, 0, 0.0f) * n.factor[c];
-        const float above = p01 - p00, left = p10 - p00, twist = (p11 - p10) - above;
-        sum.x = fused(g, fused(at.fy, twist, above), sum.x);
-        sum.y = fused(g, fused(at.fx, twist, left), sum.y);
+    for (int c = 0; c < static_cast<int>(count); ++c) {
+        const float p00 = element_at(above), p01 = element_at(above + s.column);
+        const float p10 = element_at(below), p11 = element_at(below + s.column);
+        const float g = element_at(in) * n.factor[c];
+        const float across = p01 - p00, down = p10 - p00, twist = (p11 - p10) - across;
+        sum.x = fused(g, fused(at.fy, twist, across), sum.x);
+        sum.y = fused(g, fused(at.fx, twist, down), sum.y);
+        above += s.channel;
+        below += s.channel;
+        in += flow.channel;
     }
     return sum;
 }
@@ -137,7 +145,7 @@ __device__ inline void add_column_by_moments(const BackwardCall& call, const Pix
 
 // partial[n][chunk][9]: sums over every chunks-th tile of an image. Block: (image, chunk).
 template <class T, class G, class R, int taps>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, sizeof(R) == 4 ? 3 : 1)
     matrix_partial(const BackwardCall call, const WarpNumbers<R> n, const Flow<G> flow, int64_t first, int64_t count,
                    double* partial) {
     __shared__ double shared[kBackwardThreads / 32][kMatrixEntries];

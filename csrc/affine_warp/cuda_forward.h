@@ -1,6 +1,6 @@
 // affine_warp on CUDA, forward: one kernel reads the images and writes what the network takes. A block has a tile of
-// the output, 32 × 64 pixels of staged uint8 images, 32 × 32 of all others; a thread has eight or four neighbours in a
-// row, which leave as vector stores. What all pixels of a row share, in float64, is computed once for the row.
+// the output, 32 × 32 pixels; a thread has runs of eight or four neighbours in a row, which leave as vector stores.
+// What all pixels of a row share, in float64, is computed once for the row.
 //
 // A box filter (antialias) is a pass of its own before it, over the images that have one: its size is known on the
 // device only, so the launches are always the same.
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kImageThreads)
 template <int C, Interpolation interpolation>
 __device__ __noinline__ void warp_by_exception(const WarpCall& call, const WarpNumbers<float>& n, Place at,
                                                int32_t bottom) {
-    for (; at.y < bottom; at.y += kTileSide) {
+    for (; at.y < bottom; at.y += kRowsAtOnce) {
         int number = 0;
         do {
             warp_from_image<uint8_t, float, C, interpolation, kTilePixels>(call, n, at, call.first + number, number);
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
             stage<C>(call, map, at.image, height, width, region, channel, fill, staged);
             __syncthreads();
 #pragma unroll 1
-            for (Place here = at; here.y < end; here.y += kTileSide) {
+            for (Place here = at; here.y < end; here.y += kRowsAtOnce) {
                 if (here.x >= static_cast<int32_t>(p.output_width)) break;
                 const RowBase base = bases[here.y - top];
                 float values[kTilePixels][C];

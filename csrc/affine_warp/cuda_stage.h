@@ -145,7 +145,7 @@ __device__ inline bool any_left(const Region& region, int32_t height, int32_t wi
 template <int C, bool planar, int threads>
 __device__ inline void stage_words(const uint8_t* image, uint32_t down, uint32_t plane, int32_t height, int32_t width,
                                    const Region& region, Padding padding, uint32_t fill, uint32_t* staged) {
-    constexpr int batch = 4;
+    constexpr int batch = 6;
     const int thread = static_cast<int>(threadIdx.x);
     const float share = reciprocal_of(static_cast<float>(region.groups));  // exact enough: quotients are halves away
     const int rows_at_once = static_cast<int>((threads + 0.5f) * share);

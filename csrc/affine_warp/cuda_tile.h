@@ -4,9 +4,9 @@
 // channels. A pixel's four taps read from global memory byte by byte, with their borders, were 208 instructions on an
 // H100 and 170 microseconds for 256 images of 224^2.
 //
-// A tile is staged if its map is affine and its taps span at most kRegionWords pixels: 64 rows at scale 1.5 and any
-// angle, 8 rows at scale 4. Eight tiles then share a multiprocessor, which hides one's loads behind another's
-// arithmetic.
+// Rows of a tile are staged together if their map is affine and their taps span at most kRegionWords pixels: 32 at
+// scale 1.3 and any angle, 8 at scale 2.5. Fourteen tiles then share a multiprocessor, which hides one's loads behind
+// another's arithmetic.
 #pragma once
 
 #include "cuda_sample.h"
@@ -14,18 +14,19 @@
 namespace imgopt {
 namespace {
 
-constexpr int kTileSide = 32;  // output columns of a tile, and the rows that its threads have at once
-constexpr int kTileRows = 64;  // output rows of a tile: all in one region where they fit, else half of them, ...
+constexpr int kTileSide = 32;  // output columns of a tile
+constexpr int kTileRows = 32;  // output rows of a tile: all in one region where they fit, else half of them, ...
 constexpr int kLeastRows = 8;
-constexpr int kRegionWords = 6480;    // pixels of a region, with the padding of its rows
-constexpr int kTileBlocks = 8;        // of a multiprocessor, by kRegionWords and by registers
+constexpr int kRegionWords = 3600;    // pixels of a region, with the padding of its rows
+constexpr int kTileBlocks = 14;       // of a multiprocessor, by kRegionWords and by registers
 constexpr float kFarthest = 1 << 28;  // coordinates of a staged tile: their sums fit in int32
 constexpr float kOnes = 12582912.0f;  // 1.5 · 2^23: one unit in the last place is 1
 
 constexpr size_t kRegionBytes = size_t{kRegionWords} * 4;
 
 constexpr int kTilePixels = 8;  // of a thread, neighbours in a row
-constexpr int kTileThreads = kTileSide * kTileSide / kTilePixels;
+constexpr int kTileThreads = 64;
+constexpr int kRowsAtOnce = kTileThreads * kTilePixels / kTileSide;
 
 // Pixels [x, x + 4 groups) × [y, y + rows) of the plane that the image's padding makes infinite.
 struct Region {

@@ -2,6 +2,7 @@
 // that nothing synchronizes), and chooses the kernel: tensor cores wherever a group fills them, else dot products.
 #include <limits>
 
+#include "cuda_bands.h"
 #include "cuda_direct.h"
 #include "cuda_gather.h"
 #include "cuda_gemm.h"
@@ -102,6 +103,8 @@ void conv_on_hopper(const Launcher& launch, const Int8Conv2d& p) {
         return narrow ? launch_wgmma<WgmmaTile<2, 128, 64, 2>>(launch, p)
                       : launch_wgmma<WgmmaTile<2, 128, 128, 2>>(launch, p);
     if (!narrow) return launch_wgmma<WgmmaTile<2, 64, 128, 2>>(launch, p);
+    using Band = BandTile<2, 2>;
+    if (bands_serve<Band>(p)) return launch_bands<Band>(launch, p);
     using Kept = WgmmaTile<4, 64, 64, 1, 9>;
     if (w.out_channels <= Kept::kColumns && w.groups == 1 && blocks_of(w, Kept::kSpan) <= Kept::kKept)
         return launch_wgmma<Kept>(launch, p);

@@ -167,8 +167,9 @@ void launch_strips(const Launcher& launch, const Int8Conv2d& p) {
     const int64_t quads = p.weight.out_channels / 4;
     const int64_t items = p.batch * ceil_div(p.out_w, kStrip) * p.out_h * quads;
     const int64_t step = quads / std::gcd(quads, int64_t{kStripThreads});  // blocks that end with the last quad
-    const int64_t wanted = std::min(ceil_div(items, kStripThreads), launch.resident_blocks(kernel, kStripThreads));
-    const int64_t blocks = ceil_div(wanted, step) * step;
+    // No more than run at once, or the few above that start when all the others have ended.
+    const int64_t most = std::max(step, launch.resident_blocks(kernel, kStripThreads) / step * step);
+    const int64_t blocks = std::min(ceil_div(ceil_div(items, kStripThreads), step) * step, most);
     STD_TORCH_CHECK(blocks <= kMostBlocks, "input: too large");
     launch(kernel, static_cast<unsigned>(blocks), kStripThreads, 0, p);
 }

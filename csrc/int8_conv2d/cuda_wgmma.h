@@ -49,8 +49,7 @@ struct RingPlace {
     int stage = 0;
     uint32_t parity = 0;
 
-    template <int stages>
-    __device__ void advance() {
+    __device__ void advance(int stages) {
         if (++stage == stages) {
             stage = 0;
             parity ^= 1;
@@ -209,7 +208,7 @@ __device__ inline void load_tiles(const WgmmaConv& k, const WgmmaMemory<Tile>& m
                     load_window(to, k.input, full, work.group_channel + c, x, y, n, tx * static_cast<int>(p.dilation_w),
                                 ty * static_cast<int>(p.dilation_h));
                     if constexpr (Tile::kKept == 0) load_box(to + Tile::kLeft, k.weight, full, c, tap, work.channel);
-                    at.advance<Tile::kStages>();
+                    at.advance(Tile::kStages);
                 }
     }
 }
@@ -250,7 +249,7 @@ __device__ inline void multiply(const WgmmaConv& k, const WgmmaMemory<Tile>& m, 
             commit_products();
             wait_products();
             if (leads) arrive(m.empty + at.stage);
-            at.advance<Tile::kStages>();
+            at.advance(Tile::kStages);
         }
         if (leads && !p.residual) wait_until_read();
         group_barrier(group);  // the numbers are there, and the last tile's results are gone
@@ -358,8 +357,8 @@ void launch_wgmma(const Launcher& launch, const Int8Conv2d& p) {
                         3,
                         {size(w.group_channels), size(w.kernel_h * w.kernel_w), outputs},
                         {size(w.group_channels), size(weight_row(w))}},
-                       {Tile::kSpan, 1, Tile::kColumns});
-    const uint32_t box[3] = {Tile::kBox, kTileRows, 1};
+                       {Tile::kSpan, 1, Tile::kColumns, 1});
+    const uint32_t box[4] = {Tile::kBox, kTileRows, 1, 1};
     if (!p.float_output) k.output = box_map({p.output, 2, {outputs, pixels}, {size(p.output_stride)}}, box);
     if (p.residual) k.residual = box_map({p.residual, 2, {outputs, pixels}, {size(p.residual_stride)}}, box);
     const int64_t tiles = wgmma_tiles<Tile>(p), room = launch.processors() * Tile::kBlocks;

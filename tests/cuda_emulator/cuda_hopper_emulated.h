@@ -13,13 +13,15 @@ inline bool has_hopper_kernels() { return true; }
 
 struct TensorMap {
     ByteTensor tensor;
-    uint32_t box[3];
+    uint32_t box[4];
     PixelWindow window;
 };
 
-inline TensorMap box_map(const ByteTensor& t, const uint32_t (&box)[3]) { return {t, {box[0], box[1], box[2]}, {}}; }
+inline TensorMap box_map(const ByteTensor& t, const uint32_t (&box)[4]) {
+    return {t, {box[0], box[1], box[2], box[3]}, {}};
+}
 inline TensorMap window_map(const ByteTensor& t, const PixelWindow& w, uint32_t channels, uint32_t pixels) {
-    return {t, {channels, pixels, 1}, w};
+    return {t, {channels, pixels, 1, 1}, w};
 }
 
 using Barrier = uint64_t;
@@ -94,6 +96,12 @@ inline void group_barrier(int group) {
     while (!emulator::all_reached(group * 128, group * 128 + 128, &emulator::Thread::group_waits, count))
         emulator::yield_thread();
 }
+template <int groups>
+void groups_barrier() {
+    emulator::Thread* me = emulator::device().current;
+    const int64_t count = ++me->group_waits;
+    while (!emulator::all_reached(0, groups * 128, &emulator::Thread::group_waits, count)) emulator::yield_thread();
+}
 inline void publish_stores() {}
 
 inline int cluster_rank() { return emulator::device().current->rank; }
@@ -139,12 +147,12 @@ inline void load_window(void* to, const TensorMap& map, Barrier* barrier, int ch
         }
     });
 }
-inline void load_box(void* to, const TensorMap& map, Barrier* barrier, int x, int y, int z = 0) {
+inline void load_box(void* to, const TensorMap& map, Barrier* barrier, int x, int y, int z = 0, int n = 0) {
     const int64_t span = map.box[0], lines = map.box[1], rows = lines * map.box[2];
     emulator::start_copy(barrier, span * rows, [=] {
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t i = 0; i < span; ++i) {
-                const uint8_t* from = emulator::element(map.tensor, {x + i, y + row % lines, z + row / lines, 0});
+                const uint8_t* from = emulator::element(map.tensor, {x + i, y + row % lines, z + row / lines, n});
                 *emulator::tile_byte(to, row, i, span) = from ? *from : 0;
             }
     });
@@ -156,12 +164,12 @@ void load_box_for_all(void* to, const TensorMap& map, Barrier* barrier, int x, i
 inline void load_bytes(void* to, const void* from, int bytes, Barrier* barrier) {
     emulator::start_copy(barrier, bytes, [=] { std::memcpy(to, from, static_cast<size_t>(bytes)); });
 }
-inline void store_box(const void* from, const TensorMap& map, int x, int y) {
-    const int64_t span = map.box[0];
+inline void store_box(const void* from, const TensorMap& map, int x, int y, int z = 0, int n = 0) {
+    const int64_t span = map.box[0], lines = map.box[1], rows = lines * map.box[2];
     emulator::stores().push_back([=] {
-        for (int64_t row = 0; row < map.box[1]; ++row)
+        for (int64_t row = 0; row < rows; ++row)
             for (int64_t i = 0; i < span; ++i)
-                if (uint8_t* to = emulator::element(map.tensor, {x + i, y + row, 0, 0}))
+                if (uint8_t* to = emulator::element(map.tensor, {x + i, y + row % lines, z + row / lines, n}))
                     *to = *emulator::tile_byte(from, row, i, span);
     });
 }
