@@ -185,8 +185,8 @@ struct Int8Conv2d {
     const float* multiplier;  // the same; unused where shift is given
     const Int8Shift* shift;   // or nullptr
 
-    // (batch, out_h, out_w, out_channels) or nullptr. It may be the output, value for value, on a processor: the kernels
-    // read each value before they write it.
+    // (batch, out_h, out_w, out_channels) or nullptr. It may be the output, value for value, on a processor: the
+    // kernels read each value before they write it.
     const uint8_t* residual;
     int64_t residual_stride;
     float residual_multiplier;
