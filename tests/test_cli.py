@@ -4,6 +4,7 @@ What depends on the process (exit codes, signals, a full disk, a terminal that i
 `main`, which saves the seconds that importing torch costs each time.
 """
 
+import argparse
 import json
 import random
 import re
@@ -22,6 +23,7 @@ from conftest import require
 from PIL import Image
 
 from imgopt_fast.cli import main
+from imgopt_fast.cli.train import add_options
 from imgopt_fast.training import evaluate, load_weights
 from imgopt_fast.training.checkpoint import load_checkpoint
 
@@ -104,6 +106,10 @@ def test_a_folder_of_images_becomes_three_networks(images: Path, capfd: pytest.C
     assert sum(lines[0]["probabilities"].values()) == pytest.approx(1)
     assert main(["predict", "runs/first", "images/red/0.jpg", "--top", "1"]) == 0
     assert capfd.readouterr().out.count("%") == 1
+    # An image that cannot be read does not hide the others.
+    assert main(["predict", "runs/first", "runs/first/config.yaml", "images/red/0.jpg", "--top", "1"]) == 2
+    out, err = capfd.readouterr()
+    assert (out.count("%"), len(err.splitlines()), "config.yaml" in err) == (1, 1, True)
     assert main(["eval", "runs/first"]) == 0
     assert capfd.readouterr().out.splitlines()[0].split("%")[0] + "%" in result.stdout
     assert main(["eval", "runs/first", "images"]) == 0
@@ -231,3 +237,16 @@ def test_the_installed_command_is_this_one() -> None:
     assert command is not None
     result = subprocess.run([command, "--version"], text=True, capture_output=True, check=True)
     assert result.stdout.startswith("imgopt-fast ")
+
+
+def test_compile_is_short_for_inductor() -> None:
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    add_options(parser)
+    assert vars(parser.parse_args(["--compile"])) == {"torchcompile": "inductor"}
+    assert vars(parser.parse_args([])) == {}
+
+
+def test_a_model_of_the_folder_one_works_in(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (images.parent / "own_network.py").write_text("def small(num_classes, in_channels):\n    return 5\n")
+    assert main(["train", "images", "--model", "own_network:small"]) == 2
+    assert "'own_network:small' returned int, expected a torch.nn.Module" in capfd.readouterr().err

@@ -313,6 +313,24 @@ def test_shards_are_found_listed_and_split(tmp_path: Path, streamed: Path) -> No
     assert named.class_names == ("ant", "bee", "cat")
 
 
+def test_shards_named_by_their_split(streamed: Path) -> None:
+    def values(split: Any) -> list[int]:
+        return split.first(len(split)).images[:, 0, 0, 0].tolist()
+
+    keys = [stable_fraction(f"sample{i:04}") for i in range(90)]
+    for i, name in enumerate(("set-train-000.tar", "set-train-001.tar", "set-test-000.tar")):
+        (streamed / f"part-{i:03}.tar").rename(streamed / name)  # test comes first in the order of names
+    data = load_dataset(streamed)
+    assert values(data.test) == list(range(55, 90))
+    assert values(data.validation) == [i for i in range(55) if keys[i] < 0.1]
+    assert values(data.train) == [i for i in range(55) if keys[i] >= 0.1]
+    (streamed / "set-train-001.tar").rename(streamed / "set-val.tar")
+    data = load_dataset(streamed)
+    assert [values(part) for part in (data.train, data.validation, data.test)] == [
+        list(range(30)), list(range(30, 55)), list(range(55, 90))
+    ]  # fmt: skip
+
+
 def test_shards_stream_every_image_once_in_a_new_order(streamed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "BUFFER", 16)
     train = load_dataset(streamed).train

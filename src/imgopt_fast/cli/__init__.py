@@ -5,6 +5,7 @@ A verb imports what it needs when it runs: `--help` answers in a tenth of a seco
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for module in modules.values():
         module.add_parser(verbs)
     parsed = parser.parse_args(arguments)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for `--model file:function` of the folder that the user works in
     logging.basicConfig(format="%(message)s")
     logging.getLogger("imgopt_fast").setLevel(logging.INFO)
     try:
@@ -31,8 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except (ValueError, OSError) as error:
-        print(f"imgopt-fast {parsed.verb}: {' '.join(_explain(error).split())}", file=sys.stderr)
+        complain(parsed.verb, error)
         return EXIT_USAGE
+
+
+def complain(verb: str, error: ValueError | OSError) -> None:
+    """Say in one line on stderr what went wrong."""
+    print(f"imgopt-fast {verb}: {' '.join(_explain(error).split())}", file=sys.stderr)
 
 
 def _explain(error: ValueError | OSError) -> str:

@@ -14,7 +14,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "predict",
         help="classify images with a trained network",
-        description="Print the most probable classes of each image.",
+        description="Print the most probable classes of each image. What cannot be read is left out: exit code 2.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -27,6 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
+    from imgopt_fast.cli import EXIT_OK, EXIT_USAGE, complain
     from imgopt_fast.data import decode
     from imgopt_fast.training import load_network
 
@@ -34,8 +35,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"top: expected at least 1, got {arguments.top}")
     network = load_network(arguments.run_folder)
     card = network.card
+    code = EXIT_OK
     for path in arguments.images:
-        pixels = decode(path, card.height, card.width, card.channels)
+        try:
+            pixels = decode(path, card.height, card.width, card.channels)
+        except (ValueError, OSError) as error:  # the others can still be told
+            complain("predict", error)
+            code = EXIT_USAGE
+            continue
         image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
         chances, labels = network.probabilities(image)[0].topk(min(arguments.top, len(card.class_names)))
         names = [card.class_names[label] for label in labels.tolist()]
@@ -44,4 +51,4 @@ def run(arguments: argparse.Namespace) -> int:
             print(json.dumps({"image": str(path), "probabilities": found}, ensure_ascii=False))
         else:
             print(f"{path}  " + "  ".join(f"{name} {chance:.1%}" for name, chance in found.items()))
-    return 0
+    return code

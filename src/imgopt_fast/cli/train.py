@@ -56,6 +56,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     types = get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         _add_flag(parser, field, types[field.name])
+    parser.add_argument(
+        "--compile", dest="torchcompile", action="store_const", const="inductor", default=argparse.SUPPRESS,
+        help="the same as --torchcompile inductor",
+    )  # fmt: skip
 
 
 def add_following_parser(

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import random
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ from imgopt_fast.data.dataset import (
 )
 from imgopt_fast.data.decode import Header, UnreadableError, bombs_handled, decode_into, read_header
 from imgopt_fast.data.files import SUFFIXES
+from imgopt_fast.data.folder import SPLITS
 from imgopt_fast.data.prefetch import prefetched
 
 BUFFER = 2048  # samples among which the next one is drawn; shards hold some thousands
@@ -65,7 +67,10 @@ def find_shards(path: str) -> list[str]:
 
 
 def load_shards(path: str, *, image_size: int | None, validation: float) -> Dataset:
-    """The samples of the shards at `path`, held out by a hash of their keys. Raises DataError."""
+    """The samples of the shards at `path`, in the splits that their names say, else held out by a hash of their keys.
+
+    Raises DataError.
+    """
     urls = find_shards(path)
     listing = _listing(urls)
     labels = sorted(set(listing.labels), key=lambda label: (int(label) if label.isdigit() else 0, label))
@@ -82,19 +87,31 @@ def load_shards(path: str, *, image_size: int | None, validation: float) -> Data
         torch.arange(len(listing.labels)),
         (1 if header.grey else 3, side, side),
     )
-    position = torch.tensor([stable_fraction(key) for key in listing.keys], dtype=torch.float64)
-    held_out = validation + TEST_FRACTION
-    parts = {
-        "train": position >= held_out,
-        "validation": position < validation,
-        "test": (position >= validation) & (position < held_out),
-    }
+    parts = _parts(urls, listing, validation)
     streams = {part: replace(everything, positions=chosen.nonzero().flatten()) for part, chosen in parts.items()}
     for part, stream in streams.items():
         if not len(stream):
             raise DataError(f"{path}: too few images, none for the {part} split")
     validation_split, test = (streams[part].first(len(streams[part])) for part in ("validation", "test"))
     return Dataset(Path(path).name, tuple(_class_names(path, labels)), streams["train"], validation_split, test)
+
+
+def _parts(urls: Sequence[str], listing: Listing, validation: float) -> dict[str, Tensor]:
+    """Which samples each split has: all of `val-000.tar` beside a `train-000.tar`; what no name says, by hash."""
+    words = [re.split("[^a-z]+", Path(url).name.lower()) for url in urls]
+    named = [next((SPLITS[word] for word in some if word in SPLITS), "train") for some in words]
+    if "train" not in named:
+        named = ["train"] * len(urls)
+    shard = torch.arange(len(urls)).repeat_interleave(torch.tensor(listing.counts))
+    parts = {part: torch.tensor([name == part for name in named])[shard] for part in ("train", "validation", "test")}
+    position = torch.tensor([stable_fraction(key) for key in listing.keys], dtype=torch.float64)
+    held_out = {"validation": position < validation}
+    held_out["test"] = ~held_out["validation"] & (position < validation + TEST_FRACTION)
+    for part, chosen in held_out.items():
+        if part not in named:
+            parts[part] = parts["train"] & chosen
+    parts["train"] = parts["train"] & ~parts["validation"] & ~parts["test"]
+    return parts
 
 
 def _first_header(path: str, urls: Sequence[str]) -> Header:

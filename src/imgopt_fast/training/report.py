@@ -168,7 +168,7 @@ How often the final network takes images of one class (row) for another (column)
 ![confusion](confusion.png)
 ![mistakes](mistakes.png)
 
-{_layers(report)}{_unreadable(report)}Repeat it with `imgopt-fast train --config config.yaml`. \
+{_layers(report)}{_unreadable(report)}Repeat it with `imgopt-fast train --config config.yaml --experiment NAME`. \
 The final network is `model.safetensors`.
 """
 
