@@ -55,17 +55,10 @@ class Launcher {
     // kernel before it end, or once that has called let_successor_start().
     template <class... P, class... A>
     void overlapping(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A&&... arguments) const {
-        allow_shared(kernel, shared);
         cudaLaunchAttribute attribute{};
         attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attribute.val.programmaticStreamSerializationAllowed = 1;
-        cudaLaunchConfig_t config{};
-        config.gridDim = grid;
-        config.blockDim = block;
-        config.dynamicSmemBytes = shared;
-        config.stream = stream_;
-        config.attrs = &attribute;
-        config.numAttrs = 1;
+        const cudaLaunchConfig_t config = configured(kernel, grid, block, shared, attribute);
         check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
     }
 
@@ -113,11 +106,16 @@ class Launcher {
     template <class Kernel>
     cudaLaunchConfig_t cluster_launch(Kernel kernel, int cluster, dim3 grid, dim3 block, size_t shared,
                                       cudaLaunchAttribute& attribute) const {
-        allow_shared(kernel, shared);
         attribute = {};
         attribute.id = cudaLaunchAttributeClusterDimension;
         attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
         attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        return configured(kernel, grid, block, shared, attribute);
+    }
+    template <class Kernel>
+    cudaLaunchConfig_t configured(Kernel kernel, dim3 grid, dim3 block, size_t shared,
+                                  cudaLaunchAttribute& attribute) const {
+        allow_shared(kernel, shared);
         cudaLaunchConfig_t config{};
         config.gridDim = grid;
         config.blockDim = block;

@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "../outputs.h"
-#include "binding.h"
+#include "torch_binding.h"
 
 namespace imgopt {
 namespace {
@@ -46,17 +46,6 @@ std::vector<double> homographies(const Tensor& matrix, int64_t batch) {
     return values;
 }
 
-void set_strides(const Tensor& t, int64_t* to) {
-    const auto strides = t.strides();
-    for (int i = 0; i < 4; ++i) to[i] = strides[i];
-}
-
-DType pixel_dtype(const Tensor& t, const char* name) {
-    const DType dtype = dtype_of(t, name);
-    STD_TORCH_CHECK(dtype != DType::i8 && dtype != DType::i32, name, ": expected uint8 or floating");
-    return dtype;
-}
-
 bool is_pixel_dtype(ScalarType dtype) {
     return dtype == ScalarType::Byte || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
            dtype == ScalarType::Float || dtype == ScalarType::Double;
@@ -66,18 +55,8 @@ bool is_pixel_dtype(ScalarType dtype) {
 AffineWarp describe(const Tensor& images, const std::vector<double>& matrix, const std::string& interpolation,
                     const std::string& padding_mode, const std::vector<double>& fill, bool antialias,
                     const std::vector<double>& colors, const ChannelFactors& factors) {
-    AffineWarp p{};
-    p.batch = images.size(0);
-    p.channels = images.size(1);
-    p.height = images.size(2);
-    p.width = images.size(3);
-    STD_TORCH_CHECK(p.height > 0 && p.width > 0 && p.height < (1 << 30) && p.width < (1 << 30),
-                    "images: expected sides between 1 and 2^30 - 1");
-    STD_TORCH_CHECK(static_cast<int64_t>(fill.size()) == p.channels, "fill: expected one value per channel");
+    AffineWarp p = warp_of(images, interpolation, padding_mode, fill.size(), antialias);
     STD_TORCH_CHECK(colors.empty() || p.channels == 3, "color_matrix: expected three channels");
-    p.images = images.const_data_ptr();
-    p.images_dtype = pixel_dtype(images, "images");
-    set_strides(images, p.images_stride);
     p.matrix = matrix.data();
     p.matrix_stride = matrix.size() > 9 ? 9 : 0;
     p.fill = fill.data();
@@ -85,8 +64,6 @@ AffineWarp describe(const Tensor& images, const std::vector<double>& matrix, con
     p.color_stride = colors.size() > 12 ? 12 : 0;
     p.scale = factors.scale.data();
     p.offset = factors.offset.data();
-    STD_TORCH_CHECK(set_modes(p, interpolation, padding_mode), kUnknownMode);
-    p.antialias = antialias;
     return p;
 }
 
