@@ -38,6 +38,32 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _native.set_isa(before)
 
 
+@pytest.fixture(params=_native.supported_isas() if BACKEND == "native" else [BACKEND])
+def isa_or_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set, or the backend that is forced: for tests that every backend passes in reasonable time."""
+    before = _native.active_isa()
+    if BACKEND == "native":
+        _native.set_isa(request.param)
+    yield request.param
+    if BACKEND == "native" and before:
+        _native.set_isa(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small tensors: two threads on a busy machine only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the CUDA kernels run: on a device, or in the emulator, which cuda_device.py explains."""
+    return torch.device("cpu" if os.environ.get("IMGOPT_CUDA_EMULATED") else "cuda")
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
