@@ -1,11 +1,11 @@
-"""The pipeline: draws keyed per sample, folding into one call, replay, layouts, annotations, and bad input."""
+"""The pipeline: folding into one call, replay, layouts, annotations."""
 
-import copy
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from pipelines import MEAN, STD, photos, training_recipe
 
 from imgopt_fast import augment
 from imgopt_fast.augment import (
@@ -13,42 +13,19 @@ from imgopt_fast.augment import (
     ColorJitter,
     Compose,
     Normalize,
-    RandAugment,
     RandomAffine,
     RandomCrop,
-    RandomErasing,
     RandomGrayscale,
     RandomHorizontalFlip,
-    RandomPerspective,
     RandomResizedCrop,
     RandomRotation,
     RandomVerticalFlip,
     Resize,
-    TrivialAugmentWide,
     fold,
     geometry,
     samples,
 )
 from imgopt_fast.ops.affine_warp import affine_warp
-
-MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
-
-
-def photos(n: int = 6, channels: int = 3, height: int = 20, width: int = 24) -> torch.Tensor:
-    return torch.randint(0, 256, (n, channels, height, width), dtype=torch.uint8)
-
-
-def training_recipe() -> Compose:
-    return Compose(
-        [
-            RandomCrop((20, 24), padding=3),
-            RandomHorizontalFlip(),
-            RandomAffine(15, (0.1, 0.1), (0.8, 1.2), 5, interpolation="bilinear"),
-            ColorJitter(0.4, 0.4, 0.4),
-            RandomGrayscale(0.3),
-            Normalize(MEAN, STD),
-        ]
-    )
 
 
 @pytest.fixture
@@ -62,159 +39,6 @@ def calls(monkeypatch) -> list[dict]:
 
     monkeypatch.setattr(fold, "affine_warp", recorded)
     return seen
-
-
-# ---------------------------------------------------------------------------------------------------- draws
-
-
-def test_a_sample_gets_the_same_draw_in_every_batch():
-    images, aug, index = photos(), training_recipe(), torch.tensor([3, 1_000_000_007, 5, 2**40, 0, 9])
-    whole = aug(images, key=(7, 2, index))
-    order = torch.tensor([4, 0, 5, 1, 3, 2])
-    assert torch.equal(aug(images[order], key=(7, 2, index[order])), whole[order])
-    for i in range(len(images)):
-        assert torch.equal(aug(images[i], key=(7, 2, int(index[i]))), whole[i])
-    assert torch.equal(
-        torch.cat([aug(images[:2], key=(7, 2, index[:2])), aug(images[2:], key=(7, 2, index[2:]))]), whole
-    )
-
-
-def test_seed_epoch_and_index_all_matter():
-    images = photos(1).expand(4, -1, -1, -1)
-    index = np.arange(4)
-    base = training_recipe()(images, key=(1, 1, index))
-    assert not torch.equal(base[0], base[1])
-    for key in ((2, 1, index), (1, 2, index), (1 + (1 << 32), 1, index), (1, 1, index + 4)):
-        assert not torch.equal(training_recipe()(images, key=key), base)
-
-
-def test_torch_seeds_the_calls_without_a_key():
-    images, aug = photos(), training_recipe()
-    torch.manual_seed(5)
-    first, second = aug(images), aug(images)
-    torch.manual_seed(5)
-    assert torch.equal(aug(images), first)
-    assert not torch.equal(first, second)
-    generator = torch.Generator().manual_seed(3)
-    drawn = aug(images, generator=generator)
-    assert torch.equal(aug(images, generator=generator.manual_seed(3)), drawn)
-
-
-def test_draws_stay_what_they_were():
-    """A key means the same augmentation in every version; these were drawn by the first one."""
-    aug = Compose(
-        [
-            RandomResizedCrop(24),
-            RandomCrop(20, padding=4),
-            RandomHorizontalFlip(),
-            RandomRotation(30),
-            RandomAffine(15, (0.1, 0.1), (0.8, 1.2), 5),
-            RandomPerspective(),
-            ColorJitter(0.4, 0.4, 0.4, 0.1),
-            RandomGrayscale(0.3),
-            RandAugment(),
-            TrivialAugmentWide(),
-            RandomErasing(1.0),
-        ]
-    )
-    params = aug.make_params(torch.zeros(2, 3, 32, 40, dtype=torch.uint8), key=(2**63 + 11, 3, [5, 2**40 + 7]))
-    assert params.describe(1).split("  ") == [
-        "RandomResizedCrop(top=0, left=12, height=27, width=28)",
-        "RandomCrop(top=4, left=-4)",
-        "RandomHorizontalFlip(flip=True)",
-        "RandomRotation(angle=-3.74)",
-        "RandomAffine(angle=11.4, translate=(1, 1), scale=1.04, shear=(4.83, 0))",
-        "RandomPerspective(corners=((4, 4), (16, 0), (15, 15), (5, 16)))",
-        "ColorJitter(brightness=0.649, contrast=0.881, saturation=0.91, hue=-0.067, after_hue=(True, True, True))",
-        "RandomGrayscale(gray=False)",
-        "RandAugment(operation=(TranslateX, Identity), magnitude=(2, 0))",
-        "TrivialAugmentWide(operation=(AutoContrast), magnitude=(0))",
-        "RandomErasing(top=3, left=4, height=16, width=6)",
-    ]
-
-
-def test_transforms_of_one_kind_draw_independently():
-    params = Compose([RandomHorizontalFlip(), RandomHorizontalFlip()]).make_params(
-        torch.empty(2000, 3, 2, 2), key=(0, 0, range(2000))
-    )
-    first, second = (draw["flip"] for draw in params.draws)
-    assert abs(np.corrcoef(first, second)[0, 1]) < 0.1
-
-
-class _Samples(torch.utils.data.Dataset):
-    def __init__(self, images: torch.Tensor) -> None:
-        self.images, self.aug = images, training_recipe()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        return self.aug(self.images[i], key=(1, 2, i))
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
-def test_workers_do_not_change_the_draws():
-    images = photos(8)
-    expected = training_recipe()(images, key=(1, 2, range(8)))
-    for workers in (0, 2):
-        loader = torch.utils.data.DataLoader(_Samples(images), batch_size=3, num_workers=workers)
-        assert torch.equal(torch.cat(list(loader)), expected)
-
-
-def draws(transform: augment.Transform, height: int = 100, width: int = 160, n: int = 20000) -> dict[str, np.ndarray]:
-    (draw,) = transform.make_params(torch.empty(n, 3, 1, 1).expand(n, 3, height, width), key=(3, 0, range(n))).draws
-    return draw
-
-
-def assert_uniform(values: np.ndarray, low: float, high: float) -> None:
-    assert values.min() >= low
-    assert values.max() <= high
-    counts = np.histogram(values, 20, (low, high))[0]
-    expected = len(values) / 20
-    assert ((counts - expected) ** 2 / expected).sum() < 60  # 19 degrees of freedom: P < 5e-6
-
-
-def test_statistics_of_the_draws():
-    assert abs(draws(RandomHorizontalFlip(0.3))["flip"].mean() - 0.3) < 0.02
-    affine = draws(RandomAffine((-10, 30), (0.1, 0.2), (0.5, 1.5), (-4, 6, 1, 2)))
-    assert_uniform(affine["angle"], -10, 30)
-    assert_uniform(affine["scale"], 0.5, 1.5)
-    assert_uniform(affine["shear"][:, 0], -4, 6)
-    assert_uniform(affine["shear"][:, 1], 1, 2)
-    assert abs(affine["translate"]).max(axis=0).tolist() == [16, 20]
-    assert np.array_equal(affine["translate"], np.rint(affine["translate"]))
-    crop = draws(RandomCrop((90, 150), padding=(1, 2, 3, 4)))
-    assert np.unique(crop["left"]).tolist() == list(range(-1, 14))
-    assert np.unique(crop["top"]).tolist() == list(range(-2, 15))
-    assert np.bincount((crop["top"] + 2).astype(int)).std() < 4 * np.sqrt(20000 / 17)
-    assert_uniform(draws(ColorJitter(brightness=0.4))["brightness"], 0.6, 1.4)
-    assert_uniform(draws(ColorJitter(hue=(-0.1, 0.3)))["hue"], -0.1, 0.3)
-    assert abs(draws(RandomGrayscale(0.2))["gray"].mean() - 0.2) < 0.02
-    assert_uniform(draws(RandomRotation((5, 25)))["angle"], 5, 25)
-
-
-def test_resized_crops_have_the_asked_area_and_ratio():
-    draw = draws(RandomResizedCrop(32, scale=(0.1, 0.4), ratio=(0.5, 2.0)))
-    area, ratio = draw["height"] * draw["width"] / 16000, draw["width"] / draw["height"]
-    assert 0.09 < area.min() < 0.11
-    assert 0.39 < area.max() < 0.41
-    assert abs(np.median(np.log(ratio))) < 0.05
-    assert (draw["top"] >= 0).all()
-    assert (draw["left"] >= 0).all()
-    assert (draw["top"] + draw["height"] <= 100).all()
-    assert (draw["left"] + draw["width"] <= 160).all()
-    impossible = draws(RandomResizedCrop(32, scale=(1.0, 1.0), ratio=(4.0, 4.0)), n=5)  # falls back to the middle
-    assert impossible["width"].tolist() == [160] * 5
-    assert impossible["height"].tolist() == [40] * 5
-    assert impossible["top"].tolist() == [30] * 5
-
-
-def test_perspective_moves_corners_inwards():
-    corners = draws(RandomPerspective(0.4, 0.7))["corners"]
-    still = (corners == np.array([[0, 0], [159, 0], [159, 99], [0, 99]])).all(axis=(1, 2))
-    assert abs(still.mean() - 0.3) < 0.02
-    assert corners[:, 0].max(axis=0).tolist() == [32, 20]
-    assert corners[:, 2].min(axis=0).tolist() == [159 - 32, 99 - 20]
 
 
 # ---------------------------------------------------------------------------------------------------- folding
@@ -462,191 +286,6 @@ def test_masks_are_sampled_nearest(dtype):
     assert torch.equal(aug.transform_masks(masks[:, None], params)[:, 0], moved)
     with pytest.raises(ValueError, match="masks"):
         aug.transform_masks(masks[:2], params)
-
-
-# ---------------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (lambda: RandomHorizontalFlip(1.5), "p: expected"),
-        (lambda: RandomHorizontalFlip(float("nan")), "p: expected"),
-        (lambda: RandomAffine(float("inf")), "degrees: expected a finite number"),
-        (lambda: RandomAffine(3, scale=(1.0, float("nan"))), "scale: expected a finite number"),
-        (lambda: augment.scale_color(photos()[0], 2.0), "images: expected"),
-        (lambda: RandomAffine(-1), "degrees"),
-        (lambda: RandomAffine((3, 1)), "degrees"),
-        (lambda: RandomAffine(3, (0.1, 1.2)), "translate"),
-        (lambda: RandomAffine(3, scale=(0, 1)), "scale"),
-        (lambda: RandomAffine(3, shear=(1, 2, 3)), "shear"),
-        (lambda: RandomAffine(3, interpolation="cubic"), "interpolation"),
-        (lambda: RandomRotation(3, expand=True, center=(1, 1)), "expand, center"),
-        (lambda: RandomCrop(0), "size"),
-        (lambda: RandomCrop(3, padding=(1, 2, 3)), "padding"),
-        (lambda: RandomCrop(3, padding_mode="wrap"), "padding_mode"),
-        (lambda: RandomResizedCrop(3, scale=(0.5, 0.1)), "scale"),
-        (lambda: Resize((3, 4), max_size=9), "max_size"),
-        (lambda: Resize(None), "size, max_size"),
-        (lambda: ColorJitter(-1), "brightness"),
-        (lambda: ColorJitter(contrast=(-1, 1)), "contrast"),
-        (lambda: ColorJitter(hue=0.6), "hue"),
-        (lambda: Normalize([0.5], [0.5, 0.5]), "mean, std"),
-        (lambda: Normalize([0.5], [0.0]), "std"),
-        (lambda: RandomCrop(30)(photos()), "larger than the padded image"),
-        (lambda: RandomHorizontalFlip()(torch.zeros(2, 2)), "images"),
-        (lambda: RandomHorizontalFlip()(np.zeros(3)), "images"),
-        (lambda: RandomHorizontalFlip()(photos(), key=(1, 2)), "key"),
-        (lambda: RandomHorizontalFlip()(photos(), key=(1, 2, range(5))), "key"),
-        (lambda: RandomHorizontalFlip()(photos(), key=(1, 2, [0.5] * 6)), "key"),
-        (lambda: RandomHorizontalFlip()(photos(), key=(1, 2, range(6)), generator=torch.Generator()), "generator, key"),
-    ],
-)
-def test_bad_values_name_the_argument(make, text):
-    with pytest.raises(ValueError, match=text):
-        make()
-
-
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (lambda: RandomHorizontalFlip("often"), "p: expected a number"),
-        (lambda: RandomAffine("much"), "degrees: expected"),
-        (lambda: RandomAffine(3, scale=1.5), "scale: expected two numbers"),
-        (lambda: RandomAffine(3, fill=["black"]), "fill: expected a number"),
-        (lambda: RandomResizedCrop(None), "size: expected"),
-        (lambda: RandomResizedCrop(8, ratio=("a", "b")), "ratio: expected a number"),
-        (lambda: CenterCrop(2.5), "size: expected"),
-        (lambda: ColorJitter("bright"), "brightness: expected"),
-        (lambda: RandAugment()(photos().float() / 255), "images: expected uint8"),
-        (lambda: RandAugment(num_ops=1.5), "num_ops: expected an integer"),
-        (lambda: RandAugment(magnitude="strong"), "magnitude: expected an integer"),
-        (lambda: Resize("large"), "size: expected"),
-        (lambda: Normalize(0.5, 0.5), "mean: expected one number per channel"),
-        (lambda: Normalize([0.5], ["a"]), "std: expected a number"),
-        (lambda: RandomErasing()(photos().int()), "images: expected uint8 or a floating dtype"),
-        (lambda: RandomErasing()(np.zeros((4, 4, 3), np.int64)), "images: expected uint8 or a floating dtype"),
-        (lambda: RandomVerticalFlip()(photos(), generator=5), "generator: expected a torch.Generator"),
-        (lambda: augment.MixUp(alpha="a"), "alpha: expected a number"),
-        (lambda: augment.CutMix(num_classes=2.5), "num_classes: expected an integer"),
-        (lambda: augment.rgb_to_hsv(photos()), "images: expected a floating dtype"),
-        (lambda: augment.scale_color(photos().int(), 2.0), "images: expected uint8"),
-    ],
-)
-def test_wrong_types_name_the_argument(make, text):
-    with pytest.raises(TypeError, match=text):
-        make()
-
-
-def test_bad_types_name_the_argument():
-    with pytest.raises(TypeError, match="images"):
-        RandomHorizontalFlip()([1, 2])
-    with pytest.raises(TypeError, match="transforms"):
-        Compose([torch.nn.ReLU()])
-    with pytest.raises(TypeError, match="dtype"):
-        Normalize([0.5], [0.5], dtype=torch.uint8)
-
-
-def test_a_replay_compiles_into_one_graph():
-    images, aug = photos(), training_recipe()
-
-    def replay(images: torch.Tensor, params: augment.Params) -> torch.Tensor:
-        return aug.transform(images, params) * 2
-
-    compiled = torch.compile(replay, fullgraph=True, backend="aot_eager")
-    for epoch in range(2):
-        params = aug.make_params(images, key=(0, epoch, range(6)))
-        torch.testing.assert_close(compiled(images, params), replay(images, params), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("arrangement", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(
-    "transforms",
-    [
-        [RandomErasing(p=0.7, value="random", inplace=True)],
-        [RandAugment()],
-        [TrivialAugmentWide()],
-        [
-            RandomResizedCrop(24),
-            RandAugment(3, 12),
-            Normalize([0.5] * 3, [0.2] * 3, dtype=torch.bfloat16),
-            RandomErasing(p=1),
-        ],
-    ],
-    ids=["erasing", "randaugment", "trivialaugment", "all"],
-)
-def test_what_decides_by_values_compiles_into_one_graph(transforms, arrangement):
-    images = photos().contiguous(memory_format=arrangement)
-    aug = copy.deepcopy(Compose(transforms))
-
-    def replay(images: torch.Tensor, params: augment.Params) -> torch.Tensor:
-        return aug.transform(images, params) + 1
-
-    compiled = torch.compile(replay, fullgraph=True, backend="aot_eager")
-    for epoch in range(3):
-        params = aug.make_params(images, key=(0, epoch, range(6)))
-        before = images.clone()
-        ours = compiled(images, params)
-        assert torch.equal(images, before)
-        expected = replay(images.clone(memory_format=torch.preserve_format), params)
-        assert ours.stride() == expected.stride()
-        assert ours.dtype == expected.dtype
-        assert torch.equal(ours, expected)
-
-
-@pytest.mark.parametrize("size", [1, 6])
-def test_a_call_compiles_into_one_graph(size):
-    """Draws and all, with keys of every form that a call takes, a batch and one image."""
-    images, aug = photos(size), Compose([RandAugment(), *training_recipe().transforms, RandomErasing(1.0)])
-
-    def call(images: torch.Tensor, seed: int, epoch: int, index: torch.Tensor) -> torch.Tensor:
-        return aug(images, key=(seed, epoch, index)) * 2
-
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    for seed, epoch in ((0, 3), (2**64 - 5, 4), (7, 5)):
-        index = torch.arange(size) + 10 * epoch
-        assert torch.equal(compiled(images, seed, epoch, index), call(images, seed, epoch, index))
-    assert len(set(map(float, (compiled(images, s, 0, torch.arange(size)).sum() for s in range(4))))) == 4
-    one = torch.compile(lambda image: aug(image, key=(1, 2, 3)), fullgraph=True, backend="aot_eager")
-    assert torch.equal(one(images[0]), aug(images[0], key=(1, 2, 3)))
-    listed = torch.compile(lambda x: aug(x, key=(1, 2, range(size))), fullgraph=True, backend="aot_eager")
-    assert torch.equal(listed(images), aug(images, key=(1, 2, range(size))))
-
-
-def test_opcheck_of_the_operations_that_stand_for_a_pipeline():
-    images, aug = photos(4), Compose([RandomAffine(20), RandAugment(), Normalize(MEAN, STD)])
-    ops = torch.ops.imgopt_fast
-    torch.library.opcheck(ops.augment_keyed.default, (images, 3, 1, torch.arange(4), aug.number))
-    names = ["0:angle", "1:operation", "1:magnitude"]
-    values = [torch.rand(4).double(), torch.randint(0, 14, (4, 2)), torch.rand(4, 2).double()]
-    torch.library.opcheck(ops.augment.default, (images, names, values, aug.number))
-    structure = ("test_schema", "test_faketensor")  # the others compare two calls, which draw anew
-    torch.library.opcheck(ops.augment_seeded.default, (images, aug.number), test_utils=structure)
-
-
-def test_a_compiled_call_without_a_key_draws_from_torchs_generator():
-    images, aug = photos(), training_recipe()
-    compiled = torch.compile(lambda x: (aug(x), aug(x)), fullgraph=True, backend="aot_eager")
-    torch.manual_seed(9)
-    first, second = compiled(images)
-    assert not torch.equal(first, second)
-    torch.manual_seed(9)
-    assert torch.equal(aug(images), first)
-    assert torch.equal(aug(images), second)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at one
-def test_a_compiled_call_with_a_generator_or_a_gradient_leaves_the_graph():
-    images, aug = photos().double() / 255, Compose([RandomHorizontalFlip(), RandomAffine(10)])
-    compiled = torch.compile(lambda x: aug(x, key=(0, 3, range(6))) * 2, backend="eager")
-    leaf = images.clone().requires_grad_()
-    result = compiled(leaf)
-    torch.testing.assert_close(result, aug(images, key=(0, 3, range(6))) * 2)
-    result.sum().backward()
-    assert leaf.grad is not None
-    generator = torch.Generator().manual_seed(4)
-    drawn = torch.compile(lambda x: aug(x, generator=generator) * 2, backend="eager")(images)
-    assert torch.equal(drawn, aug(images, generator=generator.manual_seed(4)) * 2)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
