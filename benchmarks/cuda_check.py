@@ -43,8 +43,8 @@ def build(out: Path) -> None:
 
 
 def test(out: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py",
-               "tests/test_cuda_networks.py"]  # fmt: skip
+    files = [path for path in sorted(ROOT.glob("tests/test_cuda*.py")) if path.stem != "test_cuda_emulated"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
     run(command, out / "tests.log", IMGOPT_REQUIRE_CUDA="1", PYTHONPATH=str(out / "site"))
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a device: compiled for the processor, run by the emulator, tested by test_cuda.py.
+"""The CUDA kernels without a device: compiled for the processor, run by the emulator, tested by TESTS.
 
 What this finds: wrong indices, fragments, tails, borders, epilogues, missing barriers. What it cannot: speed, and
 whatever differs between nvcc's code and g++'s.
@@ -17,6 +17,7 @@ import pytest
 from conftest import BACKEND, require
 
 ROOT = Path(__file__).parent.parent
+TESTS = ["tests/test_cuda.py", *(f"tests/test_cuda_{op}.py" for op in ("affine_warp", "int8_conv2d", "masked_matmul"))]
 SOURCES = [*sorted(ROOT.glob("csrc/*/cuda.cu")), ROOT / "csrc" / "int8_graph" / "plan.cpp"]
 
 
@@ -55,6 +56,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_cuda_tests_pass_on_the_emulator(library: Path) -> None:
     # The reference backend leaves the CPU's kernels out: the emulated ones take their place.
     env = {**os.environ, "IMGOPT_BACKEND": "reference", "IMGOPT_CUDA_EMULATED": str(library), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
