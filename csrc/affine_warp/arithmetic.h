@@ -1,4 +1,4 @@
-// The arithmetic that defines affine_warp (csrc/kernels.h has it in words), pixel by pixel: coordinates, borders,
+// The arithmetic that defines affine_warp (contract.h has it in words), pixel by pixel: coordinates, borders,
 // weights, conversions. The scalar kernel is built from it, the vector units take it for whatever they do not
 // accelerate, and the CUDA kernel includes it: one text, hence one result.
 #pragma once

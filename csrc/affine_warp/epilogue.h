@@ -1,4 +1,4 @@
-// The end of a sample's way (csrc/kernels.h, "Epilogue") for a block of pixels: colour matrix, scale and offset, the
+// The end of a sample's way (contract.h, "Epilogue") for a block of pixels: colour matrix, scale and offset, the
 // output's type and layout. Values are computed sixteen at a time, whatever part of these the image has, in loops that
 // become vectors of the unit that includes this; only placing them counts.
 #pragma once

@@ -1,5 +1,5 @@
 // The arithmetic that defines int8_conv2d beyond the sum: rounding, requantization, and what one output byte is. Shared
-// by every unit, for the scalar kernel as a whole and for the vector kernels' rare cases; kernels.h states the
+// by every unit, for the scalar kernel as a whole and for the vector kernels' rare cases; contract.h states the
 // contract.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What int8_conv2d and int8_graph launch on CUDA. The structs are those of kernels.h, with pointers to the device;
+// What int8_conv2d and int8_graph launch on CUDA. The structs are those of the contracts, with pointers to the device;
 // Int8Conv2d::packed holds rows of cuda_weight_bytes() / out_channels bytes: (tap, channel), zero at the end.
 #pragma once
 

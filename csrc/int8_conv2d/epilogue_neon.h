@@ -1,4 +1,4 @@
-// What becomes of sums on NEON: up to 16 channels of a pixel, by scales or by shifts (the rules of kernels.h). Nothing
+// What becomes of sums on NEON: up to 16 channels of a pixel, by scales or by shifts (the rules of contract.h). Nothing
 // is rare here: conversions saturate, and so does the rounding shift, whose count may have either sign.
 #pragma once
 

@@ -1,6 +1,6 @@
 // Convolution as a matrix product without im2col, for any vector unit: what is the same for all of them. The rows of
 // the left operand are found through a table of pointers, one per output pixel and tap, and padded taps point to a row
-// of zero points, so that borders cost nothing in the inner loop and cancel exactly in the sum (kernels.h). With few
+// of zero points, so that borders cost nothing in the inner loop and cancel exactly in the sum (contract.h). With few
 // channels, as in a first layer, the taps of a kernel row lie side by side in memory, and a pointer serves all of them.
 //
 // Work is cut into units of a block of output pixels times a panel of output channels. A block's table is built once

@@ -1,7 +1,7 @@
 // int8_conv2d on NEON with the dot product extension. sdot multiplies signed bytes, so an input byte is taken less 128,
 // which for int8 is what lies in memory; 128 times the sum of a channel's weights, kept behind the packed ones, joins
 // its offset. Four dwords of a pixel are loaded at once and each meets the weights from its lane: 16 dot products of 4
-// pixels by 16 channels take 22 instructions. Sums wrap modulo 2^32, which kernels.h shows harmless.
+// pixels by 16 channels take 22 instructions. Sums wrap modulo 2^32, which contract.h shows harmless.
 #include <arm_neon.h>
 
 #include "depthwise_neon.h"

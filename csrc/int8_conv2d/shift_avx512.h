@@ -1,4 +1,4 @@
-// Requantization by shifts, 16 channels at a time: the rule of kernels.h in int64, half a vector each. A part of
+// Requantization by shifts, 16 channels at a time: the rule of contract.h in int64, half a vector each. A part of
 // avx512.cpp.
 #pragma once
 

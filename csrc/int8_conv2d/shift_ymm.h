@@ -1,4 +1,4 @@
-// Requantization by shifts, 8 channels at a time: the rule of kernels.h in int64, half of them to a vector. A part of
+// Requantization by shifts, 8 channels at a time: the rule of contract.h in int64, half of them to a vector. A part of
 // tile_ymm.h. AVX2 has no arithmetic shift, minimum or maximum of int64; a bias and comparisons take their place.
 #pragma once
 

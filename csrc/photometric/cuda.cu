@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) hue_pixels(const Hues p, const T* im
     }
 }
 
-// Sharpness of kernels.h; `weight` is not used, since the factors are on the device.
+// Sharpness of contract.h; `weight` is not used, since the factors are on the device.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     sharpen_pixels(const Sharpness p, const double* factor, int64_t batch, float most) {

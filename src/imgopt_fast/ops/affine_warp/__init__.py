@@ -2,7 +2,7 @@
 
 A training pipeline that warps with OpenCV or `grid_sample` reads and writes every image five times or more: warp,
 jitter, divide, normalise, transpose, cast. Here one call reads uint8 and writes what the network takes.
-csrc/kernels.h defines the arithmetic; the semantics of the arguments are those of `affine_warp` below.
+csrc/affine_warp/contract.h defines the arithmetic; the semantics of the arguments are those of `affine_warp` below.
 """
 
 from collections.abc import Sequence

@@ -48,7 +48,7 @@ def multipliers(layer: PackedInt8Weight, output_scale: float) -> Tensor:
 
 
 def shifts(layer: PackedInt8Weight, output_scale: float, residual_scale: float | None) -> Tensor:
-    """int8 (O, 4): right, sum_left, residual_left, 0; what `Int8Shift` in kernels.h says."""
+    """int8 (O, 4): right, sum_left, residual_left, 0; what `Int8Shift` in csrc/int8_conv2d/contract.h says."""
     fine = 1 - torch.frexp(layer.input_scale * layer.weight_scale.double())[1].long()
     residual_fine = fine if residual_scale is None else torch.full_like(fine, exponent(residual_scale))
     finest = torch.maximum(fine, residual_fine)

@@ -18,7 +18,7 @@ from imgopt_fast.ops.masked_matmul import reference
 from imgopt_fast.ops.masked_matmul.layout import pack_values
 
 LARGEST_BLOCK = 256  # groups, whose numbers are bytes; on CUDA columns
-GROUP = 4  # Int8MaskedMatmul::kGroup of csrc/kernels.h
+GROUP = 4  # Int8MaskedMatmul::kGroup of csrc/masked_matmul/contract.h
 
 
 class PackedInt8MaskedWeight(NamedTuple):

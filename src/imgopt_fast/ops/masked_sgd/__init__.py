@@ -2,7 +2,7 @@
 
 The weight and its gradient stay dense, as autograd has them; the mask comes as a bit per entry and the velocity holds
 the kept entries only, so that at 90 % sparsity a step moves a quarter of the bytes that separate dense passes do.
-csrc/kernels.h defines the arithmetic; every backend, instruction set and number of threads gives the same bits.
+csrc/masked_sgd/contract.h defines the arithmetic; every backend, instruction set and number of threads gives the same bits.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 from imgopt_fast.ops import registration
 from imgopt_fast.ops.masked_sgd import reference
 
-BLOCK = 4096  # MaskedSgd::kBlock of csrc/kernels.h
+BLOCK = 4096  # MaskedSgd::kBlock of csrc/masked_sgd/contract.h
 
 
 class Ordered(NamedTuple):

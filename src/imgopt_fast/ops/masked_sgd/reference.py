@@ -9,7 +9,7 @@ def masked_sgd(
     gain: float, decay: float, first: bool, nesterov: bool, values: Tensor | None = None, places: Tensor | None = None,
     transposed_values: Tensor | None = None, transposed_places: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """The operation `imgopt_fast::masked_sgd`; csrc/kernels.h has the arithmetic."""
+    """The operation `imgopt_fast::masked_sgd`; csrc/masked_sgd/contract.h has the arithmetic."""
     at = kept_positions(bits)
     # As tensors of the weight's dtype: torch multiplies by a Python number in a wider type.
     rates, factors, gains, decays = (torch.full((), c, dtype=weight.dtype) for c in (rate, factor, gain, decay))

@@ -1,7 +1,7 @@
 """What an augmentation does to colours outside the pass of `affine_warp`, a pass each.
 
 Hue and sharpness, which no lookup table and no linear map can stand for, tables alone, and the sums and histograms from
-which tables and linear maps are made. csrc/kernels.h defines the arithmetic.
+which tables and linear maps are made. csrc/photometric/contract.h defines the arithmetic.
 """
 
 from collections.abc import Sequence
