@@ -1,7 +1,8 @@
 """affine_warp in plain torch, in float64: obviously right, on any device, and the oracle of the tests.
 
 It computes every coordinate, tap and sum in float64 (float32 where the device has no float64) and rounds once, at
-the end; the kernels' integer weights and float32 coordinates stay within the bounds that csrc/affine_warp/contract.h states.
+the end; the kernels' integer weights and float32 coordinates stay within the bounds that
+csrc/affine_warp/contract.h states.
 """
 
 import math

@@ -2,7 +2,8 @@
 
 The weight and its gradient stay dense, as autograd has them; the mask comes as a bit per entry and the velocity holds
 the kept entries only, so that at 90 % sparsity a step moves a quarter of the bytes that separate dense passes do.
-csrc/masked_sgd/contract.h defines the arithmetic; every backend, instruction set and number of threads gives the same bits.
+csrc/masked_sgd/contract.h defines the arithmetic; every backend, instruction set and number of threads gives the same
+bits.
 """
 
 from typing import NamedTuple
