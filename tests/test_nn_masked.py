@@ -172,3 +172,27 @@ def test_says_its_density() -> None:
     assert layer.density() == pytest.approx(float(layer.weight_mask.float().mean()))
     assert f"density={layer.density():.3f}" in repr(layer)
     assert isinstance(layer.weight_mask, Tensor)
+
+
+@LAYERS
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_and_masks_that_come_and_go_are_told_apart(make, shape, training) -> None:
+    """One after the other in the same memory, with the same Python id."""
+    layer, x = make().train(training), torch.randn(shape)
+    with torch.no_grad():
+        for _ in range(20):
+            state = {"weight": torch.randn(layer.weight.shape), "weight_mask": torch.rand(layer.weight.shape) < 0.4}
+            other = make()
+            other.load_state_dict({**layer.state_dict(), **state})
+            expected = dense_twin(other)(x)
+            torch.testing.assert_close(torch.func.functional_call(layer, state, x), expected, rtol=1e-4, atol=1e-5)
+            del state
+
+
+@LAYERS
+def test_layers_of_inference_mode(make, shape) -> None:
+    with torch.inference_mode():
+        layer, x = make().eval(), torch.randn(shape)
+        for density in (0.2, 0.7):
+            layer.set_mask(torch.rand(layer.weight.shape) < density)
+            torch.testing.assert_close(layer(x), dense_twin(layer)(x), rtol=1e-4, atol=1e-5)

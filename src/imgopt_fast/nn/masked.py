@@ -7,6 +7,7 @@ deepcopy. In training the values are gathered from the weight in every product, 
 besides (MaskedSGD does), which saves a fifth of a forward at 90 % sparsity.
 """
 
+import weakref
 from typing import Any, Self, cast
 
 import torch
@@ -25,6 +26,23 @@ from imgopt_fast.ops.masked_matmul import (
 )
 
 
+class _Seen:
+    """Which tensors something was made from, and which version of each. Keeps none of them alive.
+
+    What `id` gives is no name for a tensor: `torch.func.functional_call` puts one after the other in the same memory.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._seen = [(weakref.ref(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors]
+
+    def are(self, *tensors: Tensor) -> bool:
+        """Whether these are the same tensors, unchanged."""
+        return all(
+            seen() is tensor and version == tensor._version and place == tensor.data_ptr()
+            for (seen, version, place), tensor in zip(self._seen, tensors, strict=True)
+        )
+
+
 class _Masked(nn.Module):
     """What both layers share: the mask, and the layout and the packed weight that follow it."""
 
@@ -40,11 +58,11 @@ class _Masked(nn.Module):
 
     def _forget(self) -> None:
         self._layout: MaskLayout | None = None
-        self._layout_of: tuple[int, int] | None = None
+        self._layout_of: _Seen | None = None
         self._packed: PackedMaskedWeight | None = None
-        self._packed_of: tuple[int, ...] | None = None
+        self._packed_of: _Seen | None = None
         self._ordered: MaskLayout | None = None
-        self._ordered_of: tuple[int, ...] | None = None
+        self._ordered_of: _Seen | None = None
         # Whether a gradient of the input was ever asked for; None before the first forward that could use `_ordered`.
         self._input_learns: bool | None = None
 
@@ -67,14 +85,14 @@ class _Masked(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self.weight_mask if self._layout is None else self._layout
-        return self.layout()
+        # Changes of a mask that was made in inference mode are not counted.
+        return self.weight_mask if self.weight_mask.is_inference() else self.layout()
 
     def layout(self) -> MaskLayout:
         """The layout of the present mask, analysed again if the mask has changed."""
         mask = self.weight_mask
-        current = (id(mask), mask._version)
-        if self._layout is None or self._layout_of != current:
-            self._layout, self._layout_of = mask_layout(mask, groups=self.groups), current
+        if self._layout is None or self._layout_of is None or not self._layout_of.are(mask):
+            self._layout, self._layout_of = mask_layout(mask, groups=self.groups), _Seen(mask)
         return self._layout
 
     def ordered(self) -> MaskLayout | None:
@@ -98,15 +116,12 @@ class _Masked(nn.Module):
 
     def keep_ordered(self) -> None:
         """Take note that `ordered` has the values of the weight as it is now."""
-        self._ordered_of = self._weight_and_layout()
+        self._ordered_of = _Seen(self.weight, self.weight_mask)
 
     def _has_ordered(self) -> bool:
-        if self._ordered is None or self._ordered_of != self._weight_and_layout():
+        if self._ordered is None or self._ordered_of is None or not self._ordered_of.are(self.weight, self.weight_mask):
             return False
         return self._ordered.transposed_values is not None or not self._input_learns
-
-    def _weight_and_layout(self) -> tuple[int, ...]:
-        return id(self.weight), self.weight.data_ptr(), self.weight._version, *(self._layout_of or ())
 
     def packed(self) -> PackedMaskedWeight:
         """The present weight and mask packed for inference, again if either has changed.
@@ -114,10 +129,9 @@ class _Masked(nn.Module):
         A change through `weight.data`, which torch does not count, is seen after the next call of `train` or `eval`.
         """
         weight, mask = self.weight, self.weight_mask
-        current = (id(weight), weight._version, id(mask), mask._version)
-        if self._packed is None or self._packed_of != current:
+        if self._packed is None or self._packed_of is None or not self._packed_of.are(weight, mask):
             self._packed = pack_masked_weight(weight.detach(), mask, groups=self.groups)
-            self._packed_of = current
+            self._packed_of = _Seen(weight, mask)
         return self._packed
 
     def _weight_and_mask(self, input: Tensor) -> tuple[Tensor | PackedMaskedWeight, Tensor | MaskLayout | None]:
