@@ -79,6 +79,16 @@ def test_half_precision(dtype: torch.dtype) -> None:
             assert torch.equal(packed.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_autocast_does_not_round_what_is_saved(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "infers_sparse", lambda *_: sparse)
+    for layer, _ in layers("random"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            packed = copy.deepcopy(pack(layer))
+            saved = packed.state_dict()
+        assert torch.equal(saved["weight"], layer.weight)
+
+
 @pytest.mark.parametrize(("sparsity", "share"), [(0.9, 0.25), (0.95, 0.15), (0.5, 0.9)])
 def test_takes_little_memory(sparsity: float, share: float) -> None:
     for layer in (MaskedLinear(512, 512), MaskedConv2d(128, 128, 3)):

@@ -46,16 +46,23 @@ class _Packed(ClampedLayer):
         bits = np.unpackbits(self._bits.numpy(), count=math.prod(shape))
         values = self.packed.values
         mask = torch.from_numpy(bits).bool().view(shape).to(values.device)
-        # Each input by itself shows its column of the weight: products with one and sums with zeros are exact.
+        with torch.autocast(values.device.type, enabled=False):
+            return self._dense_weight(), mask
+
+    def _dense_weight(self) -> Tensor:
+        """Each input by itself shows its column of the weight: products with one and sums with zeros are exact."""
+        shape, values = self.packed.shape, self.packed.values
+        if type(values) is Tensor and values.shape == shape:  # held dense
+            return values.contiguous()
         if len(shape) == 2:
-            return masked_matmul(torch.eye(shape[1], dtype=values.dtype, device=values.device), self.packed).t(), mask
+            return masked_matmul(torch.eye(shape[1], dtype=values.dtype, device=values.device), self.packed).t()
         out, per_group, *taps = shape
         channels = per_group * self.groups
         each = torch.eye(channels, dtype=values.dtype, device=values.device)[:, :, None, None]
         seen = masked_conv2d(each, self.packed, padding=(taps[0] - 1, taps[1] - 1), groups=self.groups)
         columns = seen.flip(2, 3).unflatten(0, (self.groups, per_group)).unflatten(2, (self.groups, -1))
         own = torch.stack([columns[g, :, g] for g in range(self.groups)])  # (groups, per_group, out / groups, kH, kW)
-        return own.transpose(1, 2).reshape(out, per_group, *taps).contiguous(), mask
+        return own.transpose(1, 2).reshape(out, per_group, *taps).contiguous()
 
     def nbytes(self) -> int:
         """Bytes that the weight takes in memory."""
