@@ -16,12 +16,10 @@ namespace imgopt {
 
 namespace py = pybind11;
 
-// GNU OpenMP's pool does not survive fork(): the first parallel region of a child hangs. A child therefore works
-// with one thread.
-inline int thread_count() {
-    static const pid_t parent = getpid();
-    return getpid() == parent ? omp_get_max_threads() : 1;
-}
+// GNU OpenMP's pool does not survive fork(): the first parallel region of a child hangs. A child of the process that
+// loaded this module therefore works with one thread.
+inline const pid_t kLoadedBy = getpid();
+inline int thread_count() { return getpid() == kLoadedBy ? omp_get_max_threads() : 1; }
 
 template <class Body>
 void parallel_units(int64_t units, int64_t grain, const Body& body) {
