@@ -1,5 +1,6 @@
 """What the tests share: instruction sets to run on, and skips that are loud where they must not happen."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,11 @@ def require(condition: bool, reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"required in CI: {reason}")
     pytest.skip(reason)
+
+
+def optional(name: str) -> Any:
+    """The module `name` of an optional package; skips where it is missing, except in CI, which installs them all."""
+    return importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)
 
 
 @pytest.fixture(params=_native.supported_isas() or ["none"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import optional
 from warp_problems import FLOATS, check, homography, layout, oracle, random_images, rotation
 
 from imgopt_fast import affine_warp
@@ -328,7 +329,7 @@ def test_grid_sample(interpolation: str, padding_mode: str, torch_mode: str, ali
     [("grid-constant", "constant"), ("nearest", "edge"), ("mirror", "reflect"), ("reflect", "symmetric")],
 )
 def test_scipy(order: int, interpolation: str, mode: str, padding_mode: str) -> None:
-    ndimage = pytest.importorskip("scipy.ndimage")
+    ndimage = optional("scipy.ndimage")
     image = np.random.default_rng(1).random((17, 24))
     m = rotation(1, 17, 24, degrees=-40, scale=0.7)[0].numpy()
     rows_first = np.array([[m[1, 1], m[1, 0]], [m[0, 1], m[0, 0]]])
@@ -349,7 +350,7 @@ def test_scipy(order: int, interpolation: str, mode: str, padding_mode: str) -> 
 )
 def test_opencv(flag: str, interpolation: str, border: str, padding_mode: str) -> None:
     """On a smooth image: the fixed-point paths of OpenCV place samples on a grid of 1/32 pixel."""
-    cv2 = pytest.importorskip("cv2")
+    cv2 = optional("cv2")
     y, x = np.mgrid[0:64, 0:80]
     image = np.stack([x * 2 + y, 255 - x - 2 * y, 100 + 50 * np.sin(x / 20)], -1).clip(0, 255).astype(np.uint8)
     m = rotation(1, 64, 80, degrees=25, scale=0.9)

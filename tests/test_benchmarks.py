@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BACKEND, require
+from conftest import BACKEND, optional, require
 
 from imgopt_fast import _native
 from imgopt_fast.benchmarks import SUBJECTS, cases, machine, networks, results
@@ -186,7 +186,7 @@ def test_bench_prints_and_writes(
 
 def test_benchmark_files_run() -> None:
     require(BACKEND == "native", "compiled kernels")
-    pytest.importorskip("pytest_benchmark")
+    optional("pytest_benchmark")
     # In a process of its own: it pins itself to one core. "ours" is the contestant that is checked against PyTorch.
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-m", "quick", "--benchmark-disable"]
     command += ["-p", "no:cacheprovider", "-k", "ours and not resnet18"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import require
+from conftest import optional, require
 from numpy.typing import NDArray
 from PIL import Image
 from test_data import make_folder
@@ -291,7 +291,7 @@ def write_shards(folder: Path, counts: tuple[int, ...] = (30, 25, 35), *, names:
 
 @pytest.fixture
 def streamed(tmp_path: Path) -> Path:
-    pytest.importorskip("webdataset")
+    optional("webdataset")
     return write_shards(tmp_path / "shards")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import require
+from conftest import optional, require
 from torch import nn
 
 import imgopt_fast
@@ -16,7 +16,7 @@ from imgopt_fast.training import load_network, network
 from imgopt_fast.training.network import test_images as images_of
 
 for package in ("onnx", "onnxruntime", "openvino", "jax"):
-    pytest.importorskip(package)
+    optional(package)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import optional
 from test_onnx import Everything, images
 from torch import nn
 
@@ -16,8 +17,8 @@ from imgopt_fast.compress import Int8Config, PruneConfig, from_onnx, prune, quan
 from imgopt_fast.targets import describe
 from imgopt_fast.targets.onnx import write
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
+onnx = optional("onnx")
+ort = optional("onnxruntime")
 
 
 def node_tests() -> list:

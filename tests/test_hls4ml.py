@@ -7,16 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import optional
 from torch import nn
 
 import imgopt_fast
 from imgopt_fast.compress import Int8Config, quantize
 from imgopt_fast.targets import hls4ml
 
-pytest.importorskip("qonnx")
+optional("qonnx")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    pytest.importorskip("hls4ml")
+    optional("hls4ml")
 
 
 def network() -> nn.Module:

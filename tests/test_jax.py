@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import optional
 from test_onnx import Everything, Gated, Sorted, images
 from torch import nn
 
@@ -13,7 +14,7 @@ import imgopt_fast
 from imgopt_fast import export
 from imgopt_fast.compress import Int8Config, PruneConfig, prune, quantize
 
-jax = pytest.importorskip("jax")
+jax = optional("jax")
 jnp = jax.numpy
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import optional
 from torch import Tensor, nn
 
 from imgopt_fast import export
@@ -16,9 +17,9 @@ from imgopt_fast.targets.fresh_process import FreshProcess, openvino
 from imgopt_fast.targets.onnx import write
 from imgopt_fast.targets.onnx_graph import OPSET, sparse
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-pytest.importorskip("openvino")
+onnx = optional("onnx")
+ort = optional("onnxruntime")
+optional("openvino")
 
 
 class Everything(nn.Module):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from conftest import optional
 from test_onnx import Everything, Gated, images
 from torch import nn
 
@@ -10,9 +11,9 @@ from imgopt_fast import export
 from imgopt_fast.compress import Int8Config, quantize
 from imgopt_fast.targets import describe
 
-pytest.importorskip("onnx")
+optional("onnx")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of qonnx about its own dependencies
-pytest.importorskip("qonnx")
+optional("qonnx")
 SHIFTS = Int8Config(power_of_two=True)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import require
+from conftest import optional, require
 from tiny_training import assert_same_weights, make_images, press_ctrl_c_at, results, tiny
 
 from imgopt_fast.cli import main
@@ -106,7 +106,7 @@ def test_resuming_in_any_stage_ends_with_the_same_bits(
 
 
 def test_tensorboard_reads_the_events(whole: Report) -> None:
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulators = optional("tensorboard.backend.event_processing.event_accumulator")
     events = accumulators.EventAccumulator(str(whole.path)).Reload()
     assert [event.step for event in events.Scalars("eval_top1")] == [1, 2, 3, 4]
     assert [event.value for event in events.Scalars("train_loss")] == pytest.approx(
