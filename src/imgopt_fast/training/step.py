@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from imgopt_fast.training.clock import RECORDED
 from imgopt_fast.training.config import TrainConfig
 from imgopt_fast.training.distributed import Process
 from imgopt_fast.training.optimizers import Updates
@@ -102,7 +103,7 @@ class RecordedStep:
                 rate.fill_(group["lr"])
             self.replay()
             torch.autograd.graph.increment_version(self.changed)  # for what is prepared once for a version of a weight
-            lap("recorded")
+            lap(RECORDED)
         return True
 
     def _record(self, learn: Callable[..., None], batch: list[Tensor]) -> None:
