@@ -119,6 +119,13 @@ def test_gradient_of_an_expanded_image() -> None:
     assert torch.autograd.gradcheck(lambda p, m: affine_warp(p.expand(2, 3, 8, 9), m), (pixel, matrix))
 
 
+def test_a_gradient_is_not_silently_taken_for_constant() -> None:
+    images = torch.rand(1, 1, 4, 4, requires_grad=True)
+    (first,) = torch.autograd.grad(affine_warp(images, rotation(1, 4, 4)).square().sum(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        first.sum().backward()
+
+
 def test_only_wanted_gradients() -> None:
     images, matrix = torch.rand(1, 2, 4, 5, requires_grad=True), torch.eye(3)[None, :2]
     affine_warp(images, matrix).sum().backward()

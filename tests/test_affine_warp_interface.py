@@ -1,5 +1,6 @@
 """affine_warp as torch's machinery, careless callers and NumPy see it."""
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -97,6 +98,9 @@ U8, EYE = torch.zeros(2, 3, 4, 5, dtype=torch.uint8), torch.eye(3)[None]
         (ValueError, "matrix", lambda: affine_warp(U8, EYE.to("meta"))),
         (ValueError, "size", lambda: affine_warp(U8, EYE, size=3)),  # type: ignore[arg-type]
         (ValueError, "size", lambda: affine_warp(U8, EYE, size=(3, -1))),
+        (ValueError, "size", lambda: affine_warp(U8, EYE, size=(3.5, 4))),  # type: ignore[arg-type]
+        (ValueError, "size", lambda: affine_warp(U8, EYE, size="34")),  # type: ignore[arg-type]
+        (TypeError, "images", lambda: affine_warp(U8.to_sparse(), EYE)),
         (ValueError, "size", lambda: affine_warp(U8, EYE, size=(3, 1 << 30))),
         (ValueError, "interpolation", lambda: affine_warp(U8, EYE, interpolation="linear")),
         (ValueError, "padding_mode", lambda: affine_warp(U8, EYE, padding_mode="zeros")),
@@ -161,6 +165,7 @@ def test_numpy_strides(dtype: Any) -> None:
 
 
 IMAGE = np.zeros((4, 5, 3), np.uint8)
+OTHER_ENDIAN = np.dtype(np.float32).newbyteorder()
 
 
 @pytest.mark.parametrize(
@@ -169,11 +174,15 @@ IMAGE = np.zeros((4, 5, 3), np.uint8)
         (TypeError, "images", lambda f: f([1], np.eye(3))),
         (ValueError, "images", lambda f: f(IMAGE[0], np.eye(3))),
         (TypeError, "images", lambda f: f(IMAGE.astype(int), np.eye(3))),
+        (TypeError, "images", lambda f: f(IMAGE.astype(OTHER_ENDIAN), np.eye(3))),
+        (TypeError, "dtype", lambda f: f(IMAGE, np.eye(3), dtype=OTHER_ENDIAN)),
         (ValueError, "images", lambda f: f(IMAGE[:0], np.eye(3))),
         (ValueError, "matrix", lambda f: f(IMAGE, np.eye(4))),
         (ValueError, "matrix", lambda f: f(IMAGE, np.full((2, 3), np.nan))),
         (TypeError, "matrix", lambda f: f(IMAGE, np.eye(3, dtype=int))),
         (ValueError, "size", lambda f: f(IMAGE, np.eye(3), size=(1, -2))),
+        (ValueError, "size", lambda f: f(IMAGE, np.eye(3), size=(3.7, 3))),
+        (TypeError, "dtype", lambda f: f(IMAGE, np.eye(3), dtype="nonsense")),
         (ValueError, "fill", lambda f: f(IMAGE, np.eye(3), fill=-1)),
         (ValueError, "mean, std", lambda f: f(IMAGE, np.eye(3), std=2)),
         (TypeError, "dtype", lambda f: f(IMAGE, np.eye(3), dtype=np.int32)),
@@ -184,6 +193,26 @@ IMAGE = np.zeros((4, 5, 3), np.uint8)
 def test_numpy_bad_input(error: type[Exception], name: str, call: Any) -> None:
     with pytest.raises(error, match=rf"^{name}: "):
         call(imgopt_fast.numpy.affine_warp)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    expected = affine_warp(U8, EYE, size=(4, 5), fill=3, mean=0.5, std=0.25, dtype=torch.float32)
+    numbers: dict[str, Any] = {"fill": np.uint8(3), "mean": np.float32(0.5), "std": np.float64(0.25)}
+    assert torch.equal(affine_warp(U8, EYE, size=np.array([4, 5]), dtype=torch.float32, **numbers), expected)
+
+
+def test_a_child_process_does_not_wait_for_the_threads_of_its_parent() -> None:
+    """The parent's threads are torch's; the child is the first to use ours."""
+    if BACKEND != "native" or not hasattr(os, "fork"):
+        pytest.skip("the compiled kernels' threads, where processes fork")
+    code = (
+        "import os, sys, numpy as np, torch, imgopt_fast.numpy as f\n"
+        "torch.set_num_threads(2); torch.rand(1 << 20).exp_()\n"
+        "child = os.fork()\n"
+        "if child: sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "f.affine_warp(np.ones((512, 512, 3), np.uint8), np.eye(3)); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_numpy_needs_no_torch() -> None:

@@ -46,6 +46,11 @@ def test_numpy_face(rng: np.random.Generator) -> None:
     assert face.int8_conv2d(image, kernel, input_scale=1.0, weight_scale=1.0).dtype == np.float32
     with pytest.raises(ValueError, match=r"weight_scale: .* output channel 1"):
         face.int8_conv2d(image, kernel, input_scale=1.0, weight_scale=np.array([1.0, 0.0, 1.0]))
+    for dtype in (np.uint8, "nonsense"):
+        with pytest.raises(ValueError, match="output_dtype: expected float32 without output_scale"):
+            face.int8_conv2d(image, kernel, input_scale=1.0, weight_scale=1.0, output_dtype=dtype)
+    with pytest.raises(TypeError, match="bias: expected an array of floats"):
+        face.int8_conv2d(image, kernel, [0.0] * 3, input_scale=1.0, weight_scale=1.0)
     with pytest.raises(TypeError, match="input: expected a uint8 or int8 array"):
         face.int8_conv2d(image.astype(np.int32), kernel, input_scale=1.0, weight_scale=1.0)
 
@@ -214,7 +219,20 @@ GOOD: dict[str, Any] = {"input_scale": 0.5, "weight_scale": 0.5, "output_scale":
         ),
         (ValueError, "bias: .* output channel 1 .* int32", {"bias": torch.tensor([0.0, 1e10, 0, 0])}),
         (ValueError, "bias: .* output channel 3", {"bias": torch.tensor([0.0, 0, 0, math.nan])}),
-        (TypeError, "bias: expected floats", {"bias": torch.zeros(4, dtype=torch.int32)}),
+        (TypeError, "bias: expected a tensor of floats", {"bias": torch.zeros(4, dtype=torch.int32)}),
+        (TypeError, "bias: expected a tensor of floats", {"bias": [0.0] * 4}),
+        (TypeError, "input: expected a uint8 or int8 tensor, got list", {"input": [1]}),
+        (TypeError, "residual: expected a uint8 or int8 tensor", {"residual": [1], "residual_scale": 1.0}),
+        (ValueError, "groups: expected", {"groups": None}),
+        (ValueError, "stride: expected", {"stride": 1.5}),
+        (ValueError, "dilation: expected", {"dilation": None}),
+        (ValueError, "padding: expected", {"padding": "same"}),
+        (ValueError, "padding: expected", {"padding": ((1, 1, 1), (1,))}),
+        (ValueError, "output_scale: expected", {"output_scale": "1"}),
+        (ValueError, "output_zero_point: expected", {"output_zero_point": math.nan}),
+        (ValueError, "output_zero_point: expected", {"output_zero_point": None}),
+        (ValueError, "output_zero_point: expected", {"output_zero_point": 3.0}),
+        (ValueError, "output_max: expected a number", {"output_max": "6"}),
         (ValueError, r"bias: expected \(4,\)", {"bias": torch.zeros(5)}),
         (ValueError, "requantize: expected", {"requantize": "round"}),
         (ValueError, "output_scale: expected a power of two", {"requantize": "shift", "output_scale": 3.0}),
@@ -241,6 +259,9 @@ def test_sums_that_could_overflow_are_refused() -> None:
     weight[1] = -128
     with pytest.raises(ValueError, match="output channel 1"):
         imgopt_fast.pack_int8_weight(weight, 1.0, input_scale=1.0)
+    # Either dtype's inputs may be added up, no input has the lowest value of one and the highest of the other.
+    alternating = torch.tensor([127, -127], dtype=torch.int8).repeat(50_000).view(1, -1, 1, 1)
+    imgopt_fast.pack_int8_weight(alternating, 1.0, input_scale=1.0)
     limit = weight[:1, :8].contiguous()
     edge = float(2**31 - 1 - 127 * 8 * 255)
     imgopt_fast.pack_int8_weight(limit, 1.0, torch.tensor([edge], dtype=torch.float64), input_scale=1.0)

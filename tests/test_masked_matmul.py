@@ -339,9 +339,13 @@ def test_bad_arguments() -> None:
         ("input", ValueError, lambda: masked_conv2d(image, conv_w, conv_mask)),
         ("input", ValueError, lambda: masked_conv2d(image[:, :, :2], conv_w, conv_mask, groups=2)),
         ("stride", ValueError, lambda: masked_conv2d(image, conv_w, conv_mask, stride=0, groups=2)),
+        ("stride", ValueError, lambda: masked_conv2d(image, conv_w, conv_mask, stride=1.5, groups=2)),  # type: ignore[arg-type]
+        ("groups", ValueError, lambda: masked_conv2d(image, conv_w, conv_mask, groups=None)),  # type: ignore[arg-type]
         ("padding", ValueError, lambda: masked_conv2d(image, conv_w, conv_mask, padding=-1, groups=2)),
+        ("padding", ValueError, lambda: masked_conv2d(image, conv_w, conv_mask, padding="same", groups=2)),  # type: ignore[arg-type]
         ("dilation", ValueError, lambda: masked_conv2d(image, conv_w, conv_mask, dilation=(1, 2, 3), groups=2)),  # type: ignore[arg-type]
         ("output_min", ValueError, lambda: masked_matmul(x, w, made, output_min=2.0, output_max=1.0)),
+        ("output_min", ValueError, lambda: masked_matmul(x, w, made, output_min="0")),  # type: ignore[arg-type]
         ("output_max", ValueError, lambda: masked_conv2d(image, conv_w, conv_mask, groups=2, output_max=float("nan"))),
         ("weight", TypeError, lambda: int8_masked_matmul(x.byte(), w)),  # type: ignore[arg-type]
         ("weight", TypeError, lambda: pack_int8_masked_weight(w, mask, 0.1, input_scale=0.1)),

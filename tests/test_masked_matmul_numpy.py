@@ -46,6 +46,7 @@ def test_numpy_bad_arguments() -> None:
         ("mask", ValueError, lambda: face.masked_matmul(x, face.pack_masked_weight(w, mask), mask)),
         ("bias", ValueError, lambda: face.masked_matmul(x, w, mask, np.zeros(3, np.float32))),
         ("bias", TypeError, lambda: face.masked_matmul(x, w, mask, np.zeros(4))),
+        ("input", TypeError, lambda: face.masked_matmul(x.astype(x.dtype.newbyteorder()), w, mask)),
     ]
     for name, error, call in cases:
         with pytest.raises(error, match=f"^{name}: "):

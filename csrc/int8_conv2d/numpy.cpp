@@ -81,7 +81,8 @@ std::optional<py::array> prepare_call(const std::vector<int64_t>& shape, int64_t
          flip_of(output_scale.has_value() && output_signed), residual_signed.has_value()},
         packed.data(), bias.data(), weight_scale.data(), prepared.mutable_data());
     if (!is_prepared(prepared.data(), prepared.size()))
-        throw std::invalid_argument("stride, padding, dilation: expected positive, non-negative, positive");
+        throw std::invalid_argument(
+            "stride, padding, dilation: expected positive, non-negative and positive numbers below 2^31");
     return prepared;
 }
 

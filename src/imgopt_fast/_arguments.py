@@ -5,6 +5,13 @@ Every error names the argument, says what was expected and what came.
 
 import math
 from collections.abc import Collection, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+
+def described(value: Any, array: type) -> str:
+    """What came where an `array` was expected: its dtype and shape if it is one, its type if it is not."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, array) else type(value).__name__
 
 
 def one_of(name: str, value: object, choices: Collection[str]) -> str:
@@ -16,7 +23,7 @@ def one_of(name: str, value: object, choices: Collection[str]) -> str:
 
 def per_channel(name: str, value: float | Sequence[float], channels: int) -> list[float]:
     """`value` as a list of `channels` floats; a single number serves all channels."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, Real) and not isinstance(value, bool):
         return [float(value)] * channels
     try:
         values = [float(v) for v in value]  # type: ignore[union-attr]
@@ -65,8 +72,12 @@ SUM_LEFT_MAX, RESIDUAL_LEFT_MAX = 29, 51
 
 def check_scale(name: str, scale: float) -> None:
     """ValueError unless `scale` can be the scale of a quantized tensor."""
-    if not SCALE_MIN <= scale <= SCALE_MAX:
-        raise ValueError(f"{name}: expected a positive finite number in [2^-48, 2^24], got {scale}")
+    try:
+        fits = SCALE_MIN <= scale <= SCALE_MAX
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{name}: expected a positive finite number in [2^-48, 2^24], got {scale!r}")
 
 
 def check_packed_alone(
@@ -82,8 +93,8 @@ def check_packed_alone(
 
 def check_zero_point(name: str, zero_point: int, low: int, high: int) -> None:
     """ValueError unless `zero_point` is an integer in [low, high]."""
-    if zero_point != int(zero_point) or not low <= zero_point <= high:
-        raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {zero_point}")
+    if not (hasattr(zero_point, "__index__") and low <= zero_point <= high):
+        raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {zero_point!r}")
 
 
 def check_shift_scales(**scales: float | None) -> None:
@@ -108,37 +119,38 @@ def check_shift_span(input_scale: float, least: int, most: int, residual_scale: 
 def check_clamp(output_min: float | None, output_max: float | None) -> None:
     """ValueError unless the bounds, where there are any, are ordered numbers."""
     for name, value in (("output_min", output_min), ("output_max", output_max)):
-        if value is not None and math.isnan(value):
-            raise ValueError(f"{name}: expected a number, got nan")
+        if value is not None and not (isinstance(value, Real) and value == value):
+            raise ValueError(f"{name}: expected a number, got {value!r}")
     if output_min is not None and output_max is not None and output_min > output_max:
         raise ValueError(f"output_min: expected at most output_max={output_max}, got {output_min}")
 
 
 def as_pair(name: str, value: int | Sequence[int], low: int) -> list[int]:
     """`value` as [h, w]; a single integer serves both."""
-    if isinstance(value, int):
-        if value >= low:
-            return [value, value]
-    else:
-        pair = list(value)
-        if len(pair) == 2 and all(isinstance(v, int) and v >= low for v in pair):
-            return pair
-    raise ValueError(f"{name}: expected an integer of at least {low} or a pair of them, got {value}")
+    pair = _integers([value, value] if isinstance(value, Integral) else value)
+    if len(pair) == 2 and min(pair) >= low:
+        return pair
+    raise ValueError(f"{name}: expected an integer of at least {low} or a pair of them, got {value!r}")
 
 
 def as_sides(padding: Padding) -> list[int]:
     """[top, bottom, left, right]."""
-    if isinstance(padding, int):
-        if padding >= 0:
-            return [padding] * 4
-    else:
-        axes = [(axis, axis) if isinstance(axis, int) else tuple(axis) for axis in padding]
-        sides = [side for axis in axes for side in axis]
-        if len(axes) == 2 and len(sides) == 4 and all(isinstance(side, int) and side >= 0 for side in sides):
-            return sides
+    try:
+        axes = [padding, padding] if isinstance(padding, Integral) else list(padding)  # type: ignore[arg-type]
+    except TypeError:
+        axes = []
+    pairs = [_integers([axis, axis] if isinstance(axis, Integral) else axis) for axis in axes]
+    if [len(pair) for pair in pairs] == [2, 2] and min(map(min, pairs)) >= 0:
+        return [*pairs[0], *pairs[1]]
     raise ValueError(
-        f"padding: expected an integer, (h, w) or ((top, bottom), (left, right)), none negative, got {padding}"
+        f"padding: expected an integer, (h, w) or ((top, bottom), (left, right)), none negative, got {padding!r}"
     )
+
+
+def _integers(values: object) -> list[int]:
+    """`values` as a list; empty where it is no sequence of integers."""
+    given = list(values) if isinstance(values, Sequence) else []
+    return [int(value) for value in given] if all(isinstance(value, Integral) for value in given) else []
 
 
 def output_size(

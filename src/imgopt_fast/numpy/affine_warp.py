@@ -1,18 +1,14 @@
 """`affine_warp` on NumPy arrays."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imgopt_fast import _native
-from imgopt_fast._arguments import (
-    normalization,
-    one_of,
-    per_channel,
-    uint8_fill,
-)
+from imgopt_fast._arguments import described, normalization, one_of, per_channel, uint8_fill
 
 _PIXELS = ("uint8", "float16", "float32", "float64")
 
@@ -48,48 +44,22 @@ def affine_warp(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape or value; the text names it.
     """
-    if not isinstance(images, np.ndarray):
-        raise TypeError(f"images: expected a NumPy array, got {type(images).__name__}")
-    if images.ndim not in (3, 4):
-        raise ValueError(f"images: expected shape (N, H, W, C) or (H, W, C), got {images.shape}")
-    if images.dtype.name not in _PIXELS:
-        raise TypeError(f"images: expected one of {', '.join(_PIXELS)}, got {images.dtype}")
+    _check_images(images)
     batch = images if images.ndim == 4 else images[None]
     n, height, width, channels = batch.shape
-    try:
-        out_height, out_width = (height, width) if size is None else (int(side) for side in size)
-    except (TypeError, ValueError):
-        raise ValueError(f"size: expected (height, width), got {size!r}") from None
-    for name, side, least in (
-        ("images", height, 1), ("images", width, 1), ("size", out_height, 0), ("size", out_width, 0),
-    ):  # fmt: skip
-        if not least <= side < 1 << 30:
-            raise ValueError(f"{name}: expected sides between {least} and {(1 << 30) - 1}, got {side}")
+    out_height, out_width = _output_size(size, height, width)
     one_of("interpolation", interpolation, ("nearest", "bilinear", "bicubic"))
     one_of("padding_mode", padding_mode, ("constant", "edge", "reflect", "symmetric"))
     fills = per_channel("fill", fill, channels)
     if images.dtype == np.uint8:
         fills = uint8_fill(fills)
     means, stds = normalization(mean, std, channels)
-    out_dtype = images.dtype if dtype is None else np.dtype(dtype)
-    if out_dtype.name not in _PIXELS:
-        raise TypeError(f"dtype: expected one of {', '.join(_PIXELS)}, got {out_dtype}")
+    out_dtype = _output_dtype(dtype, images.dtype)
     if stds and out_dtype == np.uint8:
         raise ValueError("mean, std: expected a floating output, got dtype uint8; pass dtype=np.float32")
     homographies = _homographies(matrix, n)
-    tables = None
-    if table is not None:
-        if images.dtype != np.uint8:
-            raise TypeError(f"table: expected uint8 images with it, got {images.dtype} images")
-        if not isinstance(table, np.ndarray) or table.dtype != np.uint8:
-            raise TypeError(f"table: expected a uint8 array, got {getattr(table, 'dtype', type(table).__name__)}")
-        tables = np.ascontiguousarray(_leading("table", table, n, [(channels, 256)]))
-    colors = None
-    if color_matrix is not None:
-        if channels != 3:
-            raise ValueError(f"color_matrix: expected images with 3 channels, got {channels}")
-        colors = np.ascontiguousarray(_leading("color_matrix", _floating("color_matrix", color_matrix), n, [(3, 4)]))
-
+    tables = None if table is None else _tables(table, batch)
+    colors = None if color_matrix is None else _color_matrices(color_matrix, batch)
     if _native.backend() != "native":
         result = _affine_warp_by_torch(
             batch, homographies, (out_height, out_width), interpolation, padding_mode, fills, antialias, tables, colors,
@@ -113,6 +83,57 @@ def affine_warp(
     return result if images.ndim == 4 else result[0]
 
 
+def _check_images(images: NDArray[Any]) -> None:
+    if not isinstance(images, np.ndarray):
+        raise TypeError(f"images: expected a NumPy array, got {type(images).__name__}")
+    if images.ndim not in (3, 4):
+        raise ValueError(f"images: expected shape (N, H, W, C) or (H, W, C), got {images.shape}")
+    if not _is_pixel(images.dtype):
+        raise TypeError(f"images: expected one of {', '.join(_PIXELS)}, got {images.dtype}")
+
+
+def _is_pixel(dtype: np.dtype[Any]) -> bool:
+    return dtype.name in _PIXELS and dtype.isnative
+
+
+def _output_dtype(dtype: Any, default: np.dtype[Any]) -> np.dtype[Any]:
+    try:
+        found = default if dtype is None else np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not _is_pixel(found):
+        raise TypeError(f"dtype: expected one of {', '.join(_PIXELS)}, got {dtype}")
+    return found
+
+
+def _output_size(size: Sequence[int] | None, height: int, width: int) -> tuple[int, int]:
+    try:
+        out_height, out_width = (height, width) if size is None else size
+    except (TypeError, ValueError):
+        raise ValueError(f"size: expected (height, width), got {size!r}") from None
+    for name, side, least in (
+        ("images", height, 1), ("images", width, 1), ("size", out_height, 0), ("size", out_width, 0),
+    ):  # fmt: skip
+        if not isinstance(side, Integral) or not least <= side < 1 << 30:
+            raise ValueError(f"{name}: expected sides between {least} and {(1 << 30) - 1}, got {side!r}")
+    return out_height, out_width
+
+
+def _tables(table: NDArray[np.uint8], batch: NDArray[Any]) -> NDArray[np.uint8]:
+    if batch.dtype != np.uint8:
+        raise TypeError(f"table: expected uint8 images with it, got {batch.dtype} images")
+    if not isinstance(table, np.ndarray) or table.dtype != np.uint8:
+        raise TypeError(f"table: expected a uint8 array, got {described(table, np.ndarray)}")
+    return np.ascontiguousarray(_leading("table", table, len(batch), [(batch.shape[3], 256)]))
+
+
+def _color_matrices(color_matrix: NDArray[Any], batch: NDArray[Any]) -> NDArray[np.float64]:
+    if batch.shape[3] != 3:
+        raise ValueError(f"color_matrix: expected images with 3 channels, got {batch.shape[3]}")
+    values = _floating("color_matrix", color_matrix)
+    return np.ascontiguousarray(_leading("color_matrix", values, len(batch), [(3, 4)]))
+
+
 def _homographies(matrix: NDArray[Any], n: int) -> NDArray[np.float64]:
     values = _leading("matrix", _floating("matrix", matrix), n, [(2, 3), (3, 3)])
     if values.shape[1] == 3:
@@ -123,9 +144,7 @@ def _homographies(matrix: NDArray[Any], n: int) -> NDArray[np.float64]:
 
 def _floating(name: str, array: NDArray[Any]) -> NDArray[np.float64]:
     if not isinstance(array, np.ndarray) or array.dtype.name not in ("float32", "float64"):
-        raise TypeError(
-            f"{name}: expected a float32 or float64 array, got {getattr(array, 'dtype', type(array).__name__)}"
-        )
+        raise TypeError(f"{name}: expected a float32 or float64 array, got {described(array, np.ndarray)}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name}: expected finite values")
     return array.astype(np.float64)

@@ -20,6 +20,7 @@ from imgopt_fast._arguments import (
     check_shift_scales,
     check_shift_span,
     check_zero_point,
+    described,
     one_of,
     output_size,
 )
@@ -101,52 +102,16 @@ def int8_conv2d(
                 return _convolve(input, weight.packed, call, residual)
             except ValueError:  # the checks that follow say it better
                 pass
-    if not isinstance(input, np.ndarray) or input.dtype.name not in _RANGES:
-        raise TypeError(f"input: expected a uint8 or int8 array, got {getattr(input, 'dtype', type(input).__name__)}")
-    if isinstance(weight, PackedInt8Weight):
-        check_packed_alone(bias, input_scale, input_zero_point, weight_scale, groups)
-        layer = weight
-        check_zero_point("input_zero_point", layer.input_zero_point, *_RANGES[input.dtype.name])
-    elif input_scale is None or weight_scale is None:
-        raise ValueError("input_scale, weight_scale: expected positive numbers beside an unpacked weight, got None")
-    else:
-        check_zero_point("input_zero_point", input_zero_point, *_RANGES[input.dtype.name])
-        layer = _int8_layer(weight, weight_scale, bias, input_scale, input_zero_point, groups)
-        _check_sums(layer.weight, layer.bias, input_zero_point, _RANGES[input.dtype.name])
-    group_channels = layer.weight.shape[1]
-    if input.ndim != 4 or input.shape[3] != group_channels * layer.groups:
-        raise ValueError(f"input: expected (N, H, W, {group_channels * layer.groups}), got {input.shape}")
+    layer = _checked_layer(input, weight, bias, input_scale, input_zero_point, weight_scale, groups)
     strides, sides, dilations = as_pair("stride", stride, 1), as_sides(padding), as_pair("dilation", dilation, 1)
     check_clamp(output_min, output_max)
-    if output_scale is None:
-        dtype = np.dtype(np.float32)
-        if output_zero_point:
-            raise ValueError(f"output_zero_point: expected 0 without output_scale, got {output_zero_point}")
-    else:
-        dtype = input.dtype if output_dtype is None else np.dtype(output_dtype)
-        if dtype.name not in _RANGES:
-            raise ValueError(f"output_dtype: expected uint8 or int8 with output_scale, got {dtype}")
-        check_scale("output_scale", output_scale)
-        check_zero_point("output_zero_point", output_zero_point, *_RANGES[dtype.name])
+    dtype = _output_dtype(input, output_dtype, output_scale, output_zero_point)
     n, channels, height, width = output_size(
         (input.shape[0], input.shape[3], *input.shape[1:3]), layer.weight.shape, strides, sides, dilations
     )
-    if residual is not None:
-        if not isinstance(residual, np.ndarray) or residual.dtype.name not in _RANGES:
-            got = getattr(residual, "dtype", type(residual).__name__)
-            raise TypeError(f"residual: expected a uint8 or int8 array, got {got}")
-        if residual.shape != (n, height, width, channels):
-            raise ValueError(f"residual: expected shape {(n, height, width, channels)}, got {residual.shape}")
-        check_scale("residual_scale", math.nan if residual_scale is None else residual_scale)
-        check_zero_point("residual_zero_point", residual_zero_point, *_RANGES[residual.dtype.name])
-    elif residual_scale is not None or residual_zero_point:
-        raise ValueError("residual: expected an array beside residual_scale or residual_zero_point, got None")
+    _check_residual(residual, residual_scale, residual_zero_point, (n, height, width, channels))
     if one_of("requantize", requantize, ("float", "shift")) == "shift":
-        check_shift_scales(input_scale=layer.input_scale, output_scale=output_scale, residual_scale=residual_scale)
-        mantissa, exponent = np.frexp(layer.weight_scale)
-        if not (mantissa == 0.5).all():
-            raise ValueError(f"weight_scale: expected powers of two with requantize='shift', got {layer.weight_scale}")
-        check_shift_span(layer.input_scale, int(exponent.min()), int(exponent.max()), residual_scale)
+        _check_powers_of_two(layer, output_scale, residual_scale)
     if _native.backend() != "native":
         return _int8_conv2d_by_torch(
             input, layer, residual, output_scale=output_scale, output_zero_point=output_zero_point, output_dtype=dtype,
@@ -176,6 +141,73 @@ def int8_conv2d(
     return _convolve(input, packed, call, residual)
 
 
+def _checked_layer(
+    input: NDArray[Any], weight: NDArray[np.int8] | PackedInt8Weight, bias: NDArray[Any] | None,
+    input_scale: float | None, input_zero_point: int, weight_scale: float | NDArray[Any] | None, groups: int,
+) -> PackedInt8Weight:  # fmt: skip
+    """The layer that `input` goes into, packed or not."""
+    if not isinstance(input, np.ndarray) or input.dtype.name not in _RANGES:
+        raise TypeError(f"input: expected a uint8 or int8 array, got {described(input, np.ndarray)}")
+    if isinstance(weight, PackedInt8Weight):
+        check_packed_alone(bias, input_scale, input_zero_point, weight_scale, groups)
+        layer = weight
+        check_zero_point("input_zero_point", layer.input_zero_point, *_RANGES[input.dtype.name])
+    elif input_scale is None or weight_scale is None:
+        raise ValueError("input_scale, weight_scale: expected positive numbers beside an unpacked weight, got None")
+    else:
+        check_zero_point("input_zero_point", input_zero_point, *_RANGES[input.dtype.name])
+        layer = _int8_layer(weight, weight_scale, bias, input_scale, input_zero_point, groups)
+        _check_sums(layer.weight, layer.bias, input_zero_point, _RANGES[input.dtype.name])
+    channels = layer.weight.shape[1] * layer.groups
+    if input.ndim != 4 or input.shape[3] != channels:
+        raise ValueError(f"input: expected (N, H, W, {channels}), got {input.shape}")
+    return layer
+
+
+def _output_dtype(
+    input: NDArray[Any], dtype: Any, output_scale: float | None, output_zero_point: int
+) -> np.dtype[Any]:  # fmt: skip
+    default = np.dtype(np.float32) if output_scale is None else input.dtype
+    allowed = ("float32",) if output_scale is None else tuple(_RANGES)
+    try:
+        found = default if dtype is None else np.dtype(dtype)
+    except TypeError:
+        found = np.dtype(object)
+    if found.name not in allowed:
+        condition = "without" if output_scale is None else "with"
+        raise ValueError(f"output_dtype: expected {' or '.join(allowed)} {condition} output_scale, got {dtype}")
+    if output_scale is None:
+        if output_zero_point:
+            raise ValueError(f"output_zero_point: expected 0 without output_scale, got {output_zero_point}")
+        return found
+    check_scale("output_scale", output_scale)
+    check_zero_point("output_zero_point", output_zero_point, *_RANGES[found.name])
+    return found
+
+
+def _check_residual(
+    residual: NDArray[Any] | None, scale: float | None, zero_point: int, shape: tuple[int, ...]
+) -> None:  # fmt: skip
+    if residual is None:
+        if scale is not None or zero_point:
+            raise ValueError("residual: expected an array beside residual_scale or residual_zero_point, got None")
+        return
+    if not isinstance(residual, np.ndarray) or residual.dtype.name not in _RANGES:
+        raise TypeError(f"residual: expected a uint8 or int8 array, got {described(residual, np.ndarray)}")
+    if residual.shape != shape:
+        raise ValueError(f"residual: expected shape {shape}, got {residual.shape}")
+    check_scale("residual_scale", math.nan if scale is None else scale)
+    check_zero_point("residual_zero_point", zero_point, *_RANGES[residual.dtype.name])
+
+
+def _check_powers_of_two(layer: PackedInt8Weight, output_scale: float | None, residual_scale: float | None) -> None:
+    check_shift_scales(input_scale=layer.input_scale, output_scale=output_scale, residual_scale=residual_scale)
+    mantissa, exponent = np.frexp(layer.weight_scale)
+    if not (mantissa == 0.5).all():
+        raise ValueError(f"weight_scale: expected powers of two with requantize='shift', got {layer.weight_scale}")
+    check_shift_span(layer.input_scale, int(exponent.min()), int(exponent.max()), residual_scale)
+
+
 def _pack(layer: PackedInt8Weight) -> NDArray[np.uint8]:
     core = _native.core()
     assert core is not None
@@ -203,10 +235,10 @@ def _int8_layer(
 ) -> PackedInt8Weight:  # fmt: skip
     """A layer without packed bytes, checked but for its sums, whose bound depends on the input's dtype."""
     if not isinstance(weight, np.ndarray) or weight.dtype != np.int8:
-        raise TypeError(f"weight: expected an int8 array, got {getattr(weight, 'dtype', type(weight).__name__)}")
+        raise TypeError(f"weight: expected an int8 array, got {described(weight, np.ndarray)}")
     if weight.ndim != 4 or 0 in weight.shape:
         raise ValueError(f"weight: expected (O, C/groups, kH, kW) with no empty axis, got {weight.shape}")
-    if groups < 1 or weight.shape[0] % groups:
+    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}")
     check_scale("input_scale", input_scale)
     scale = _channel_scales(weight_scale, weight.shape[0])
@@ -233,8 +265,8 @@ def _channel_scales(weight_scale: float | NDArray[Any], channels: int) -> NDArra
 def _quantized_bias(bias: NDArray[Any] | None, scale: NDArray[np.float32], input_scale: float) -> NDArray[np.int32]:
     if bias is None:
         return np.zeros(len(scale), np.int32)
-    if bias.dtype.kind != "f":
-        raise TypeError(f"bias: expected floats in real units, got {bias.dtype}")
+    if not isinstance(bias, np.ndarray) or bias.dtype.kind != "f":
+        raise TypeError(f"bias: expected an array of floats in real units, got {described(bias, np.ndarray)}")
     if bias.shape != scale.shape:
         raise ValueError(f"bias: expected {scale.shape}, got {bias.shape}")
     steps = bias.astype(np.float64) / (float(input_scale) * scale.astype(np.float64))

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imgopt_fast import _native
+from imgopt_fast._arguments import described
 from imgopt_fast._mask_blocks import block_columns
 
 _REALS = ("float16", "float32", "float64")
@@ -30,7 +31,7 @@ def pack_masked_weight(weight: NDArray[Any], mask: NDArray[np.bool_]) -> PackedM
     """
     _real("weight", weight)
     if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
-        raise TypeError(f"mask: expected a bool array, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        raise TypeError(f"mask: expected a bool array, got {described(mask, np.ndarray)}")
     if weight.ndim != 2:
         raise ValueError(f"weight: expected (O, K), got shape {weight.shape}")
     if mask.shape != weight.shape:
@@ -99,9 +100,8 @@ def masked_matmul(
 
 
 def _real(name: str, array: NDArray[Any]) -> None:
-    if not isinstance(array, np.ndarray) or array.dtype.name not in _REALS:
-        got = getattr(array, "dtype", type(array).__name__)
-        raise TypeError(f"{name}: expected a float16, float32 or float64 array, got {got}")
+    if not isinstance(array, np.ndarray) or array.dtype.name not in _REALS or not array.dtype.isnative:
+        raise TypeError(f"{name}: expected a float16, float32 or float64 array, got {described(array, np.ndarray)}")
 
 
 def _masked_matmul_by_torch(input: NDArray[Any], weight: PackedMaskedWeight, bias: NDArray[Any] | None) -> NDArray[Any]:

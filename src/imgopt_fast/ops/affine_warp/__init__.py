@@ -6,11 +6,12 @@ csrc/affine_warp/contract.h defines the arithmetic; the semantics of the argumen
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 
-from imgopt_fast._arguments import normalization, one_of, per_channel, uint8_fill
+from imgopt_fast._arguments import described, normalization, one_of, per_channel, uint8_fill
 from imgopt_fast.ops import registration
 from imgopt_fast.ops.affine_warp import reference
 
@@ -51,7 +52,8 @@ def affine_warp(
             "reflect": mirrored about the centre of the border pixel; "symmetric": about its outer edge
             (the words of `numpy.pad` and torchvision).
         fill: a number, or one per channel, in the units of `images`; rounded to an integer for uint8 images. It is
-            also the value of a pixel whose coordinate is not finite, in every padding mode.
+            also the value of a pixel whose coordinate is not finite, in every padding mode. One that is not finite
+            makes every pixel that it is blended into NaN.
         antialias: first average the source over boxes of kx × ky pixels, where k is the minification along that
             source axis (of a homography: at the output's centre) rounded down.
         table: (N or 1, C, 256) uint8, replaces the source pixels of uint8 images before anything else.
@@ -63,7 +65,7 @@ def affine_warp(
         memory_format: torch.contiguous_format or torch.channels_last; the input's by default.
 
     Returns:
-        (N, C, size[0], size[1]). Differentiable in `images` and `matrix` for floating images and output; the
+        (N, C, size[0], size[1]). Differentiable once in `images` and `matrix` for floating images and output; the
         gradient of a coordinate that lies exactly on a pixel is the one from the right.
 
     Raises:
@@ -73,22 +75,11 @@ def affine_warp(
         raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
     if images.dim() != 4:
         raise ValueError(f"images: expected shape (N, C, H, W), got {tuple(images.shape)}")
-    if images.dtype not in DTYPES:
-        raise TypeError(f"images: expected one of {_names(DTYPES)}, got {images.dtype}")
+    if images.dtype not in DTYPES or images.layout != torch.strided:
+        raise TypeError(f"images: expected a dense tensor of {_names(DTYPES)}, got {images.layout} {images.dtype}")
     _, channels, height, width = images.shape
     _check_matrix(images, matrix)
-    if size is None:
-        out_height, out_width = height, width
-    else:
-        try:
-            out_height, out_width = size
-        except (TypeError, ValueError):
-            raise ValueError(f"size: expected (height, width), got {size!r}") from None
-    for name, value, least in (("images", height, 1), ("images", width, 1), ("size", out_height, 0)):
-        if not least <= value <= MAX_SIDE:
-            raise ValueError(f"{name}: expected sides between {least} and {MAX_SIDE}, got {value}")
-    if not 0 <= out_width <= MAX_SIDE:
-        raise ValueError(f"size: expected sides between 0 and {MAX_SIDE}, got {out_width}")
+    out_height, out_width = _output_size(size, height, width)
     one_of("interpolation", interpolation, INTERPOLATIONS)
     one_of("padding_mode", padding_mode, PADDING_MODES)
     fills = per_channel("fill", fill, channels)
@@ -110,6 +101,19 @@ def affine_warp(
         images, matrix, [out_height, out_width], interpolation, padding_mode, fills, antialias, table, color_matrix,
         means, stds, dtype, memory_format,
     )  # fmt: skip
+
+
+def _output_size(size: Sequence[int] | None, height: int, width: int) -> tuple[int, int]:
+    try:
+        out_height, out_width = (height, width) if size is None else size
+    except (TypeError, ValueError):
+        raise ValueError(f"size: expected (height, width), got {size!r}") from None
+    for name, value, least in (
+        ("images", height, 1), ("images", width, 1), ("size", out_height, 0), ("size", out_width, 0),
+    ):  # fmt: skip
+        if not isinstance(value, (Integral, torch.SymInt)) or not least <= value <= MAX_SIDE:
+            raise ValueError(f"{name}: expected sides between {least} and {MAX_SIDE}, got {value!r}")
+    return out_height, out_width
 
 
 def _check_matrix(images: torch.Tensor, matrix: torch.Tensor) -> None:
@@ -135,7 +139,7 @@ def _check_table(images: torch.Tensor, table: torch.Tensor | None) -> None:
     if images.dtype != torch.uint8:
         raise TypeError(f"table: expected uint8 images with it, got {images.dtype} images")
     if not isinstance(table, torch.Tensor) or table.dtype != torch.uint8:
-        raise TypeError(f"table: expected a uint8 tensor, got {getattr(table, 'dtype', type(table).__name__)}")
+        raise TypeError(f"table: expected a uint8 tensor, got {described(table, torch.Tensor)}")
     n, channels = images.shape[:2]
     if table.dim() != 3 or table.shape[1:] != (channels, 256) or table.shape[0] not in (1, n):
         raise ValueError(
@@ -148,8 +152,8 @@ def _check_color_matrix(images: torch.Tensor, color_matrix: torch.Tensor | None)
     if color_matrix is None:
         return
     if not isinstance(color_matrix, torch.Tensor) or color_matrix.dtype not in (torch.float32, torch.float64):
-        came = getattr(color_matrix, "dtype", type(color_matrix).__name__)
-        raise TypeError(f"color_matrix: expected a float32 or float64 tensor, got {came}")
+        got = described(color_matrix, torch.Tensor)
+        raise TypeError(f"color_matrix: expected a float32 or float64 tensor, got {got}")
     n, channels = images.shape[:2]
     if channels != 3:
         raise ValueError(f"color_matrix: expected images with 3 channels, got {channels}")
@@ -226,6 +230,10 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return tuple(grads)
 
 
+def _no_second_gradient(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    raise RuntimeError("affine_warp: its gradient cannot be differentiated again; call backward without create_graph")
+
+
 def _autocast(dtype: torch.dtype, images: torch.Tensor, matrix: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
     if images.dtype in (torch.float16, torch.bfloat16, torch.float32):
         images = images.to(dtype)
@@ -234,5 +242,6 @@ def _autocast(dtype: torch.dtype, images: torch.Tensor, matrix: torch.Tensor, *r
     return images, matrix, *rest
 
 
-torch.library.register_autograd(_op, _backward, setup_context=_setup_context, lib=registration.LIBRARY)
+registration.register_autograd(_op, _backward, _setup_context)
+registration.register_autograd(_backward_op, _no_second_gradient, lambda *_: None)
 registration.register_autocast(_op, _autocast)

@@ -22,6 +22,7 @@ from imgopt_fast._arguments import (
     check_packed_alone,
     check_scale,
     check_zero_point,
+    described,
     output_size,
 )
 from imgopt_fast._prepared import PreparedCalls
@@ -114,7 +115,7 @@ def int8_conv2d(
     key = None
     if not is_compiling() and type(weight) is PackedInt8Weight and type(input) is Tensor:
         key = (
-            input.dtype, None if residual is None else residual.dtype, output_scale, output_zero_point, output_dtype,
+            input.dtype, getattr(residual, "dtype", residual), output_scale, output_zero_point, output_dtype,
             stride, padding, dilation, output_min, output_max, residual_scale, residual_zero_point, requantize,
             bias is None and input_scale is None and weight_scale is None and groups == 1 and input_zero_point == 0,
         )  # fmt: skip
@@ -130,6 +131,8 @@ def int8_conv2d(
         layer = weight
     else:
         layer = unpacked_layer(weight, bias, weight_scale, input_scale, input_zero_point, groups)
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a uint8 or int8 tensor, got {described(input, Tensor)}")
     shape, kernel, input_dtype = input.shape, layer.weight.shape, input.dtype
     _check_input(input, shape, kernel, input_dtype, layer)
     # The common cases without a call: the checks of a small layer took half as long as its arithmetic.
@@ -236,8 +239,8 @@ def _check_residual(
         return
     if scale is None:
         raise ValueError("residual_scale: expected a positive number beside residual, got None")
-    if residual.dtype not in INTEGER_RANGE:
-        raise TypeError(f"residual: expected uint8 or int8, got {residual.dtype}")
+    if not isinstance(residual, Tensor) or residual.dtype not in INTEGER_RANGE:
+        raise TypeError(f"residual: expected a uint8 or int8 tensor, got {described(residual, Tensor)}")
     if list(residual.shape) != list(size):
         raise ValueError(f"residual: expected the output's shape {tuple(size)}, got {tuple(residual.shape)}")
     if residual.device != input.device:

@@ -18,8 +18,10 @@ from imgopt_fast._arguments import (
     check_shift_scales,
     check_shift_span,
     check_zero_point,
+    described,
 )
 from imgopt_fast.ops import registration
+from imgopt_fast.ops.int8_conv2d.reference import INTEGER_RANGE
 
 INT32_MAX = 2**31 - 1
 CUDA_ROW = 64  # bytes that the CUDA kernel takes of a row of weights at a time
@@ -151,7 +153,7 @@ def _quantize_bias(bias: Tensor | None, scale: Tensor, input_scale: float) -> Te
 
 def _check_weight(weight: Tensor, groups: int) -> None:
     if not isinstance(weight, Tensor) or weight.dtype != torch.int8:
-        raise TypeError(f"weight: expected an int8 tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
+        raise TypeError(f"weight: expected an int8 tensor, got {described(weight, Tensor)}")
     if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(f"weight: expected (O, C/groups, kH, kW) with no empty axis, got {tuple(weight.shape)}")
     if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
@@ -171,8 +173,8 @@ def _check_scale_values(scale: Tensor) -> None:
 def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
     if bias is None:
         return
-    if not bias.is_floating_point():
-        raise TypeError(f"bias: expected floats in real units, got {bias.dtype}")
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        raise TypeError(f"bias: expected a tensor of floats in real units, got {described(bias, Tensor)}")
     if tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias: expected ({weight.shape[0]},), got {tuple(bias.shape)}")
     if bias.device != weight.device:
@@ -195,18 +197,20 @@ def _check_sums(
             )
     w = weight.flatten(1).long()
     positive, negative = w.clamp(min=0).sum(1), -w.clamp(max=0).sum(1)
-    above = 127 - zero_point if zero_point < 0 else 255 - zero_point  # a negative zero point means int8 input
-    below = zero_point if zero_point > 127 else zero_point + 128  # one above 127 means uint8 input
-    highest = bias_int32.long() + positive * above + negative * below
-    lowest = bias_int32.long() - positive * below - negative * above
-    bad = (highest > INT32_MAX) | (lowest < -INT32_MAX - 1)
-    if bool(bad.any()):
-        channel = int(bad.nonzero()[0])
-        raise ValueError(
-            f"weight: the sum of output channel {channel} could reach {int(highest[channel])} or "
-            f"{int(lowest[channel])}, outside of int32; expected fewer than {w.shape[1]} weights, smaller ones, or a "
-            f"smaller bias"
-        )
+    for least, most in INTEGER_RANGE.values():
+        if not least <= zero_point <= most:
+            continue  # no input of this dtype
+        above, below = most - zero_point, zero_point - least
+        highest = bias_int32.long() + positive * above + negative * below
+        lowest = bias_int32.long() - positive * below - negative * above
+        bad = (highest > INT32_MAX) | (lowest < -INT32_MAX - 1)
+        if bool(bad.any()):
+            channel = int(bad.nonzero()[0])
+            raise ValueError(
+                f"weight: the sum of output channel {channel} could reach {int(highest[channel])} or "
+                f"{int(lowest[channel])}, outside of int32; expected fewer than {w.shape[1]} weights, smaller ones, "
+                f"or a smaller bias"
+            )
 
 
 def check_powers_of_two(layer: PackedInt8Weight, output_scale: float | None, residual_scale: float | None) -> None:

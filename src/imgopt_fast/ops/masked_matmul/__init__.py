@@ -8,12 +8,13 @@ see, gathered by the kernel itself, and its input gradient is a convolution of t
 structure. Double backward is defined through the same two operations, which are each other's derivatives.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from imgopt_fast._arguments import check_clamp
+from imgopt_fast._arguments import as_pair, check_clamp, described
 from imgopt_fast.ops import registration
 from imgopt_fast.ops.masked_matmul import cuda, reference
 from imgopt_fast.ops.masked_matmul.int8 import (
@@ -92,9 +93,9 @@ def masked_conv2d(
     weight: Tensor | PackedMaskedWeight,
     mask: Tensor | MaskLayout | None = None,
     bias: Tensor | None = None,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
     *,
     output_min: float | None = None,
@@ -109,7 +110,8 @@ def masked_conv2d(
     """
     weight_shape = _check(input, weight, mask, bias, groups=groups, dims=4)
     check_clamp(output_min, output_max)
-    step, offset, per_tap = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    step, offset = as_pair("stride", stride, 1), as_pair("padding", padding, 0)
+    per_tap = as_pair("dilation", dilation, 1)
     channels = weight_shape[1] * groups
     if input.dim() != 4 or input.shape[1] != channels:
         raise ValueError(f"input: expected (N, {channels}, H, W) for weight {weight_shape}, got {tuple(input.shape)}")
@@ -187,7 +189,9 @@ def _check(
 ) -> tuple[int, ...]:
     """Check what both functions have in common; returns the shape of the weight."""
     if not isinstance(input, Tensor) or input.dtype not in DTYPES:
-        raise TypeError(f"input: expected a tensor of float32, bfloat16, float16 or float64, got {_kind(input)}")
+        raise TypeError(
+            f"input: expected a tensor of float32, bfloat16, float16 or float64, got {described(input, Tensor)}"
+        )
     if isinstance(weight, PackedMaskedWeight):
         if mask is not None:
             raise ValueError("mask: expected None with a PackedMaskedWeight, which holds its own")
@@ -199,14 +203,14 @@ def _check(
             )
     else:
         if not isinstance(weight, Tensor):
-            raise TypeError(f"weight: expected a tensor or a PackedMaskedWeight, got {_kind(weight)}")
+            raise TypeError(f"weight: expected a tensor or a PackedMaskedWeight, got {described(weight, Tensor)}")
         held, made_for, shape = weight, groups, tuple(weight.shape)
         if isinstance(mask, MaskLayout):
             made_for, masked_shape, masked_device = mask.groups, tuple(mask.mask.shape), mask.mask.device
         elif isinstance(mask, Tensor) and mask.dtype == torch.bool:
             masked_shape, masked_device = tuple(mask.shape), mask.device
         else:
-            raise TypeError(f"mask: expected a bool tensor or a MaskLayout, got {_kind(mask)}")
+            raise TypeError(f"mask: expected a bool tensor or a MaskLayout, got {described(mask, Tensor)}")
         if masked_shape != shape:
             raise ValueError(f"mask: expected the weight's shape {shape}, got {masked_shape}")
         if masked_device != weight.device:
@@ -216,31 +220,24 @@ def _check(
         raise ValueError(f"weight: expected {expected}, got shape {shape}")
     if made_for != groups:
         raise ValueError(f"groups: expected {made_for}, which the mask was analysed with, got {groups}")
-    if groups < 1 or shape[0] % groups:
-        raise ValueError(f"groups: expected a divisor of the {shape[0]} outputs, got {groups}")
-    if not torch.is_autocast_enabled(input.device.type) and held.dtype != input.dtype:
+    if not isinstance(groups, int) or groups < 1 or shape[0] % groups:
+        raise ValueError(f"groups: expected a divisor of the {shape[0]} outputs, got {groups!r}")
+    # Autocast brings them to one dtype, but for float64 input, which it leaves alone.
+    cast_alike = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    if held.dtype != input.dtype and not cast_alike:
         raise TypeError(f"weight: expected the input's dtype {input.dtype}, got {held.dtype}")
     if held.device != input.device:
         raise ValueError(f"weight: expected the input's device {input.device}, got {held.device}")
     if bias is not None:
         if not isinstance(bias, Tensor) or bias.dtype != held.dtype:
-            raise TypeError(f"bias: expected a tensor of the weight's dtype {held.dtype}, got {_kind(bias)}")
+            raise TypeError(
+                f"bias: expected a tensor of the weight's dtype {held.dtype}, got {described(bias, Tensor)}"
+            )
         if tuple(bias.shape) != shape[:1]:
             raise ValueError(f"bias: expected shape ({shape[0]},), got {tuple(bias.shape)}")
         if bias.device != input.device:
             raise ValueError(f"bias: expected the input's device {input.device}, got {bias.device}")
     return shape
-
-
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < least:
-        raise ValueError(f"{name}: expected one or two integers of at least {least}, got {value}")
-    return pair
 
 
 # --- the operations -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from imgopt_fast._arguments import check_clamp, check_scale, check_zero_point
+from imgopt_fast._arguments import check_clamp, check_scale, check_zero_point, described
 from imgopt_fast.ops import registration
 from imgopt_fast.ops.int8_conv2d import pack_int8_weight
 from imgopt_fast.ops.int8_conv2d.reference import INTEGER_RANGE, clamp_range, clamp_real
@@ -54,7 +54,7 @@ def pack_int8_masked_weight(
         weight_scale, bias, input_scale, input_zero_point: as for `pack_int8_weight`, whose errors are raised.
     """
     if not isinstance(weight, Tensor) or weight.dtype != torch.int8 or weight.dim() != 2:
-        raise TypeError(f"weight: expected int8 (O, K), got {_describe(weight)}")
+        raise TypeError(f"weight: expected int8 (O, K), got {described(weight, Tensor)}")
     group = 1 if weight.is_cuda else GROUP
     if mask.shape != weight.shape:
         raise ValueError(f"mask: expected the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
@@ -99,7 +99,7 @@ def int8_masked_matmul(
     if not isinstance(weight, PackedInt8MaskedWeight):
         raise TypeError(f"weight: expected a PackedInt8MaskedWeight, got {type(weight).__name__}")
     if not isinstance(input, Tensor) or input.dtype not in INTEGER_RANGE:
-        raise TypeError(f"input: expected uint8 or int8, got {_describe(input)}")
+        raise TypeError(f"input: expected uint8 or int8, got {described(input, Tensor)}")
     if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         raise ValueError(f"input: expected (..., {weight.shape[1]}), got {tuple(input.shape)}")
     if input.device != weight.values.device:
@@ -126,10 +126,6 @@ def int8_masked_matmul(
         output_zero_point, dtype, output_min, output_max,
     )  # fmt: skip
     return cast(Tensor, output)
-
-
-def _describe(value: object) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _reference(

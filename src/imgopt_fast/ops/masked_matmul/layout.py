@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from imgopt_fast import _native
+from imgopt_fast._arguments import described
 from imgopt_fast._mask_blocks import (
     STRUCTURES,
     block_columns,
@@ -149,7 +150,7 @@ def pack_masked_weight(weight: Tensor, mask: Tensor, *, groups: int = 1) -> Pack
     and ValueError for anything else.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"weight: expected a floating tensor, got {_describe(weight)}")
+        raise TypeError(f"weight: expected a floating tensor, got {described(weight, Tensor)}")
     if weight.is_cuda and isinstance(mask, Tensor) and mask.shape == weight.shape and mask.device == weight.device:
         form = cuda.pack(weight.detach(), _checked_mask(mask, groups))
         if form is not None:
@@ -188,18 +189,14 @@ def _check_like(weight: Tensor, mask: Tensor, groups: int) -> None:
 
 def _checked_mask(mask: Tensor, groups: int) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected a bool tensor, got {_describe(mask)}")
+        raise TypeError(f"mask: expected a bool tensor, got {described(mask, Tensor)}")
     if mask.dim() not in (2, 4):
         raise ValueError(f"mask: expected (O, K) or (O, C / groups, kH, kW), got shape {tuple(mask.shape)}")
     if mask.numel() > MAX_COUNT:
         raise ValueError(f"mask: expected at most {MAX_COUNT} positions, got {mask.numel()}")
-    if groups < 1 or mask.shape[0] % groups or (mask.dim() == 2 and groups != 1):
+    if not isinstance(groups, int) or groups < 1 or mask.shape[0] % groups or (mask.dim() == 2 and groups != 1):
         raise ValueError(f"groups: expected a divisor of the {mask.shape[0]} outputs, 1 for (O, K), got {groups}")
     return mask
-
-
-def _describe(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _gather_index(mask: Tensor, groups: int) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imgopt_fast._arguments import described
 from imgopt_fast.ops import registration
 from imgopt_fast.ops.masked_sgd import reference
 
@@ -37,7 +38,7 @@ class KeptBits(NamedTuple):
 def kept_bits(mask: Tensor) -> KeptBits:
     """Pack a flat bool mask (entries,). Raises TypeError for anything else."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 1:
-        raise TypeError(f"mask: expected bool (entries,), got {_describe(mask)}")
+        raise TypeError(f"mask: expected bool (entries,), got {described(mask, Tensor)}")
     flat = mask.detach().cpu().numpy()
     packed = np.packbits(flat, bitorder="little")
     words = np.zeros(-(-len(flat) // 64), dtype="<i8")
@@ -78,11 +79,11 @@ def masked_sgd(
     """
     for name, tensor, size in (("weight", weight, kept.entries), ("grad", grad, kept.entries)):
         if tensor.dim() != 1 or len(tensor) != size or not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected contiguous ({size},), got {_describe(tensor)}")
+            raise ValueError(f"{name}: expected contiguous ({size},), got {described(tensor, Tensor)}")
     if not weight.is_floating_point() or grad.dtype != weight.dtype:
         raise TypeError(f"grad: expected the weight's floating dtype {weight.dtype}, got {grad.dtype}")
     if velocity is not None and (velocity.shape != (kept.kept,) or velocity.dtype != weight.dtype):
-        raise ValueError(f"velocity: expected {weight.dtype} ({kept.kept},), got {_describe(velocity)}")
+        raise ValueError(f"velocity: expected {weight.dtype} ({kept.kept},), got {described(velocity, Tensor)}")
     for name, order in (("forward", forward), ("transposed", transposed)):
         if order is not None and (order.places.shape != (kept.kept,) or order.values.dtype != weight.dtype):
             raise ValueError(f"{name}: expected {weight.dtype} values and a place for each of {kept.kept} kept entries")
@@ -95,10 +96,6 @@ def masked_sgd(
         )  # fmt: skip
         if fused:  # what autograd saved of them is stale now
             torch.autograd.graph.increment_version(weight)
-
-
-def _describe(value: object) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _fake(*_: object) -> None:
