@@ -1,7 +1,7 @@
-// Compares the NEON unit of affine_warp with the scalar one, bit by bit, without torch or Python: test_affine_warp_isas.py
-// cross-compiles it and runs it in an emulator. Guard bytes around every image and output catch what writes beyond
-// them. With an argument, `scalar` or `neon`, it does one warp of 64 x 64 pixels as often as a second argument says,
-// for counting instructions. Exit status: the number of cases that differ.
+// Compares the NEON unit of affine_warp with the scalar one, bit by bit, without torch or Python:
+// test_affine_warp_isas.py cross-compiles it and runs it in an emulator. Guard bytes around every image and output
+// catch what writes beyond them. With an argument, `scalar` or `neon`, it does one warp of 64 x 64 pixels as often as a
+// second argument says, for counting instructions. Exit status: the number of cases that differ.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
