@@ -11,7 +11,7 @@ import warp_problems
 from cuda_device import EMULATED, KEY, moved
 
 import imgopt_fast
-from imgopt_fast.ops import photometric
+from imgopt_fast.ops import photometric, registration
 from imgopt_fast.ops.int8_graph import int8_graph
 from imgopt_fast.ops.masked_sgd import KeptBits, masked_sgd
 
@@ -24,7 +24,7 @@ OPERATIONS = (
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_kernels_are_registered(name: str) -> None:
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"imgopt_fast::{name}", KEY)
+    assert registration.has_kernel(name, KEY)
 
 
 @pytest.mark.parametrize("layout", photometric_tests.LAYOUTS)

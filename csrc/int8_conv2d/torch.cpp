@@ -138,7 +138,7 @@ Tensor int8_conv2d(Tensor input, Tensor weight, Tensor bias, Tensor weight_scale
     return convolve(input, residual, packed_data, prepared[0].bytes);
 }
 
-// The same call again; ops/int8_conv2d/prepared.py says for whom.
+// The same call again; _prepared.py says for whom.
 Tensor int8_conv2d_prepared(Tensor input, Tensor packed, Tensor prepared, std::optional<Tensor> residual) {
     STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
                         prepared.is_cpu() && prepared.scalar_type() == ScalarType::Byte && prepared.is_contiguous(),

@@ -46,7 +46,7 @@ from torch.nn import functional as F
 
 from imgopt_fast import _native
 from imgopt_fast.benchmarks.augmentation import PipelineCase
-from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
+from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work, on_one_thread
 from imgopt_fast.benchmarks.warp_inputs import BILINEAR_FLOPS, MEAN, STD, affine_grid_theta, draw_matrices, photographs
 from imgopt_fast.ops.affine_warp import affine_warp
 
@@ -228,16 +228,7 @@ class WarpCase(Case):
         )
 
     def one_thread(self) -> Runner:
-        ours = self.ours()
-
-        def call() -> Any:
-            torch.set_num_threads(1)
-            try:
-                return ours.call()
-            finally:
-                torch.set_num_threads(2)
-
-        return Runner(call, goal=self.goal("ours, one thread"))
+        return on_one_thread(self.ours(), self.goal("ours, one thread"))
 
 
 @dataclass(eq=False)

@@ -49,6 +49,9 @@ class Agreement:
             )
 
 
+EQUAL = Agreement(0.0)
+
+
 @dataclass(frozen=True)
 class Runner:
     """One contestant: `call` is what is timed; `result` makes its return value comparable with ours, untimed.
@@ -57,7 +60,7 @@ class Runner:
     """
 
     call: Callable[[], Any]
-    agreement: Agreement = field(default_factory=lambda: Agreement(0.0))
+    agreement: Agreement = EQUAL
     result: Callable[[Any], torch.Tensor] = lambda value: value
     goal: float | None = None
     slack: float = 0.0
@@ -185,6 +188,19 @@ def forced_isa(runner: Runner, isa: str | None) -> Runner:
     with using_isa(isa):
         pass
     return Runner(call, runner.agreement, runner.result, runner.goal)
+
+
+def on_one_thread(runner: Runner, goal: float | None, agreement: Agreement = EQUAL) -> Runner:
+    """`runner` on one of two threads: what the second one has to gain on."""
+
+    def call() -> Any:
+        torch.set_num_threads(1)
+        try:
+            return runner.call()
+        finally:
+            torch.set_num_threads(2)
+
+    return Runner(call, agreement, runner.result, goal)
 
 
 def using_isa(isa: str) -> ExitStack:

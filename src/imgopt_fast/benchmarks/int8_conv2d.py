@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from imgopt_fast import _native
 from imgopt_fast.benchmarks import onnx_models
-from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
+from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work, on_one_thread
 from imgopt_fast.benchmarks.counting import taps_inside
 from imgopt_fast.ops.int8_conv2d import int8_conv2d, pack_int8_weight
 from imgopt_fast.ops.int8_graph import Int8GraphBuilder, int8_graph
@@ -241,16 +241,7 @@ class ConvCase(Case):
         )
 
     def one_thread(self) -> Runner:
-        ours = self.ours()
-
-        def call() -> Any:
-            torch.set_num_threads(1)
-            try:
-                return ours.call()
-            finally:
-                torch.set_num_threads(2)
-
-        return Runner(call, goal=1.7)
+        return on_one_thread(self.ours(), 1.7)
 
 
 @dataclass(eq=False)

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch.nn import functional as F
 
 from imgopt_fast import _native
 from imgopt_fast.benchmarks import int8_masked_matmul, masked_convolution
-from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
+from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work, on_one_thread
 from imgopt_fast.benchmarks.machine import Rates
 from imgopt_fast.benchmarks.masks import FLOAT32, neighbours_mask, random_mask
 from imgopt_fast.ops.masked_matmul import MaskLayout, mask_layout, masked_matmul, pack_masked_weight
@@ -190,16 +190,7 @@ class MatmulCase(Case):
         return Runner(lambda: (weight @ x.T).T, FLOAT32, torch.from_numpy, goal=4.0)
 
     def one_thread(self) -> Runner:
-        ours = self.ours()
-
-        def call() -> Any:
-            torch.set_num_threads(1)
-            try:
-                return ours.call()
-            finally:
-                torch.set_num_threads(2)
-
-        return Runner(call, goal=1.8)
+        return on_one_thread(self.ours(), 1.8)
 
 
 @dataclass(eq=False)

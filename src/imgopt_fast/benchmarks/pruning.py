@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from imgopt_fast.benchmarks import pruned_cifar
-from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work
+from imgopt_fast.benchmarks.case import Agreement, Case, Runner, Work, on_one_thread
 from imgopt_fast.benchmarks.masks import FLOAT32, random_mask
 from imgopt_fast.benchmarks.networks import Int8Case, folded_model, size_of
 from imgopt_fast.compress import MaskedSGD, pack
@@ -111,7 +111,7 @@ class StepCase(Case):
         return Runner(call, Agreement(1e-4, relative=True), goal=4.0)
 
     def one_thread(self) -> Runner:
-        return on_one_thread(self.ours())
+        return on_one_thread(self.ours(), 1.8, Agreement(1e-4, relative=True))
 
     def work(self) -> Work:
         # Three products per layer but for the first, whose input needs no gradient; kept weights, velocities and
@@ -229,7 +229,7 @@ class PrunedCase(Int8Case):
         return Runner(runner.call, Agreement(1e-3, relative=True), goal=2.0)
 
     def one_thread(self) -> Runner:
-        return on_one_thread(self.ours())
+        return on_one_thread(self.ours(), 1.8, Agreement(1e-4, relative=True))
 
     def work(self) -> Work:
         # As for the int8 network, for the kept weights in float32.
@@ -240,19 +240,6 @@ class PrunedCase(Int8Case):
             bytes_read=4.0 * (weights * kept + self.input.numel()),
             bytes_written=whole.bytes_written,
         )
-
-
-def on_one_thread(runner: Runner) -> Runner:
-    """The same on one of the two threads: what the second one has to gain on."""
-
-    def call() -> Any:
-        torch.set_num_threads(1)
-        try:
-            return runner.call()
-        finally:
-            torch.set_num_threads(2)
-
-    return Runner(call, Agreement(1e-4, relative=True), goal=1.8)
 
 
 CASES: list[Case] = [

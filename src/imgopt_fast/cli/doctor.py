@@ -143,12 +143,13 @@ def served_by(name: str, check: Callable[[], bool], problems: list[str]) -> str:
         problems.append(f"{name}: a wrong result")
         return "BROKEN: a wrong result"
     from imgopt_fast import _native
+    from imgopt_fast.ops import registration
 
     state = []
     for key in ("CPU", "CUDA"):
         if key == "CUDA" and not torch.cuda.is_available():
             continue
-        own = torch._C._dispatch_has_kernel_for_dispatch_key(f"imgopt_fast::{name}", key)
+        own = registration.has_kernel(name, key)
         if key == "CPU" and own:
             kernel = f"native, {_native.active_isa()}" if _native.backend() == "native" else "Numba"
         else:
