@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 
-def described(value: Any, array: type) -> str:
+def described(value: Any, array: type[Any]) -> str:
     """What came where an `array` was expected: its dtype and shape if it is one, its type if it is not."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, array) else type(value).__name__
 
@@ -93,7 +93,7 @@ def check_packed_alone(
 
 def check_zero_point(name: str, zero_point: int, low: int, high: int) -> None:
     """ValueError unless `zero_point` is an integer in [low, high]."""
-    if not (hasattr(zero_point, "__index__") and low <= zero_point <= high):
+    if not (isinstance(zero_point, Integral) and low <= zero_point <= high):
         raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {zero_point!r}")
 
 
