@@ -53,6 +53,9 @@ from imgopt_fast.augment import (
         (lambda: RandomHorizontalFlip()(torch.zeros(2, 2)), "images"),
         (lambda: RandomHorizontalFlip()(np.zeros(3)), "images"),
         (lambda: RandomHorizontalFlip()(photos(), key=(1, 2)), "key"),
+        (lambda: RandomHorizontalFlip()(photos(), key=(1, 2.5, range(6))), "key: expected integers"),
+        (lambda: RandomHorizontalFlip()(photos(), key=("a", 2, range(6))), "key: expected integers"),
+        (lambda: CenterCrop(("a", 3)), "size"),
         (lambda: RandomHorizontalFlip()(photos(), key=(1, 2, range(5))), "key"),
         (lambda: RandomHorizontalFlip()(photos(), key=(1, 2, [0.5] * 6)), "key"),
         (lambda: RandomHorizontalFlip()(photos(), key=(1, 2, range(6)), generator=torch.Generator()), "generator, key"),
@@ -101,3 +104,10 @@ def test_bad_types_name_the_argument():
         Compose([torch.nn.ReLU()])
     with pytest.raises(TypeError, match="dtype"):
         Normalize([0.5], [0.5], dtype=torch.uint8)
+
+
+def test_numbers_of_numpy_are_numbers():
+    images = photos()
+    ours = RandomAffine(np.float32(10), fill=np.uint8(7))(images, key=(np.int64(3), np.uint8(1), range(6)))
+    assert torch.equal(ours, RandomAffine(10.0, fill=7.0)(images, key=(3, 1, range(6))))
+    assert CenterCrop(np.int64(5))(images).shape[2:] == (5, 5)

@@ -87,7 +87,7 @@ def interval(name: str, values: Sequence[float]) -> tuple[float, float]:
 
 def symmetric(name: str, value: float | Sequence[float]) -> tuple[float, float]:
     """A number d stands for (-d, d)."""
-    if isinstance(value, (int, float)):
+    if not hasattr(value, "__len__"):
         if number(name, value) < 0:
             raise ValueError(f"{name}: a single number must not be negative, got {value}")
         return -float(value), float(value)
@@ -95,10 +95,11 @@ def symmetric(name: str, value: float | Sequence[float]) -> tuple[float, float]:
 
 
 def height_width(size: int | Sequence[int]) -> Size:
-    if not isinstance(size, int) and (not hasattr(size, "__len__") or isinstance(size, str)):
+    one = isinstance(size, (int, np.integer))
+    if not one and (not hasattr(size, "__len__") or isinstance(size, str)):
         raise TypeError(f"size: expected a positive integer or (height, width), got {size!r}")
-    values = (size, size) if isinstance(size, int) else tuple(size) * (2 if len(size) == 1 else 1)
-    if len(values) != 2 or not all(int(v) == v and v > 0 for v in values):
+    values = (size, size) if one else tuple(size) * (2 if len(size) == 1 else 1)
+    if len(values) != 2 or not all(isinstance(v, (int, np.integer)) and v > 0 for v in values):
         raise ValueError(f"size: expected a positive integer or (height, width), got {size!r}")
     return int(values[0]), int(values[1])
 
@@ -114,4 +115,4 @@ def interpolation_name(interpolation: Any) -> str:
 def fill_value(fill: Fill | None) -> float | tuple[float, ...]:
     if fill is None:
         return 0.0
-    return float(fill) if isinstance(fill, (int, float)) else tuple(number("fill", f) for f in fill)
+    return tuple(number("fill", f) for f in fill) if hasattr(fill, "__len__") else number("fill", fill)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import index as index_of
 from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple, TypeVar
 
@@ -288,7 +289,10 @@ def resolve_key(
         raise ValueError(
             f"key: expected an index of {count} integers, one per sample, got shape {indices.shape} of {indices.dtype}"
         )
-    return int(seed), int(epoch), indices
+    try:
+        return index_of(seed), index_of(epoch), indices
+    except TypeError:
+        raise ValueError(f"key: expected integers for seed and epoch, got {seed!r} and {epoch!r}") from None
 
 
 def as_batch(images: torch.Tensor | NDArray[Any]) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
