@@ -101,6 +101,14 @@ def test_copies_and_pickles():
         assert not torch.equal(layer(x), twin(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_leaves_scales_and_biases_as_they_are(dtype):
+    layer, x = conv_layer(), torch.randint(0, 256, (1, 4, 9, 12), dtype=torch.uint8)
+    cast = copy.deepcopy(layer).to(dtype)
+    assert all(value.equal(layer.state_dict()[name]) for name, value in cast.state_dict().items())
+    assert torch.equal(cast(x), layer(x))
+
+
 def test_repack_after_writing_by_hand():
     layer = conv_layer()
     x = torch.randint(0, 256, (2, 4, 8, 11), dtype=torch.uint8)

@@ -18,7 +18,20 @@ from imgopt_fast.ops.int8_conv2d import PackedInt8Weight, int8_conv2d, pack_int8
 Requantize = Literal["float", "shift"]
 
 
-class _Int8Layer(nn.Module):
+class Float32Buffers(nn.Module):
+    """Keeps its floating buffers, scales and biases in real units, in their dtype when a model is cast to another."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        exact = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in exact.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != before.dtype:
+                self._buffers[name] = before.to(moved.device)
+        return self
+
+
+class _Int8Layer(Float32Buffers):
     """Buffers and packing, shared by the layers. The buffers hold the scales; the call needs them as numbers."""
 
     weight_int8: Tensor
@@ -48,7 +61,8 @@ class _Int8Layer(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().to(torch.float32).clone())
         self.register_buffer("input_scale", torch.tensor(input_scale, dtype=torch.float32))
         self.register_buffer("input_zero_point", torch.tensor(input_zero_point, dtype=torch.int32))
-        self.register_buffer("output_scale", None if output_scale is None else torch.tensor(output_scale))
+        scale = None if output_scale is None else torch.tensor(output_scale, dtype=torch.float32)
+        self.register_buffer("output_scale", scale)
         self.register_buffer("output_zero_point", torch.tensor(output_zero_point, dtype=torch.int32))
         self.output_min = output_min
         self.output_max = output_max
@@ -94,7 +108,7 @@ class _Int8Layer(nn.Module):
         return torch.float32 if self.output_scale is None else torch.uint8
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self.repack()
         return self
 

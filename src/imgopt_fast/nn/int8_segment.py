@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from imgopt_fast.nn.int8 import Requantize
+from imgopt_fast.nn.int8 import Float32Buffers, Requantize
 from imgopt_fast.nn.int8_sparse import FEWEST_IMAGES, SparseLayer, describe_zeros, sparse_layer
 from imgopt_fast.ops.int8_graph import Int8GraphBuilder, Int8Program, int8_graph, repack
 
@@ -37,7 +37,7 @@ class Step(NamedTuple):
         return self.inputs if self.residual is None else (*self.inputs, self.residual)
 
 
-class Int8Segment(nn.Module):
+class Int8Segment(Float32Buffers):
     """Runs `steps` on its inputs, float ones for "quantize" steps and uint8 ones for "input" steps, in their order.
 
     Returns the values `outputs` as a tuple: float32 behind a dequantize step or a linear layer without output scale,
@@ -216,7 +216,7 @@ class Int8Segment(nn.Module):
         return arguments
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self.rebuild()
         return self
 
