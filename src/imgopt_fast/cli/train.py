@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from imgopt_fast.training import Report
 
 EXAMPLES = """examples:
-  imgopt-fast train                                 the embedded Fashion-MNIST subset, about two minutes
+  imgopt-fast train                                 the embedded Fashion-MNIST subset, a minute or two
   imgopt-fast train ./flowers --img-size 96         a folder with one folder of images per class
   imgopt-fast train --model resnet20 --epochs 30 --sparsity 0.9
   imgopt-fast train --config runs/first/config.yaml --experiment second --seed 1
@@ -23,6 +23,18 @@ EXAMPLES = """examples:
   imgopt-fast train ./birds --pretrained runs/flowers --transfer features      a new last layer, in seconds
   torchrun --nproc-per-node 2 -m imgopt_fast train ./flowers                   two processes, one network
 """
+
+# Where `--help` begins a new paragraph: the first field of each, in TrainConfig's order.
+GROUPS = {
+    "data": "data",
+    "model": "network",
+    "epochs": "learning",
+    "crop_scale": "augmentation",
+    "sparsity": "pruning and distillation",
+    "quantize": "quantization",
+    "seed": "arithmetic and machine",
+    "output": "run folder",
+}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -54,12 +66,16 @@ def run(arguments: argparse.Namespace) -> int:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of TrainConfig."""
     types = get_type_hints(TrainConfig)
+    group: argparse._ActionsContainer = parser
     for field in dataclasses.fields(TrainConfig):
-        _add_flag(parser, field, types[field.name])
-    parser.add_argument(
-        "--compile", dest="torchcompile", action="store_const", const="inductor", default=argparse.SUPPRESS,
-        help="the same as --torchcompile inductor",
-    )  # fmt: skip
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        _add_flag(group, field, types[field.name])
+        if field.name == "torchcompile":
+            group.add_argument(
+                "--compile", dest="torchcompile", action="store_const", const="inductor", default=argparse.SUPPRESS,
+                help="the same as --torchcompile inductor",
+            )  # fmt: skip
 
 
 def add_following_parser(
@@ -130,7 +146,7 @@ def _only(values: dict[str, Any], name: str) -> Any:
     return values[name]
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", kind: Any) -> None:
+def _add_flag(parser: argparse._ActionsContainer, field: "dataclasses.Field[Any]", kind: Any) -> None:
     flags = field.metadata["flags"] or (f"--{field.name.replace('_', '-')}",)
     if isinstance(kind, UnionType):
         kind = get_args(kind)[0]
@@ -139,7 +155,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", 
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif get_origin(kind) is tuple:
-        options |= {"type": get_args(kind)[0], "nargs": len(get_args(kind)), "action": _StoreTuple}
+        options |= {"type": get_args(kind)[0], "nargs": 2, "metavar": ("LOW", "HIGH"), "action": _StoreTuple}
     else:
         options["type"] = kind
         if field.metadata["choices"]:
