@@ -87,18 +87,23 @@ def interval(name: str, values: Sequence[float]) -> tuple[float, float]:
 
 def symmetric(name: str, value: float | Sequence[float]) -> tuple[float, float]:
     """A number d stands for (-d, d)."""
-    if not hasattr(value, "__len__"):
-        if number(name, value) < 0:
-            raise ValueError(f"{name}: a single number must not be negative, got {value}")
-        return -float(value), float(value)
-    return interval(name, value)
+    values: Any = value  # a NumPy number is none of Python's
+    if hasattr(values, "__len__"):
+        return interval(name, values)
+    most = number(name, values)
+    if most < 0:
+        raise ValueError(f"{name}: a single number must not be negative, got {value}")
+    return -most, most
 
 
 def height_width(size: int | Sequence[int]) -> Size:
-    one = isinstance(size, (int, np.integer))
-    if not one and (not hasattr(size, "__len__") or isinstance(size, str)):
+    values: tuple[Any, ...]
+    if isinstance(size, (int, np.integer)):
+        values = (size, size)
+    elif hasattr(size, "__len__") and not isinstance(size, str):
+        values = tuple(size) * (2 if len(size) == 1 else 1)
+    else:
         raise TypeError(f"size: expected a positive integer or (height, width), got {size!r}")
-    values = (size, size) if one else tuple(size) * (2 if len(size) == 1 else 1)
     if len(values) != 2 or not all(isinstance(v, (int, np.integer)) and v > 0 for v in values):
         raise ValueError(f"size: expected a positive integer or (height, width), got {size!r}")
     return int(values[0]), int(values[1])
@@ -115,4 +120,5 @@ def interpolation_name(interpolation: Any) -> str:
 def fill_value(fill: Fill | None) -> float | tuple[float, ...]:
     if fill is None:
         return 0.0
-    return tuple(number("fill", f) for f in fill) if hasattr(fill, "__len__") else number("fill", fill)
+    values: Any = fill
+    return tuple(number("fill", f) for f in values) if hasattr(values, "__len__") else number("fill", values)
