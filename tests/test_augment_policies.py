@@ -88,6 +88,8 @@ def test_sharpness(factor):
     assert torch.equal(result[1], image[1])
     exact = adjust_sharpness(image.double() / 255, factor)[0] * 255
     assert (result[0] - exact).abs().max() <= 0.5 + 1e-4
+    levels = torch.tensor([-0.5, 1.5]).view(2, 1, 1, 1).expand(2, 3, 3, 3)
+    assert adjust_sharpness(levels, 1.0)[:, :, 1, 1].unique().tolist() == [0.0, 1.0]  # floats are clipped even so
     thin = photo()[:, :, :2]
     assert torch.equal(adjust_sharpness(thin, factor), thin)
 
@@ -190,23 +192,41 @@ def test_two_steps_equal_two_policies_of_one():
         assert (difference > 2).float().mean() <= (0.35 if clipped else 0.02), params.describe(i)
 
 
-def test_passes(monkeypatch):
-    seen = []
+@pytest.fixture
+def warps(monkeypatch):
+    """The number of samples of each warp that a fold makes."""
+    seen: list[int] = []
 
     def counted(images, *args, **options):
         seen.append(len(images))
         return affine_warp(images, *args, **options)
 
     monkeypatch.setattr(fold, "affine_warp", counted)
+    return seen
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("around", ["nothing", "a flip and normalisation"])
+def test_a_policy_warps_a_batch_once_per_step_at_most(warps, steps, around):
+    """The last warp has the whole batch; those before it only the samples whose operations break the order."""
+    images = torch.cat([photo(i) for i in range(48)])
+    policy = RandAugment(steps)
+    aug = policy if around == "nothing" else Compose([RandomHorizontalFlip(), policy, Normalize([0.5] * 3, [0.2] * 3)])
+    counts = []
+    for epoch in range(12):
+        warps.clear()
+        aug(images, key=(0, epoch, range(48)))
+        assert warps[-1] == 48
+        assert all(count < 48 for count in warps[:-1])
+        counts.append(len(warps))
+    assert max(counts) == steps
+
+
+def test_a_policy_after_a_crop_takes_two_warps(warps):
     images = torch.cat([photo(i) for i in range(16)])
-    normalize = Normalize([0.5] * 3, [0.2] * 3)
-    Compose([RandomHorizontalFlip(), RandAugment(), normalize])(images, key=(0, 0, range(16)))
-    assert seen[-1] == 16
-    assert len(seen) <= 2  # a flip is no warp to the first step, the second may break the order
-    assert sum(seen) < 2 * 16
-    seen.clear()
-    Compose([RandomResizedCrop(16), TrivialAugmentWide(), normalize])(images, key=(0, 0, range(16)))
-    assert len(seen) <= 2
+    aug = Compose([RandomResizedCrop(16), TrivialAugmentWide(), Normalize([0.5] * 3, [0.2] * 3)])
+    aug(images, key=(0, 0, range(16)))
+    assert warps == [16, 16]
 
 
 def test_operations_are_named_when_printed():

@@ -102,7 +102,7 @@ class Fold:
         Tables, histograms and the smoothing filter do not care for what only `flips` the image, so they may precede it.
         """
         if self._color is not None and sampling.padding_mode == "constant":
-            self._settle(self._colored, rows)
+            self._settle(self._colored & rows)
         joined = sampling if self._matrix is None else self._sampling.join(sampling)
         if joined is None:
             self.images()
@@ -129,7 +129,7 @@ class Fold:
         """Replace pixels by table (N or 1, C, 256) uint8."""
         if self.dtype != torch.uint8:
             raise TypeError(f"images: expected uint8 before a lookup table, got {self.dtype}; normalise afterwards")
-        self._settle(self._warped | self._colored, rows)
+        self._settle((self._warped | self._colored) & rows)
         count = max(len(table), 1 if self._table is None else len(self._table))
         if self._table is not None:
             table = table.expand(count, -1, -1).gather(2, self._table.expand(count, -1, -1).long())
@@ -152,16 +152,18 @@ class Fold:
         """Go on from `images`, which were made from the result of `images()`."""
         self._images, self.owned = images, True
 
-    def settled(self, rows: Rows) -> torch.Tensor:
-        """The images with the pending work of at least `rows` done: what is still pending at most flips those."""
-        self._settle(self._tabled | self._warped | self._colored, rows)
+    def settled(self, rows: Rows, filled: Rows) -> torch.Tensor:
+        """The images with the pending work of at least `rows` done: what is still pending at most flips those.
+
+        In the same call, that of the samples which are `filled` by the next warp and have a colour pending.
+        """
+        self._settle((self._tabled | self._warped | self._colored) & rows | self._colored & filled)
         return self._images
 
     # ------------------------------------------------------------------------------------------ running
 
-    def _settle(self, touched: Touched, rows: Touched) -> None:
-        """Do the pending work of the samples that are in both, so that an earlier stage may follow it."""
-        conflict = touched & rows
+    def _settle(self, conflict: Touched) -> None:
+        """Do the pending work of some samples, so that an earlier stage may follow it."""
         if not np.any(conflict):
             return
         if np.all(conflict) or self.size != tuple(self._images.shape[2:]):
@@ -213,7 +215,8 @@ class Fold:
                 return apply_table(images, table)
             matrix = _IDENTITY
         color_matrix = None if color is None else _color_tensor(color, images, table)
-        fused = color_matrix is None or self.channels == 3
+        # The operation has no gradient for colours, which contrast makes of the images.
+        fused = color_matrix is None or (self.channels == 3 and not color_matrix.requires_grad)
         warped = affine_warp(
             images,
             torch.from_numpy(matrix).to(device, non_blocking=True),
@@ -301,7 +304,7 @@ def _colored(
     std: tuple[float, ...] | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The colour stage of `affine_warp` for other than three channels: `values` in [0, 1], floating."""
+    """The colour stage of `affine_warp`, for what that does not serve: `values` in [0, 1], floating."""
     channels = values.shape[1]
     matrix = color_matrix.to(values.dtype)
     flat = values.flatten(2)
