@@ -10,7 +10,10 @@ from test_augment_policies import as_pillow, from_pillow, photo
 
 from imgopt_fast.augment import (
     ColorJitter,
+    Compose,
+    Normalize,
     RandomGrayscale,
+    RandomHorizontalFlip,
     adjust_hue,
     hsv_to_rgb,
     rgb_to_hsv,
@@ -136,3 +139,10 @@ def test_statistics(channels, layout):
     check(statistics.mean_gray(images, table), exact(table.gather(2, images.flatten(2).long()).view_as(images)))
     cut = images[:, :, 1:6, ::2]  # not contiguous in either layout
     check(statistics.mean_gray(cut), exact(cut))
+
+
+def test_contrast_passes_gradients_through_the_mean():
+    images = torch.rand(2, 3, 4, 5, dtype=torch.float64) * 0.2 + 0.4  # nothing is clipped
+    aug = Compose([RandomHorizontalFlip(), ColorJitter(contrast=(0.5, 1.5)), Normalize([0.5] * 3, [0.3] * 3)])
+    params = aug.make_params(images, key=(0, 0, range(2)))
+    assert torch.autograd.gradcheck(lambda x: aug.transform(x, params), images.requires_grad_())

@@ -8,12 +8,12 @@ from pipelines import MEAN, STD, photos, training_recipe
 
 from imgopt_fast import augment
 from imgopt_fast.augment import (
+    ColorJitter,
     Compose,
     Normalize,
     RandAugment,
     RandomAffine,
     RandomErasing,
-    RandomHorizontalFlip,
     RandomResizedCrop,
     TrivialAugmentWide,
 )
@@ -85,15 +85,19 @@ def test_a_call_compiles_into_one_graph(size):
     assert torch.equal(listed(images), aug(images, key=(1, 2, range(size))))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at one
 def test_opcheck_of_the_operations_that_stand_for_a_pipeline():
     images, aug = photos(4), Compose([RandomAffine(20), RandAugment(), Normalize(MEAN, STD)])
-    ops = torch.ops.imgopt_fast
-    torch.library.opcheck(ops.augment_keyed.default, (images, 3, 1, torch.arange(4), aug.number))
+    ops, seed, index = torch.ops.imgopt_fast, torch.tensor(3), torch.arange(4)
+    torch.library.opcheck(ops.augment_keyed.default, (images, seed, 1, index, aug.number))
     names = ["0:angle", "1:operation", "1:magnitude"]
     values = [torch.rand(4).double(), torch.randint(0, 14, (4, 2)), torch.rand(4, 2).double()]
     torch.library.opcheck(ops.augment.default, (images, names, values, aug.number))
+    leaf, soft = photos(4).double().requires_grad_(), Compose([RandomAffine(20, interpolation="bilinear")])
+    torch.library.opcheck(ops.augment_keyed.default, (leaf, seed, 1, index, soft.number))
+    torch.library.opcheck(ops.augment.default, (leaf, ["0:angle"], values[:1], soft.number))
     structure = ("test_schema", "test_faketensor")  # the others compare two calls, which draw anew
-    torch.library.opcheck(ops.augment_seeded.default, (images, aug.number), test_utils=structure)
+    torch.library.opcheck(ops.augment_seed.default, (index, None), test_utils=structure)
 
 
 def test_a_compiled_call_without_a_key_draws_from_torchs_generator():
@@ -107,15 +111,67 @@ def test_a_compiled_call_without_a_key_draws_from_torchs_generator():
     assert torch.equal(aug(images), second)
 
 
+def test_a_compiled_call_draws_from_a_generator():
+    images, aug = photos(), training_recipe()
+    compiled = torch.compile(
+        lambda x, g: (aug(x, generator=g), aug(x, generator=g)), fullgraph=True, backend="aot_eager"
+    )
+    one, other = torch.Generator(), torch.Generator()
+    for generator, seed in ((one, 4), (other, 5), (one, 6)):
+        first, second = compiled(images, generator.manual_seed(seed))
+        assert not torch.equal(first, second)
+        generator.manual_seed(seed)
+        assert torch.equal(aug(images, generator=generator), first)
+        assert torch.equal(aug(images, generator=generator), second)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at one
-def test_a_compiled_call_with_a_generator_or_a_gradient_leaves_the_graph():
-    images, aug = photos().double() / 255, Compose([RandomHorizontalFlip(), RandomAffine(10)])
-    compiled = torch.compile(lambda x: aug(x, key=(0, 3, range(6))) * 2, backend="eager")
-    leaf = images.clone().requires_grad_()
-    result = compiled(leaf)
-    torch.testing.assert_close(result, aug(images, key=(0, 3, range(6))) * 2)
-    result.sum().backward()
-    assert leaf.grad is not None
-    generator = torch.Generator().manual_seed(4)
-    drawn = torch.compile(lambda x: aug(x, generator=generator) * 2, backend="eager")(images)
-    assert torch.equal(drawn, aug(images, generator=generator.manual_seed(4)) * 2)
+@pytest.mark.parametrize("drawn_by", ["key", "generator", "torch"])
+@pytest.mark.parametrize("arrangement", [torch.contiguous_format, torch.channels_last])
+def test_a_compiled_call_passes_gradients_on(drawn_by, arrangement):
+    """Through a graph without a break, whose result has the bits of the call of images that need none."""
+    images = (photos() / 255).contiguous(memory_format=arrangement)
+    color = ColorJitter(0.3, 0.3, 0.3, 0.1)
+    warp = RandomAffine(15, interpolation="bilinear")
+    aug = Compose([warp, color, Normalize(MEAN, STD), RandomErasing(1.0, inplace=True)])
+    generator = torch.Generator()
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        options = {"key": {"key": (0, 3, range(6))}, "generator": {"generator": generator}, "torch": {}}[drawn_by]
+        return (aug(images * 2, **options) * 3).square()
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        leaf = images.clone(memory_format=torch.preserve_format).requires_grad_()
+        torch.manual_seed(7)
+        generator.manual_seed(7)
+        output = function(leaf)
+        output.sum().backward()
+        results.append((output.detach(), leaf.grad))
+    for outside, inside in zip(*results, strict=True):
+        torch.testing.assert_close(inside, outside, rtol=1e-4, atol=1e-4)
+    assert results[0][1].abs().sum() > 0
+    torch.manual_seed(7)
+    generator.manual_seed(7)
+    assert torch.equal(results[1][0], call(images))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at one
+@pytest.mark.parametrize("erases", [False, True])
+def test_a_compiled_replay_passes_gradients_on(erases):
+    images = photos().double() / 255
+    warp = RandomAffine(15, interpolation="bilinear")
+    aug = Compose([warp, ColorJitter(0.3, 0.3, 0.3), *[RandomErasing(1.0)] * erases])
+    params = aug.make_params(images, key=(0, 1, range(6)))
+    compiled = torch.compile(lambda x: aug.transform(x, params).square(), fullgraph=True, backend="aot_eager")
+    inside, outside = images.clone().requires_grad_(), images.clone().requires_grad_()
+    compiled(inside).sum().backward()
+    aug.transform(outside, params).square().sum().backward()
+    torch.testing.assert_close(inside.grad, outside.grad)
+
+
+def test_what_cannot_be_compiled_names_the_way_out():
+    images, aug = photos(), RandomAffine(15)
+    compiled = torch.compile(lambda x: aug.make_params(x, key=(0, 0, range(6))), fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="or call the transform itself"):
+        compiled(images)

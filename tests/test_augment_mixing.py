@@ -123,8 +123,12 @@ def test_a_call_of_mixing_compiles_into_one_graph(mix):
     torch.manual_seed(9)
     torch.testing.assert_close(mix(images, targets)[0], first)
     torch.testing.assert_close(mix(images, targets)[0], second)
-    drawn = torch.ops.imgopt_fast.augment_draws_keyed.default
-    torch.library.opcheck(drawn, (images, 3, 1, torch.arange(6), mix.number))
+    generator = torch.Generator().manual_seed(9)
+    drawn = torch.compile(lambda x: mix(x, targets, generator=generator), fullgraph=True, backend="aot_eager")(images)
+    expected = mix(images, targets, generator=generator.manual_seed(9))
+    torch.testing.assert_close(drawn, expected)
+    drawn = torch.ops.imgopt_fast.augment_draws.default
+    torch.library.opcheck(drawn, (images, torch.tensor(3), 1, torch.arange(6), mix.number))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at one

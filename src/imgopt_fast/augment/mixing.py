@@ -53,8 +53,8 @@ class Mixing(opaque.Numbered):
         generator: torch.Generator | None = None,
         key: Key | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if torch.compiler.is_compiling() and generator is None:
-            return self._mix(images, targets, opaque.draws(self, _batch(images), key))
+        if torch.compiler.is_compiling():
+            return self._mix(images, targets, opaque.draws(self, _batch(images), generator, key))
         return self.transform(images, targets, self.make_params(images, generator=generator, key=key))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

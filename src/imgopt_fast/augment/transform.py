@@ -126,8 +126,8 @@ class Transform(opaque.Numbered):
 
     def forward(self, images: Images, *, generator: torch.Generator | None = None, key: Key | None = None) -> Images:
         batch, restore = as_batch(images)
-        if torch.compiler.is_compiling() and generator is None and not batch.requires_grad:
-            return restore(opaque.call(self, batch, key))  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling():
+            return restore(opaque.call(self, batch, generator, key))  # type: ignore[no-any-return]
         params = self._make_params(len(batch), (batch.shape[2], batch.shape[3]), generator, key)
         return restore(self._transform(batch, params))  # type: ignore[no-any-return]
 
@@ -161,8 +161,7 @@ class Transform(opaque.Numbered):
         return Params(plan.names, tuple(draws), count, size, plan.labels)
 
     def _transform(self, batch: torch.Tensor, params: Params) -> torch.Tensor:
-        # Images that need a gradient are not hidden from the compiler: it then breaks its graph at what it cannot hold.
-        if torch.compiler.is_compiling() and not batch.requires_grad and any(leaf.decides for leaf in self.leaves()):
+        if torch.compiler.is_compiling() and any(leaf.decides for leaf in self.leaves()):
             return opaque.replay(self, batch, params.draws)
         return self.carry_out(batch, params.draws)
 
@@ -264,7 +263,11 @@ class Compose(Transform):
 
 # ---------------------------------------------------------------------------------------------------- keys and layouts
 
-_drawn_outside: Any = torch.compiler.disable(Transform._drawn)
+_drawn_outside: Any = torch.compiler.disable(
+    Transform._drawn,
+    reason="make_params returns arrays, which no graph holds: call it outside of the compiled function and replay its "
+    "result there with transform, or call the transform itself, whose draws are an operation of the graph",
+)
 
 _WARPED = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
