@@ -103,6 +103,7 @@ struct Taker {
         IMGOPT_INLINE void load(int c, int k, Row& to) const {
             __builtin_memcpy(&to, from + c * channel + k * row, sizeof to);
         }
+        IMGOPT_INLINE Place moved(int32_t x, int32_t y) const { return {from + y * row + x, channel, row}; }
     };
 
     Taker(const AffineWarp& call, const Source<T>& pixels)
@@ -110,12 +111,27 @@ struct Taker {
 
     IMGOPT_INLINE Place operator()(const Points<R>& at, int i, int64_t c0) {
         const int32_t x = at.x[i] + kLead, y = at.y[i] + kLead;
-        if (direct && x >= 0 && y >= 0 && x <= source.width - kLanes && y <= source.height - taps) {
-            const R* from = as_is(source.data + c0 * source.channel + y * source.row + x, R{});
-            return {from, source.channel, source.row};
-        }
+        if (direct && x >= 0 && y >= 0 && x <= source.width - kLanes && y <= source.height - taps)
+            return origin(c0).moved(at.x[i], at.y[i]);
         take(at.x[i], at.y[i], c0);
         return {copy[0][0], taps * kLanes, kLanes};
+    }
+
+    // Whether the taps of the pixels [first, end) all lie as rows of their own type.
+    IMGOPT_INLINE bool all_within(const Points<R>& at, int first, int end) const {
+        const int32_t most_x = source.width - kLanes, most_y = source.height - taps;
+        int32_t outside = 0;
+        for (int i = 0; i < kBlock; ++i) {
+            const int32_t x = at.x[i] + kLead, y = at.y[i] + kLead;
+            outside |= ((x < 0) | (y < 0) | (x > most_x) | (y > most_y)) & (i >= first) & (i < end);
+        }
+        return direct && !outside;
+    }
+
+    // The taps of a point at (0, 0), where those within the image count from.
+    IMGOPT_INLINE Place origin(int64_t c0) const {
+        const T* from = source.data + c0 * source.channel + kLead * (source.row + 1);
+        return {as_is(from, R{}), source.channel, source.row};
     }
 
   private:
@@ -167,15 +183,25 @@ struct Backward {
     }
 };
 
-// The flow of some pixels of a block, pixel by pixel, made of planes. Channels that do not exist stay zero.
+// The flow of some pixels of a block, channel by channel, and pixel by pixel. Channels that do not exist stay zero.
 template <class R>
 struct Flow {
-    alignas(64) R of[kBlock][kFlowChannels], planes[kFlowChannels][kBlock] = {};
+    alignas(64) R planes[kFlowChannels][kBlock] = {}, of[kBlock][kFlowChannels];
+
+    void interleave() {
+        for (int i = 0; i < kBlock; ++i)
+            for (int c = 0; c < kFlowChannels; ++c) of[i][c] = planes[c][i];
+    }
 };
 
+// The rows below are fetched ahead: a row's part of a block is too short for the processor to foresee the next one.
 template <class G, class R>
-void load_grad(const G* from, int64_t step, int count, R factor, R* to) {
-    if (step == 1) {
+void load_grad(const G* from, int64_t step, int64_t below, int count, R factor, R* to) {
+    constexpr int kRows = 3, kLine = 64 / sizeof(G);
+    for (int i = 0; i < count; i += kLine) __builtin_prefetch(from + kRows * below + i * step);
+    if (step == 1 && count == kBlock) {
+        for (int i = 0; i < kBlock; ++i) to[i] = static_cast<R>(widened(from[i])) * factor;
+    } else if (step == 1) {
         for (int i = 0; i < count; ++i) to[i] = static_cast<R>(widened(from[i])) * factor;
     } else {
         for (int i = 0; i < count; ++i) to[i] = static_cast<R>(widened(from[i * step])) * factor;
@@ -185,12 +211,12 @@ void load_grad(const G* from, int64_t step, int count, R factor, R* to) {
 // The incoming gradient of `count` pixels of one channel, times its factor.
 template <class R>
 void load_grad(const AffineWarpBackward& b, int64_t at, int count, R factor, R* to) {
-    const int64_t step = b.warp.output_stride[3];
+    const int64_t step = b.warp.output_stride[3], below = b.warp.output_stride[2];
     switch (b.warp.output_dtype) {
-        case DType::f16: return load_grad(static_cast<const Half*>(b.grad) + at, step, count, factor, to);
-        case DType::bf16: return load_grad(static_cast<const BFloat16*>(b.grad) + at, step, count, factor, to);
-        case DType::f32: return load_grad(static_cast<const float*>(b.grad) + at, step, count, factor, to);
-        default: return load_grad(static_cast<const double*>(b.grad) + at, step, count, factor, to);
+        case DType::f16: return load_grad(static_cast<const Half*>(b.grad) + at, step, below, count, factor, to);
+        case DType::bf16: return load_grad(static_cast<const BFloat16*>(b.grad) + at, step, below, count, factor, to);
+        case DType::f32: return load_grad(static_cast<const float*>(b.grad) + at, step, below, count, factor, to);
+        default: return load_grad(static_cast<const double*>(b.grad) + at, step, below, count, factor, to);
     }
 }
 
@@ -230,8 +256,6 @@ void flow_of(const Backward<T, R>& of, const Points<R>& at, const BlockWeights<t
         load_grad(of.b, of.image * step[0] + c * step[1] + y * step[2] + (x0 + first) * step[3], end - first,
                   static_cast<R>(p.scale[c]), to.planes[c - c0] + first);
     if (of.color) color_backward<taps>(of, at, weights, first, end, to.planes);
-    for (int i = 0; i < kBlock; ++i)
-        for (int c = 0; c < kFlowChannels; ++c) to.of[i][c] = to.planes[c][i];
 }
 
 }  // namespace

@@ -1,10 +1,12 @@
 // The gradient of the images. Every output pixel adds its flow, weighted, to its taps: in a band of source rows of one
-// image, a copy in scratch whose positions hold up to four channels side by side, so that a tap is one vector read,
-// added to and written back. Around the band lie margins that take what falls outside: taps need no test, and where a
-// border pixel serves outer taps too, it gets its margin's sums at the end.
+// image, a copy in scratch whose positions hold up to four channels side by side, so that the taps of one row are one
+// vector read, added to and written back. A vector that overlaps one just written would have to wait for it to reach
+// the cache: so there is a plane for each remainder of the first tap's column, in which these vectors coincide or are
+// apart; the planes are added up at the end. Around the band lie margins that take what falls outside: taps need no
+// test, and where a border pixel serves outer taps too, it gets its margin's sums at the end.
 //
-// Each source pixel meets its contributions in the order of the output's pixels, whatever band it lies in: so a band
-// may be what a thread is given, or as much of it as stays in the cache, without a change of any bit.
+// Each source pixel meets its contributions in the order of the output's pixels, plane by plane, whatever band it lies
+// in: so a band may be what a thread is given, or as much of it as stays in the cache, without a change of any bit.
 #pragma once
 
 #include "backward_block.h"
@@ -12,7 +14,40 @@
 namespace imgopt {
 namespace {
 
-constexpr int64_t kBandBytes = 384 << 10;  // leaves room in a 1 MiB L2 cache for what flows in and out
+constexpr int64_t kBandBytes = 640 << 10;  // leaves room in a 1 MiB L2 cache for what flows in and out
+
+// Two vectors side by side; a list of their lanes is what every compiler makes one instruction of.
+template <int... i>
+struct Indices {
+    template <class V, class W>
+    IMGOPT_INLINE static void join(const V& a, const V& b, W& to) {
+        constexpr int n = sizeof...(i) / 2;
+        to = W{(i < n ? a[i % n] : b[i % n])...};
+    }
+};
+template <int n, int... i>
+struct Lanes : Lanes<n - 1, n - 1, i...> {};
+template <int... i>
+struct Lanes<0, i...> : Indices<i...> {};
+
+// The flow `g` of a pixel times the weights [first, first + count) of its columns, side by side.
+template <int count, class R, int lanes>
+struct Shares {
+    typedef R Vector __attribute__((vector_size(count * lanes * sizeof(R))));
+
+    template <class Position, class Weights>
+    IMGOPT_INLINE static void of(const Position& g, const Weights& weights, int first, int i, Vector& to) {
+        if constexpr (count == 1) {
+            to = g * weights[first][i];
+        } else {
+            using Part = Shares<count / 2, R, lanes>;
+            typename Part::Vector left, right;
+            Part::of(g, weights, first, i, left);
+            Part::of(g, weights, first + count / 2, i, right);
+            Lanes<count * lanes>::join(left, right, to);
+        }
+    }
+};
 
 // Rows [first, end) of the sampled source of one image, which a band owns, as positions of `lanes` channels.
 template <int taps, int lanes, class R>
@@ -33,46 +68,62 @@ struct Band {
         }
     }
 
+    // Positions of a row of a plane, whole vectors of them. The planes of a row lie side by side; in numbers that would
+    // not fit 32 bits they would not fit a memory either.
+    static int32_t columns(int32_t width) { return (width + 3 * taps - 1) / taps * taps; }
+    static int64_t row_bytes(int32_t width) { return taps * int64_t{columns(width)} * lanes * int64_t{sizeof(R)}; }
+
     bool owns(int32_t row) const { return row >= first && row < end; }
-    int64_t pitch() const { return (int64_t{width} + 2 * taps) * lanes; }
-    int64_t bytes() const { return (high - low + 2 * taps) * pitch() * int64_t{sizeof(R)}; }
+    int64_t pitch() const { return taps * int64_t{columns(width)} * lanes; }
     R* row(int32_t y) const { return data + (y - low + taps) * pitch() + taps * lanes; }
 
-    void clear() const { __builtin_memset(data, 0, static_cast<size_t>(bytes())); }
+    void clear() const { __builtin_memset(data, 0, static_cast<size_t>((high - low + 2 * taps) * row_bytes(width))); }
 
     // Adds pixels [from, to) of a block. A coordinate that is not finite, or that lies elsewhere, goes to the margin.
     void scatter(const Points<R>& at, const BlockWeights<taps, R>& weights, const Flow<R>& flow, int from,
                  int to) const {
-        constexpr int lead = taps == 4 ? -1 : 0;
-        const int32_t above = low - taps;
+        using Row = Shares<taps, R, lanes>;
         int32_t column[kBlock], line[kBlock];
-        place(at.x, lead, -taps, width, column);
-        place(at.y, lead, -taps, height, line);
-        place(line, 0, above, high, line);
+        place(at, column, line);
         const int64_t step = pitch();
+        R* const origin = data;
         for (int i = from; i < to; ++i) {
             Position g;
+            typename Row::Vector share, sum;
             __builtin_memcpy(&g, flow.of[i], sizeof g);
-            const int32_t y = at.finite[i] ? line[i] : above, x = column[i];
-            R* tap = data + (y - above) * step + int64_t{x + taps} * lanes;
+            Row::of(g, weights.x, 0, i, share);
+            R* tap = origin + (at.finite[i] ? line[i] : 0) * step + int64_t{column[i]} * lanes;
             for (int k = 0; k < taps; ++k, tap += step) {
-                const Position share = g * weights.y[k][i];
-                for (int j = 0; j < taps; ++j) {
-                    Position sum;
-                    __builtin_memcpy(&sum, tap + j * lanes, sizeof sum);
-                    sum += share * weights.x[j][i];
-                    __builtin_memcpy(tap + j * lanes, &sum, sizeof sum);
-                }
+                __builtin_memcpy(&sum, tap, sizeof sum);
+                sum += share * weights.y[k][i];
+                __builtin_memcpy(tap, &sum, sizeof sum);
             }
         }
     }
 
-    // The positions of first taps, cut to [least, most].
-    static void place(const int32_t* whole, int32_t lead, int32_t least, int32_t most, int32_t* to) {
+    // Where the first tap of each point lies: for a column of remainder q, that column less q of plane q.
+    void place(const Points<R>& at, int32_t* column, int32_t* line) const {
+        constexpr int lead = taps == 4 ? -1 : 0;
+        const int32_t above = low - taps, apart = columns(width) - 1, right = width, bottom = height, last = high;
         for (int i = 0; i < kBlock; ++i) {
-            const int32_t v = whole[i] + lead, cut = v < least ? least : v;
-            to[i] = cut < most ? cut : most;
+            const int32_t x = cut(at.x[i] + lead, -taps, right) + taps;
+            column[i] = x + (x & (taps - 1)) * apart;
         }
+        for (int i = 0; i < kBlock; ++i) line[i] = cut(cut(at.y[i] + lead, -taps, bottom), above, last) - above;
+    }
+
+    static int32_t cut(int32_t v, int32_t least, int32_t most) {
+        const int32_t raised = v < least ? least : v;
+        return raised < most ? raised : most;
+    }
+
+    void add_planes() const {
+        const int64_t plane = pitch() / taps;
+        for (int32_t y = low - taps; y < high + taps; ++y)
+            for (int q = 1; q < taps; ++q) {
+                R *to = row(y) - taps * lanes + q * lanes, *from = row(y) - taps * lanes + q * plane;
+                for (int64_t i = 0; i < plane - q * lanes; ++i) to[i] += from[i];
+            }
     }
 
     // Gives border pixels the sums of the outer taps that they serve, in ascending order.
@@ -82,7 +133,7 @@ struct Band {
             const int32_t inner = y < 0 || y >= height ? tap_index(y, height, padding) : -1;
             if (!owns(inner)) continue;
             R *to = row(inner) - taps * lanes, *from = row(y) - taps * lanes;
-            for (int64_t i = 0; i < pitch(); ++i) to[i] += from[i];
+            for (int64_t i = 0; i < (int64_t{width} + 2 * taps) * lanes; ++i) to[i] += from[i];
         }
         for (int32_t y = first; y < end; ++y)
             for (int32_t x = -taps; x < width + taps; ++x) {
@@ -119,9 +170,11 @@ void fill_band(const Backward<T, R>& of, const Band<taps, lanes, R>& band, int64
             fold_axis(at.y, at.fy, direction, band.height, p.padding);
             const BlockWeights<taps, R> weights(at);
             flow_of<taps>(of, at, weights, x0, y, from, to, c0, flow);
+            flow.interleave();
             band.scatter(at, weights, flow, from, to);
         }
     }
+    band.add_planes();
     band.gather_margins();
 }
 
@@ -129,18 +182,16 @@ void fill_band(const Backward<T, R>& of, const Band<taps, lanes, R>& band, int64
 template <int lanes, class T, class R>
 void store_gradient_row(const R* from, int64_t count, int64_t box, int64_t covered, int channels, T* to, int64_t column,
                         int64_t channel) {
-    if (box == 1 && covered == 1 && column == 1) {
-        for (int64_t x0 = 0; x0 < count; x0 += kBlock) {
-            const int rest = static_cast<int>(count - x0 < kBlock ? count - x0 : kBlock);
-            R planes[lanes][kBlock];
-            for (int i = 0; i < rest; ++i)
-                for (int c = 0; c < lanes; ++c) planes[c][i] = from[(x0 + i) * lanes + c];
+    int64_t x = 0;
+    if (box == 1 && covered == 1 && column == 1)
+        for (; x + kSome <= count; x += kSome) {
+            R planes[lanes][kSome];
+            for (int i = 0; i < kSome; ++i)
+                for (int c = 0; c < lanes; ++c) planes[c][i] = from[(x + i) * lanes + c];
             for (int c = 0; c < channels; ++c)
-                for (int i = 0; i < rest; ++i) narrow(planes[c][i], to + c * channel + x0 + i);
+                for (int i = 0; i < kSome; ++i) narrow(planes[c][i], to + c * channel + x + i);
         }
-        return;
-    }
-    for (int64_t x = 0; x < count; ++x) {
+    for (; x < count; ++x) {
         const R pixels = static_cast<R>(covered * box_length(x / box, box, count));
         for (int c = 0; c < channels; ++c) narrow(from[x / box * lanes + c] / pixels, to + x * column + c * channel);
     }
@@ -181,7 +232,7 @@ void images_backward(const AffineWarpBackward& b, int64_t begin, int64_t end) {
         const int32_t height = static_cast<int32_t>(boxes(p.height, box));
         // Bands of rows that stay in the cache, but of a homography or a mirrored axis, where each would have to look
         // at every output pixel.
-        const int64_t row_bytes = (int64_t{width} + 2 * taps) * lanes * int64_t{sizeof(R)};
+        const int64_t row_bytes = Band<taps, lanes, R>::row_bytes(width);
         const int64_t fitting = kBandBytes / row_bytes > 8 * taps ? kBandBytes / row_bytes : 8 * taps;
         const bool whole = !map.affine || p.padding >= Padding::reflect || fitting * box > y1 - y0;
         const int64_t rows = whole ? y1 - y0 : fitting * box, most = rows / box + 2 + 6 * taps;

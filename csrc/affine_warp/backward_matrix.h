@@ -73,54 +73,66 @@ struct RowSums {
     }
 };
 
-// The taps of each pixel, times the flow of their channels: weighted down the columns, and sloped.
+// The square of taps of each pixel, summed over the channels times their flow: row by row in vectors of four, which for
+// bilinear is all of it.
 template <int taps, class R>
 struct TapSums {
+    static constexpr int kVectors = taps * taps / TapRow<R>::kLanes;
     using Row = typename TapRow<R>::Vector;
-    alignas(64) R across[kBlock][TapRow<R>::kLanes], down[kBlock][TapRow<R>::kLanes];
+
+    alignas(64) R of[kBlock][taps * taps];
 
     template <class T>
-    void add(const Backward<T, R>& of, const Points<R>& at, const BlockWeights<taps, R>& weights, const Flow<R>& flow,
-             int first, int end, int64_t c0) {
-        switch (of.p.channels - c0) {
-            case 1: return add<1>(of, at, weights, flow, first, end, c0);
-            case 2: return add<2>(of, at, weights, flow, first, end, c0);
-            case 3: return add<3>(of, at, weights, flow, first, end, c0);
-            default: return add<kFlowChannels>(of, at, weights, flow, first, end, c0);
+    void add(const Backward<T, R>& of_image, const Points<R>& at, const Flow<R>& flow, int first, int end, int64_t c0) {
+        switch (of_image.p.channels - c0) {
+            case 1: return add<1>(of_image, at, flow, first, end, c0);
+            case 2: return add<2>(of_image, at, flow, first, end, c0);
+            case 3: return add<3>(of_image, at, flow, first, end, c0);
+            default: return add<kFlowChannels>(of_image, at, flow, first, end, c0);
         }
     }
 
     template <int channels, class T>
-    void add(const Backward<T, R>& of, const Points<R>& at, const BlockWeights<taps, R>& weights, const Flow<R>& flow,
-             int first, int end, int64_t c0) {
-        Taker<taps, T, R> take(of.p, of.source);
-        const int64_t ahead = of.below(kRowsTogether);
-        for (int i = first; i < end; ++i) {
-            Row row, rows[taps] = {}, weighted{}, sloped{};
-            const auto place = take(at, i, c0);
-            for (int c = 0; c < channels; ++c) __builtin_prefetch(place.from + c * place.channel + ahead);
-            for (int c = 0; c < channels; ++c)
-                for (int k = 0; k < taps; ++k) {
-                    place.load(c, k, row);
-                    rows[k] += row * flow.of[i][c];
+    void add(const Backward<T, R>& of_image, const Points<R>& at, const Flow<R>& flow, int first, int end, int64_t c0) {
+        Taker<taps, T, R> take(of_image.p, of_image.source);
+        const int64_t ahead = of_image.below(kRowsTogether);
+        const auto each = [&](const auto& place_of) {
+            for (int i = first; i < end; ++i) {
+                Row sums[kVectors] = {}, square[kVectors];
+                if (c0) __builtin_memcpy(sums, of[i], sizeof sums);
+                const auto place = place_of(i);
+                for (int c = 0; c < channels; ++c) __builtin_prefetch(place.from + c * place.channel + ahead);
+                for (int c = 0; c < channels; ++c) {
+                    load(place, c, square);
+                    for (int k = 0; k < kVectors; ++k) sums[k] += square[k] * flow.planes[c][i];
                 }
-            for (int k = 0; k < taps; ++k) {
-                weighted += rows[k] * weights.y[k][i];
-                sloped += rows[k] * weights.slope_y[k][i];
+                __builtin_memcpy(of[i], sums, sizeof sums);
             }
-            store(weighted, across[i], c0);
-            store(sloped, down[i], c0);
+        };
+        if (take.all_within(at, first, end)) {
+            const auto origin = take.origin(c0);
+            each([&, origin](int i) { return origin.moved(at.x[i], at.y[i]); });
+        } else {
+            each([&](int i) { return take(at, i, c0); });
         }
     }
 
     // d loss / d coordinate of pixels [first, end), which comes with the directions; nothing for the others.
     void finish(const Points<R>& at, const BlockWeights<taps, R>& weights, int first, int end,
                 CoordinateFlow<R>& to) const {
+        alignas(64) R planes[taps * taps][kBlock];
+        for (int i = 0; i < kBlock; ++i)
+            for (int t = 0; t < taps * taps; ++t) planes[t][i] = of[i][t];
         for (int i = 0; i < kBlock; ++i) {
             R x = 0, y = 0;
-            for (int j = 0; j < taps; ++j) {
-                x += weights.slope_x[j][i] * across[i][j];
-                y += weights.x[j][i] * down[i][j];
+            for (int k = 0; k < taps; ++k) {
+                R across = 0, along = 0;
+                for (int j = 0; j < taps; ++j) {
+                    across += weights.slope_x[j][i] * planes[taps * k + j][i];
+                    along += weights.x[j][i] * planes[taps * k + j][i];
+                }
+                x += weights.y[k][i] * across;
+                y += weights.slope_y[k][i] * along;
             }
             to.x[i] *= x;
             to.y[i] *= y;
@@ -132,13 +144,26 @@ struct TapSums {
     }
 
   private:
-    IMGOPT_INLINE static void store(Row& v, R* to, int64_t c0) {
-        if (c0) {
-            Row before;
-            __builtin_memcpy(&before, to, sizeof before);
-            v += before;
-        }
-        __builtin_memcpy(to, &v, sizeof v);
+    template <class Place>
+    IMGOPT_INLINE static void load(const Place& place, int c, Row (&to)[kVectors]) {
+        if constexpr (taps == 2)
+            load_square(place.from + c * place.channel, place.row, to[0]);
+        else
+            for (int k = 0; k < kVectors; ++k)
+                __builtin_memcpy(to + k, place.from + c * place.channel + k * place.row, sizeof to[k]);
+    }
+
+    // Two pairs, as two loads.
+    IMGOPT_INLINE static void load_square(const float* from, int64_t row, Row& to) {
+        typedef int64_t Pairs __attribute__((vector_size(16)));
+        int64_t above, below;
+        __builtin_memcpy(&above, from, sizeof above);
+        __builtin_memcpy(&below, from + row, sizeof below);
+        const Pairs pairs = {above, below};
+        __builtin_memcpy(&to, &pairs, sizeof to);
+    }
+    IMGOPT_INLINE static void load_square(const double* from, int64_t row, Row& to) {
+        to = Row{from[0], from[1], from[row], from[row + 1]};
     }
 };
 
@@ -178,7 +203,7 @@ void matrix_rows_backward(const Backward<T, R>& of, int64_t y0, int64_t y1, doub
             const BlockWeights<taps, R> weights(at);
             for (int64_t c0 = 0; c0 < p.channels; c0 += kFlowChannels) {
                 flow_of<taps>(of, at, weights, x0, y, first, end, c0, flow);
-                taps_of.add(of, at, weights, flow, first, end, c0);
+                taps_of.add(of, at, flow, first, end, c0);
             }
             taps_of.finish(at, weights, first, end, coordinates);
             sums[y - y0].add(coordinates, of.map, x0, y);

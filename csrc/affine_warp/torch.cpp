@@ -108,6 +108,13 @@ Tensor affine_warp(Tensor images, Tensor matrix, std::vector<int64_t> size, std:
     return output;
 }
 
+// As empty_like, but planes take over the memory of an output that was dropped.
+Tensor like(const Tensor& images) {
+    if (!images.is_contiguous()) return torch::stable::empty_like(images);
+    const std::vector<int64_t> sizes(images.sizes().begin(), images.sizes().end());
+    return new_output(sizes, images.scalar_type(), MemoryFormat::Contiguous);
+}
+
 // float64 sums per output row, as the gradient of `matrix`: its shape and dtype, summed in order over the rows, and
 // over the batch where one matrix served all.
 Tensor matrix_gradient(const std::vector<double>& sums, const AffineWarp& p, const Tensor& matrix) {
@@ -145,7 +152,7 @@ std::tuple<Tensor, Tensor> affine_warp_backward(Tensor grad, Tensor images, Tens
     STD_TORCH_CHECK(b.warp.images_dtype != DType::u8 && b.warp.output_dtype != DType::u8,
                     "grad, images: expected floating dtypes");
     b.grad = grad.const_data_ptr();
-    Tensor grad_images = needs_images ? torch::stable::empty_like(images) : torch::stable::new_empty(images, {0});
+    Tensor grad_images = needs_images ? like(images) : torch::stable::new_empty(images, {0});
     const AffineWarpGradients kernel = kernels().affine_warp_backward;
     if (needs_images) {
         b.grad_images = grad_images.mutable_data_ptr();

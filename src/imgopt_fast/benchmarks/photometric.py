@@ -2,6 +2,11 @@
 
 A batch of 64 uint8 RGB images of 224 x 224 in channels_last, an amount per sample, uint8 out. The torch side is what
 torchvision's tensor functions compute, in float32; kornia takes floats from 0 to 1, so its conversions count.
+
+AVX2 alone takes 2.1 times as long as AVX-512 for the hue and 1.6 times for the sharpness: 60 vector instructions for
+eight pixels, where the other has 45 for sixteen, and 33 for sixteen bytes of a row. They are arithmetic: eight blends
+choose by the largest channel (looked up in registers instead, it took as long), eighteen additions, products and clamps
+make the three channels, thirteen bring bytes in and out. Fewer would take words of 16 bits, which round elsewhere.
 """
 
 import itertools
