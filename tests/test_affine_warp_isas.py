@@ -133,7 +133,7 @@ def test_isas_agree_on_patches() -> None:
     assert before is not None
     generator = np.random.default_rng(4)
     for i in range(240):
-        channels, nearest = (1, 3, 4)[i % 3], i % 2
+        channels, nearest = (1, 3, 4, 3, 1, 4, 2, 3, 6)[i % 9], i % 2
         height, width = (int(v) for v in generator.integers(14, 48, 2))
         angle, scale = generator.uniform(0, 2 * np.pi), generator.uniform(0.1, 2.2)
         c, d = np.cos(angle) * scale, np.sin(angle) * scale
@@ -146,7 +146,7 @@ def test_isas_agree_on_patches() -> None:
             "size": tuple(int(v) for v in generator.integers(1, 90, 2)),
             "padding_mode": PADDING_MODES[i // 3 % 4],
             "interpolation": "nearest" if nearest else "bilinear",
-            "fill": [9.0, 200.0, 31.0, 77.0][:channels],
+            "fill": [9.0, 200.0, 31.0, 77.0, 5.0, 0.0][:channels],
             "dtype": (torch.uint8, torch.bfloat16, torch.float16, torch.float32)[i // 5 % 4],
             "memory_format": (torch.contiguous_format, torch.channels_last)[i // 7 % 2],
         }

@@ -255,8 +255,36 @@ void warp_channels(const AffineWarp& p, int64_t begin, int64_t end) {
     }
 }
 
+// Channels [first, first + count) of images and output in planes, which is not float64.
+inline AffineWarp planes_of(const AffineWarp& p, int64_t first, int64_t count) {
+    const int64_t bytes = p.output_dtype == DType::u8 ? 1 : p.output_dtype == DType::f32 ? 4 : 2;
+    AffineWarp part = p;
+    part.channels = count;
+    part.images = static_cast<const uint8_t*>(p.images) + first * p.images_stride[1];
+    part.output = static_cast<char*>(p.output) + first * p.output_stride[1] * bytes;
+    part.fill = p.fill + first;
+    part.scale = p.scale + first;
+    part.offset = p.offset + first;
+    if (p.table) part.table = p.table + 256 * first;
+    return part;
+}
+
+// Whether the vector units serve it a few planes at a time.
+inline bool in_planes(const AffineWarp& p) {
+    return p.images_dtype == DType::u8 && p.output_dtype != DType::f64 && p.images_stride[3] == 1 &&
+           p.output_stride[3] == 1 && (p.channels == 2 || p.channels > 4);
+}
+
 template <class Isa>
 void warp_vectorized(const AffineWarp& p, int64_t begin, int64_t end) {
+    if (in_planes(p)) {
+        for (int64_t first = 0, count; first < p.channels; first += count) {
+            const int64_t rest = p.channels - first;
+            count = rest == 2 ? 1 : rest == 3 || rest == 6 ? 3 : rest < 4 ? 1 : 4;
+            warp_vectorized<Isa>(planes_of(p, first, count), begin, end);
+        }
+        return;
+    }
     if (!has_window(p)) return warp_floating<Isa>(p, begin, end);
     switch (p.channels) {
         case 1: return warp_channels<Isa, 1>(p, begin, end);
