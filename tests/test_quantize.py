@@ -1,6 +1,7 @@
 """quantize: the traced, folded and converted network against the float one, its state, and what it refuses."""
 
 import copy
+import logging
 import pickle
 
 import pytest
@@ -223,15 +224,28 @@ class Untraceable(nn.Module):
         ({"calibration": torch.zeros(2, 3, 8, 8)}, TypeError, r"calibration: expected batches, got one tensor"),
         ({"calibration": [torch.zeros(2, 1, 8, 8)]}, ValueError, r"calibration: .* not take a batch of shape \(2, 1"),
         ({"calibration": ["image.png"]}, TypeError, "calibration: .*str"),
+        (
+            {"calibration": [torch.randn(4, 3, 32, 30), torch.zeros(2, 1, 32, 30)]},
+            ValueError,
+            r"batch.*\(2, 1, .*4 images",
+        ),
+        ({"model": len}, TypeError, "model: expected a torch.nn.Module"),
         ({"calibration": [torch.full((2, 3, 32, 30), torch.nan)]}, ValueError, "calibration: .* is not finite"),
         ({"config": Int8Config(exclude=("convX",))}, ValueError, "exclude: .*'convX'"),
         ({"model": Untraceable()}, ValueError, "model: torch.export cannot trace Untraceable"),
+        (
+            {"model": nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(), Untraceable()))},
+            ValueError,
+            r"cannot trace 1.1 Untraceable \(.*: return x \* 2 if x.sum\(\) > 0 else x\)(.|\n)*torch.where",
+        ),
     ],
 )
-def test_bad_input(arguments, error, match):
+def test_bad_input(arguments, error, match, capfd, caplog):
     model, images = network("residual")
     with pytest.raises(error, match=match):
         quantize(**({"model": model, "calibration": [images]} | arguments))
+    assert capfd.readouterr() == ("", ""), "the error says it"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize(

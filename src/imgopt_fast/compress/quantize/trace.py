@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
+from imgopt_fast.compress.quantize.untraceable import silent_failure, untraceable
 from imgopt_fast.nn import MaskedConv2d, MaskedLinear
 
 aten = torch.ops.aten
@@ -41,7 +42,7 @@ def trace(model: nn.Module, sample: Tensor) -> tuple[GraphModule, tuple[int, ...
     """The inference graph of `model`, and the image size that it is bound to (None: any).
 
     `sample` is a batch of real input; only its shape counts. The graph owns copies of the parameters. Raises
-    ValueError, with the tracer's message and what to do, when torch.export cannot follow the model.
+    ValueError, which names the layer and its line, when torch.export cannot follow the model.
     """
     model = dense(_copy(model)).eval()
     images = sample[:1].expand(2, *sample.shape[1:])  # a batch of 1 would be traced as a constant
@@ -55,12 +56,7 @@ def trace(model: nn.Module, sample: Tensor) -> tuple[GraphModule, tuple[int, ...
         try:
             program, size = _export(model, images, (0,)), tuple(sample.shape[2:])
         except Exception as refusal:
-            _check_sample(model, images)
-            raise ValueError(
-                f"model: torch.export cannot trace {type(model).__name__}: {refusal or first}\n"
-                "Make the named line independent of the values of tensors (torch.where, torch.cond), or quantize the "
-                "submodules that can be traced, one by one, and put them back."
-            ) from refusal
+            raise untraceable(model, images, refusal if str(refusal) else first) from refusal
     graph = _flat(program)
     _make_functional(graph)
     _drop_identities(graph)
@@ -138,20 +134,9 @@ def _copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _check_sample(model: nn.Module, images: Tensor) -> None:
-    """Raise ValueError where the model itself does not take the images, which no tracer can change."""
-    try:
-        with torch.no_grad():
-            model(images)
-    except Exception as refusal:
-        raise ValueError(
-            f"calibration: {type(model).__name__} does not take a batch of shape {tuple(images.shape)}: {refusal}"
-        ) from refusal
-
-
 def _export(model: nn.Module, images: Tensor, dynamic: tuple[int, ...]) -> torch.export.ExportedProgram:
     shapes = (dict.fromkeys(dynamic, torch.export.Dim.AUTO),)
-    with torch.no_grad():
+    with torch.no_grad(), silent_failure():
         program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
     if any(_writes_into_view(node) for node in program.graph.nodes):
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's own, about its own trees
