@@ -1,12 +1,13 @@
 """Weight files of pruned networks: small, exact, and readable by every layer that holds such weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from imgopt_fast.compress import PruneConfig, load_weights, pack, prune, save_weights
+from imgopt_fast.compress import PruneConfig, load_into, load_weights, pack, prune, save_weights
 
 
 def network() -> nn.Sequential:
@@ -92,3 +93,43 @@ def test_a_new_network_takes_the_file(tmp_path: Path) -> None:
     fresh.load_state_dict(load_weights(str(tmp_path / "pruned.safetensors")))
     x = torch.randn(3, 20)
     assert torch.equal(fresh(x), pruned(x))
+
+
+def small(channels: int = 16, classes: int = 10) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.Conv2d(channels, 8, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("also_masked", [False, True])
+def test_a_fresh_network_takes_the_structure_of_a_file(tmp_path: Path, also_masked: bool) -> None:
+    model, images, path = small(), torch.randn(4, 3, 8, 8), tmp_path / "small.safetensors"
+    prune(model, PruneConfig(sparsity=0.5, structure="channels"), example=images)
+    if also_masked:
+        prune(model, PruneConfig(sparsity=0.3, exclude=("4",)))
+    save_weights(model.state_dict(), path)
+    again = small()
+    load_into(again, path)
+    assert same_bits(again.state_dict(), model.state_dict())
+    assert repr(again) == repr(model), "the layers show their sizes, and groups"
+    assert sum(value.numel() for value in again.parameters()) < 0.6 * sum(
+        value.numel() for value in small().parameters()
+    )
+    assert torch.equal(again.eval()(images), model.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (lambda: small(channels=8), r"0.weight has shape \(16, 3, 3, 3\) in the file and \(8, 3, 3, 3\) in the model"),
+        (lambda: nn.Sequential(*list(small())[:4]), "the model has no 4.bias"),
+        (lambda: nn.Sequential(*small(), nn.Linear(10, 2)), "the file has no 9.bias"),
+    ],
+)
+def test_the_file_of_another_network_is_named_as_such(tmp_path: Path, other: Any, match: str) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_weights(small().state_dict(), path)
+    with pytest.raises(ValueError, match=match):
+        load_into(other(), path)

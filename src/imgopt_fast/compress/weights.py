@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+
+from imgopt_fast.compress.prune import PruneConfig, prunable_layers, prune
+from imgopt_fast.compress.prune.channels import describe_size
 
 MASK = "_mask"  # of nn.MaskedLinear and nn.MaskedConv2d: the positions that count are the mask's, not the nonzeros
 
@@ -64,3 +67,41 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         else:
             weights[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(pattern, values)
     return weights
+
+
+def load_into(model: nn.Module, path: str | Path) -> None:
+    """Give a network that was made anew the weights of the file `path`, and first its structure.
+
+    Its layers take a mask where the file has one, and shrink where channels had been removed. Raises ValueError, naming
+    the tensor, where the file is of another network; the model is then left half changed.
+    """
+    stored = load_weights(path)
+    masked = {name.removesuffix(f".weight{MASK}") for name in stored if name.endswith(MASK)}
+    if masked:
+        prune(model, PruneConfig(sparsity=0, exclude=tuple(n for n, _ in prunable_layers(model) if n not in masked)))
+    own = model.state_dict()
+    if different := sorted(own.keys() ^ stored.keys()):
+        where = "the file" if different[0] in own else "the model"
+        raise ValueError(f"{path}: of another network: {where} has no {different[0]}; build the one that was saved")
+    for name, tensor in own.items():
+        if stored[name].shape != tensor.shape:
+            _shrink(model, name, stored[name], path)
+    model.load_state_dict(stored)
+
+
+def _shrink(model: nn.Module, name: str, like: Tensor, path: str | Path) -> None:
+    """Bring a parameter or buffer to the shape of `like`, and the numbers of its layer with it."""
+    folder, _, attribute = name.rpartition(".")
+    layer = model.get_submodule(folder)
+    present = getattr(layer, attribute)
+    if present.ndim != like.ndim or any(new > old for new, old in zip(like.shape, present.shape, strict=True)):
+        raise ValueError(
+            f"{path}: {name} has shape {tuple(like.shape)} in the file and {tuple(present.shape)} in the model; build "
+            "the network with the arguments of the one that was saved"
+        )
+    smaller = present.data[tuple(slice(size) for size in like.shape)].clone()
+    if isinstance(present, nn.Parameter):
+        present.data = smaller
+    else:
+        setattr(layer, attribute, smaller)
+    describe_size(layer)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from imgopt_fast.compress.prune.config import PruneConfig
 from imgopt_fast.compress.prune.coupling import ChannelGroup, channel_groups
 from imgopt_fast.compress.prune.pruner import Pruner, masked_layers
+from imgopt_fast.nn.masked import MaskedConv2d, MaskedLinear
 
 
 class ChannelReport(NamedTuple):
@@ -148,7 +149,7 @@ class ChannelPruner(Pruner):
             self._left[name, axis] = [left[at] for at in keep]
             self._cut(owner, attribute, axis, torch.tensor(keep))
         for name in {name.rpartition(".")[0] for name, _ in gone}:
-            _describe_size(self.model.get_submodule(name))
+            describe_size(self.model.get_submodule(name))
         self.removed |= groups
 
     def _cut(self, owner: nn.Module, attribute: str, axis: int, keep: Tensor) -> None:
@@ -178,11 +179,11 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(folder), attribute
 
 
-def _describe_size(module: nn.Module) -> None:
+def describe_size(module: nn.Module) -> None:
     """Bring the numbers that a layer shows and computes with to the shape of its weight."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | MaskedLinear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, nn.Conv2d | MaskedConv2d):
         if module.groups > 1:  # depthwise
             module.groups = module.weight.shape[0] // (module.out_channels // module.groups)
         module.out_channels = module.weight.shape[0]
