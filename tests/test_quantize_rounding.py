@@ -10,7 +10,9 @@ from torch import nn
 
 from imgopt_fast.compress import Int8Config, quantize
 from imgopt_fast.compress.quantize.fuse import Operation
+from imgopt_fast.compress.quantize.prepare import make_plan
 from imgopt_fast.compress.quantize.rounding import round_to_grid, second_moment
+from imgopt_fast.compress.quantize.simulate import Simulation
 
 
 def uneven():
@@ -75,9 +77,27 @@ def test_second_moment_is_the_quadratic_form_of_the_error(kind):
     operation = Operation(
         "linear" if kind == "linear" else "conv2d", "x", None, None, [], weight, attributes=attributes
     )
-    moment = second_moment(operation, inputs)
-    rows = off.double().view(len(moment), -1, moment.shape[1])
-    assert torch.allclose((rows @ moment * rows).sum(), sums.double().square().sum(), rtol=1e-5)
+    for centred in (False, True):
+        moment = second_moment(operation, inputs, centred=centred)
+        rows = off.double().view(len(moment), -1, moment.shape[1])
+        if centred:
+            sums = sums - sums.mean([axis for axis in range(sums.ndim) if axis != 1], keepdim=True)
+        assert torch.allclose((rows @ moment * rows).sum(), sums.double().square().sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "second_order"])
+def test_bias_correction_takes_out_the_mean_shift_of_any_rounding(rounding):
+    model, images = network("inverted")
+    for correct in (False, True):
+        plan = make_plan(model, [images], Int8Config(rounding=rounding, bias_correction=correct))
+        simulation = Simulation(plan)
+        with torch.no_grad():
+            expected = model(images[:32])  # that it corrects on
+            shift = (simulation(images[:32]) - expected).mean(0).abs().max()
+            assert (shift < 2e-3 * expected.std()) == correct
+            simulation.rounded = lambda operation: False
+            if not correct:
+                assert torch.allclose(simulation(images[:32]), expected, atol=1e-5), "its weights are not rounded"
 
 
 def test_second_order_rounding_reaches_the_kernels():

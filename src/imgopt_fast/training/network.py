@@ -24,7 +24,7 @@ FILE, WEIGHTS = "network.yaml", "model.safetensors"
 FLOAT_STAGES = ("distilled", "pruned", "dense")  # the last one first
 # An int8 network is built by quantizing an untrained one, for its structure: every scale and weight is in the file, so
 # that the numbers may come from the cheapest way of choosing them.
-SKELETON = Int8Config(calibration="minmax", equalize=False, bias_correction=False)
+SKELETON = Int8Config(calibration="minmax", equalize=False, bias_correction=False, rounding="nearest")
 
 
 @dataclass(frozen=True)

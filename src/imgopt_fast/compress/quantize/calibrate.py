@@ -76,6 +76,11 @@ class Histogram:
     def centres(self) -> Tensor:
         return (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * self.range / BINS) - self.range
 
+    @property
+    def energy(self) -> float:
+        """Sum of the squares of the values seen."""
+        return float((self.counts * self.centres.square()).sum())
+
 
 def watch(graph: GraphModule, images: Tensor, see: Mapping[Node, Callable[[Tensor], None]]) -> None:
     """Run `graph` without gradients and show the values of some of its nodes as they come."""
@@ -96,19 +101,27 @@ def observe(
 ) -> dict[Node, Histogram]:
     """Run `batches` through the float graph and collect a histogram for each of `nodes`.
 
-    Raises ValueError when there is no batch, or when a value is not finite (it names the layer).
+    Raises ValueError when there is no batch, when one does not run, or when a value is not finite (it names the layer).
     """
     histograms = {node: Histogram() for node in nodes}
 
     see = {node: histogram.update for node, histogram in histograms.items()}
     seen = 0
     for images in batches:
-        watch(graph, images, see)
+        try:
+            watch(graph, images, see)
+        except RuntimeError as refusal:
+            shape = tuple(images.shape)
+            raise ValueError(
+                f"calibration: the network does not run on the batch of shape {shape} that follows {seen} images; "
+                f"expected batches like the first one: {str(refusal).partition(chr(10))[0]}"
+            ) from refusal
         seen += len(images)
         for node, histogram in histograms.items():
             if not histogram.finite:
+                what = "the batch of images" if node.op == "placeholder" else names.get(node, node.name)
                 raise ValueError(
-                    f"calibration: {names.get(node, node.name)} is not finite; check the model's weights, and that the "
+                    f"calibration: {what} is not finite; check the model's weights, and that the "
                     "batches are normalized as in training"
                 )
     if seen == 0:
@@ -121,6 +134,8 @@ def images_of(calibration: Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
 
     Raises TypeError for anything else.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(calibration, Tensor):
         raise TypeError("calibration: expected batches, got one tensor; [images] is a list of one batch")
     parameter = next(model.parameters(), None)
@@ -137,15 +152,24 @@ def images_of(calibration: Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
 
 def choose_scale(histogram: Histogram, config: Int8Config) -> Scale:
     """Scale and zero point of a uint8 activation; its range always holds 0, so that padding is exact."""
+    low, high = choose_range(histogram, config)
+    scale = float(torch.tensor((high - low) / LEVELS, dtype=torch.float32))  # what a buffer will hold
+    return Scale(scale, min(255, max(0, round(-low / scale))))
+
+
+def choose_range(histogram: Histogram, config: Int8Config) -> tuple[float, float]:
+    """The values that shall lie between the first and the last level; 0 is one of them."""
     low, high = CHOOSERS[config.calibration](histogram, config)
     low, high = min(low, 0.0), max(high, 0.0)
-    if high - low < SMALLEST_RANGE:
-        high = low + SMALLEST_RANGE
-    scale = (high - low) / LEVELS
-    if config.power_of_two:
-        return _power_of_two(histogram, scale, low, high)
-    scale = float(torch.tensor(scale, dtype=torch.float32))  # what a buffer will hold
-    return Scale(scale, min(255, max(0, round(-low / scale))))
+    return low, max(high, low + SMALLEST_RANGE)
+
+
+def expected_error(histogram: Histogram, scale: float, zero_point: int) -> float:
+    """Sum of the squared errors that rounding and clipping to 8 bits make of the values seen."""
+    bounds = torch.tensor([-zero_point * scale, (LEVELS - zero_point) * scale], dtype=torch.float64)
+    clipped_low, inside_low = _clipping(histogram.counts.flip(0), -histogram.centres.flip(0), -bounds[:1])
+    clipped_high, inside_high = _clipping(histogram.counts, histogram.centres, bounds[1:])
+    return float(clipped_low + clipped_high + (inside_low + inside_high) * scale * scale / 12)
 
 
 def _minmax(histogram: Histogram, config: Int8Config) -> tuple[float, float]:
@@ -234,22 +258,6 @@ def _entropy(histogram: Histogram, config: Int8Config) -> tuple[float, float]:
             best, threshold = divergence, end
     bound = threshold * histogram.range / bins
     return max(histogram.minimum, -bound), min(histogram.maximum, bound)
-
-
-def _power_of_two(histogram: Histogram, scale: float, low: float, high: float) -> Scale:
-    """The power of two on either side of `scale` that has the smaller expected squared error."""
-    choices: list[tuple[float, Scale]] = []
-    for exponent in (math.floor(math.log2(scale)), math.ceil(math.log2(scale))):
-        step = 2.0**exponent
-        span = step * LEVELS
-        start = low if high - low <= span else low * span / (high - low)
-        zero_point = min(255, max(0, round(-start / step)))
-        bounds = torch.tensor([-zero_point * step, (LEVELS - zero_point) * step], dtype=torch.float64)
-        clipped_low, inside_low = _clipping(histogram.counts.flip(0), -histogram.centres.flip(0), -bounds[:1])
-        clipped_high, inside_high = _clipping(histogram.counts, histogram.centres, bounds[1:])
-        error = clipped_low + clipped_high + (inside_low + inside_high) * step * step / 12
-        choices.append((float(error), Scale(step, zero_point)))
-    return min(choices)[1]
 
 
 CHOOSERS: dict[str, Callable[[Histogram, Int8Config], tuple[float, float]]] = {

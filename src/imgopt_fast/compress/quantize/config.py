@@ -25,7 +25,8 @@ class Int8Config:
         bias_correction: take the mean shift that rounded weights cause out of the bias.
         rounding: "nearest" rounds each weight for itself; "second_order" chooses the directions for the least error of
             the layer's output on the first calibration batch (Frantar et al. 2022), which takes seconds and helps most
-            where layers are small or scales are powers of two. `qat` trains the weights and does not use it.
+            where layers are small or scales are powers of two. None: "second_order" with `power_of_two`, "nearest"
+            without. `qat` trains the weights and does not use it.
         exclude: qualified names of modules that stay float, each with all below it: "layer1" covers "layer1.0.conv1".
     """
 
@@ -34,13 +35,13 @@ class Int8Config:
     power_of_two: bool = False
     equalize: bool = True
     bias_correction: bool = True
-    rounding: Rounding = "nearest"
+    rounding: Rounding | None = None
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, choices in (("calibration", get_args(Calibration)), ("rounding", get_args(Rounding))):
+        for name, choices in (("calibration", get_args(Calibration)), ("rounding", (*get_args(Rounding), None))):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile: expected a number in (50, 100], got {self.percentile}")
         if isinstance(self.exclude, str) or not all(isinstance(name, str) for name in self.exclude):
@@ -48,3 +49,7 @@ class Int8Config:
         for flag in ("power_of_two", "equalize", "bias_correction"):
             if not isinstance(getattr(self, flag), bool):
                 raise TypeError(f"{flag}: expected a bool, got {getattr(self, flag)!r}")
+
+    @property
+    def rounds_second_order(self) -> bool:
+        return self.rounding == "second_order" or (self.rounding is None and self.power_of_two)

@@ -74,6 +74,10 @@ def _levels(plan: Plan) -> dict[Node, int]:
     return levels
 
 
+def _maximum(operation: Operation) -> float | None:
+    return None if operation.saturates else operation.maximum
+
+
 class _SegmentWriter:
     """Writes the steps of one segment."""
 
@@ -118,7 +122,7 @@ class _SegmentWriter:
             self.layers[key(operation.name)] = self._layer(operation)
             attributes = {}
         elif operation.kind == "add":
-            attributes = {"output_min": operation.minimum, "output_max": operation.maximum}
+            attributes = {"output_min": operation.minimum, "output_max": _maximum(operation)}
         flat = attributes.pop("flat", False)
         if operation.kind not in PASSING and operation.weight is None:
             self.step_scales[key(operation.name)] = self.plan.scales[operation.output]
@@ -155,8 +159,9 @@ class _SegmentWriter:
     def _layer(self, operation: Operation) -> nn.Module:
         source = self.plan.scale_of(operation.inputs[0])
         assert operation.weight is not None
+        given = operation.weight if operation.rounded_weight is None else operation.rounded_weight
         weight, weight_scale = quantize_weight(
-            operation.weight, operation.bias, source.scale, self.plan.config, operation.weight_scale
+            given, operation.bias, source.scale, self.plan.config, operation.weight_scale
         )
         bias = None if operation.bias is None else operation.bias.cpu()
         result = None if self.plan.fusion.gives_float(operation) else self.plan.scales[operation.output]
@@ -171,7 +176,7 @@ class _SegmentWriter:
                 output_scale=None if result is None else result.scale,
                 output_zero_point=0 if result is None else result.zero_point,
                 output_min=operation.minimum,
-                output_max=operation.maximum,
+                output_max=_maximum(operation),
                 requantize=self.requantize,
                 **operation.attributes,
             )

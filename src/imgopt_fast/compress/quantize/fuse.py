@@ -65,10 +65,12 @@ class Operation:
     inputs: list[Node]
     weight: Tensor | None = None
     bias: Tensor | None = None
-    weight_scale: Tensor | None = None  # of weights that are on their int8 grid already
+    rounded_weight: Tensor | None = None  # `weight` on the int8 grid of `weight_scale`, where that is decided already
+    weight_scale: Tensor | None = None
     residual: Node | None = None
     minimum: float | None = None
     maximum: float | None = None
+    saturates: bool = False  # whether its scale ends at `maximum`, so that nothing else needs to clamp there
     attributes: dict[str, Any] = field(default_factory=dict)
 
     @property

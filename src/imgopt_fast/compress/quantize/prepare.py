@@ -14,6 +14,7 @@ from imgopt_fast.compress.quantize.equalize import equalize
 from imgopt_fast.compress.quantize.fold import fold
 from imgopt_fast.compress.quantize.fuse import PASSING, Fusion, fuse
 from imgopt_fast.compress.quantize.plan import Plan, scaled_nodes
+from imgopt_fast.compress.quantize.power_of_two import choose_powers_of_two
 from imgopt_fast.compress.quantize.rounding import optimize_rounding
 from imgopt_fast.compress.quantize.trace import trace
 
@@ -35,10 +36,13 @@ def make_plan(model: nn.Module, calibration: Iterable[Any], config: Int8Config) 
     if config.equalize:
         equalize(graph, fusion, first[:SAMPLE])
     histograms = observe(graph, scaled_nodes(fusion), chain([first], batches), names)
-    scales = {node: choose_scale(histogram, config) for node, histogram in histograms.items()}
+    if config.power_of_two:
+        scales = choose_powers_of_two(fusion, histograms, config)
+    else:
+        scales = {node: choose_scale(histogram, config) for node, histogram in histograms.items()}
     _share_concat_scales(fusion, scales)
     plan = Plan(graph, image_size, tuple(first.shape[1:]), fusion, scales, config)
-    if config.rounding == "second_order":
+    if config.rounds_second_order:
         optimize_rounding(plan, first[:SAMPLE])
     if config.bias_correction:
         correct_bias(plan, first[:SAMPLE])

@@ -3,15 +3,13 @@
 The squared error of a layer's sums is a quadratic form of its weights' errors, whose matrix is the second moment of its
 inputs. Weights are rounded one after the other, and what each one loses is made good by those still to come, as that
 matrix says. It runs in the network as far as it is rounded already, so that a layer sees the inputs it will really get.
+Where biases are corrected afterwards, a shift of a layer's mean costs nothing, and the moment is taken about the mean.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imgopt_fast.compress.quantize.convert import key
 from imgopt_fast.compress.quantize.fuse import Operation
 from imgopt_fast.compress.quantize.plan import Plan
 from imgopt_fast.compress.quantize.simulate import Simulation, Values
@@ -23,7 +21,7 @@ DAMPING = 0.01
 
 @torch.no_grad()
 def optimize_rounding(plan: Plan, images: Tensor) -> None:
-    """Put the weights of the plan's operations onto their int8 grids, in place, for the inputs that `images` cause."""
+    """Round the weights of the plan's operations, in place, for the inputs that `images` cause."""
     network = Simulation(plan)
     values: Values = {}
     for node in plan.order:
@@ -31,28 +29,37 @@ def optimize_rounding(plan: Plan, images: Tensor) -> None:
         if operation is not None and operation.weight is not None:
             step = plan.scale_of(operation.inputs[0]).scale
             _, scale = quantize_weight(operation.weight, operation.bias, step, plan.config)
-            moment = second_moment(operation, network.read(operation, operation.inputs[0], values))
-            operation.weight, operation.weight_scale = round_to_grid(operation.weight, scale, moment), scale
-            layer: Any = network.layers[key(operation.name)]
-            layer.weight.copy_(operation.weight)
+            inputs = network.read(operation, operation.inputs[0], values)
+            moment = second_moment(operation, inputs, centred=plan.config.bias_correction)
+            operation.rounded_weight, operation.weight_scale = round_to_grid(operation.weight, scale, moment), scale
         network.step(node, values, images)
 
 
-def second_moment(operation: Operation, inputs: Tensor) -> Tensor:
-    """(groups, K, K) float64: for each group, the sum over all windows of the outer product of its K input values."""
+def second_moment(operation: Operation, inputs: Tensor, *, centred: bool = False) -> Tensor:
+    """(groups, K, K) float64: for each group, the sum over all windows of the outer product of its K input values.
+
+    `centred`: of their distances from their means, which leaves out an error that is the same in every window.
+    """
     if operation.kind == "linear":
         rows = inputs.flatten(0, -2).double()
+        rows = rows - rows.mean(0) if centred else rows
         return (rows.T @ rows)[None]
     assert operation.weight is not None
     attributes = operation.attributes
     (top, bottom), (left, right) = attributes["padding"]
-    groups = attributes["groups"]
-    total = inputs.new_zeros(groups, *[operation.weight[0].numel()] * 2, dtype=torch.float64)
+    groups, columns = attributes["groups"], operation.weight[0].numel()
+    total = inputs.new_zeros(groups, columns, columns, dtype=torch.float64)
+    sums, count, origin = inputs.new_zeros(groups, columns, 1, dtype=torch.float64), 0, inputs.new_zeros(())
     for image in F.pad(inputs, (left, right, top, bottom)).split(1):
         windows = F.unfold(image, operation.weight.shape[2:], attributes["dilation"], 0, attributes["stride"])
-        windows = windows.view(groups, -1, windows.shape[-1])
+        windows = windows.view(groups, columns, -1)
+        if centred and count == 0:
+            origin = windows.mean(2, keepdim=True)  # near the mean: the difference below keeps its digits
+        windows = windows - origin
         total += (windows @ windows.mT).double()
-    return total
+        sums += windows.sum(2, keepdim=True).double()
+        count += windows.shape[2]
+    return total - sums @ sums.mT / count if centred else total
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, moment: Tensor) -> Tensor:

@@ -122,7 +122,10 @@ class Simulation(nn.Module):
         if operation.minimum is not None or operation.maximum is not None:
             sums = sums.clamp(operation.minimum, operation.maximum)
         stays = operation.kind in PASSING or self.plan.fusion.gives_float(operation)
-        return sums if stays or not self.rounded(operation) else fake_quantize(sums, self.plan.scales[operation.output])
+        if stays or not self.rounded(operation):
+            return sums
+        # With powers of two the sums are exact in float as well, and often halfway between two steps: shifts round up.
+        return fake_quantize(sums, self.plan.scales[operation.output], halves_up=self.plan.config.power_of_two)
 
     def read(self, operation: Operation, source: Node, values: Values) -> Tensor:
         """What `operation` sees of a value: rounded where the operation rounds and the value is not yet."""
@@ -137,16 +140,19 @@ class Simulation(nn.Module):
         if not self.rounded(operation):
             return layer.weight, layer.bias
         step = self.plan.scale_of(operation.inputs[0]).scale
-        stored, scale = quantize_weight(layer.weight, layer.bias, step, self.plan.config, operation.weight_scale)
+        source = layer.weight if operation.rounded_weight is None else operation.rounded_weight
+        stored, scale = quantize_weight(source, layer.bias, step, self.plan.config, operation.weight_scale)
         weight = stored.to(layer.weight.dtype) * scale.view(-1, *[1] * (stored.ndim - 1))
         bias = torch.round(layer.bias.detach() / (step * scale)) * (step * scale)
         return layer.weight + (weight - layer.weight).detach(), layer.bias + (bias - layer.bias).detach()
 
 
-def fake_quantize(values: Tensor, scale: Scale) -> Tensor:
+def fake_quantize(values: Tensor, scale: Scale, *, halves_up: bool = False) -> Tensor:
     """`values` as uint8 would hold them, in real units; the gradient is that of the clamp to the range."""
     inside = values.clamp(-scale.zero_point * scale.scale, (LEVELS - scale.zero_point) * scale.scale)
-    return inside + (torch.round(inside / scale.scale) * scale.scale - inside).detach()
+    steps = inside / scale.scale
+    stored = torch.floor(steps + 0.5) if halves_up else torch.round(steps)
+    return inside + (stored * scale.scale - inside).detach()
 
 
 def _always(operation: Operation) -> bool:
