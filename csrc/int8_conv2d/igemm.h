@@ -14,6 +14,7 @@
 //   rows(vectors)       output pixels of the tallest tile of that width
 //   tiles(rows, vectors) the function that computes tiles of that size
 //   kSortedPixels       if it is there: of a block whose pixels are sorted; the tiles then heed `tap` and `at`
+//   kPointwiseRows      if it is there: a multiple of all tallest tiles; the tiles then heed `first`
 #pragma once
 
 #include "rows.h"
@@ -60,7 +61,8 @@ struct Tile {
     int64_t inner;       // bytes of one row, a multiple of 4
     const uint8_t* weight;
     int64_t pixel, pixels, channel, channels;
-    const int64_t* at;  // output pixel of every row; null: from `pixel` on
+    const int64_t* at;     // output pixel of every row; null: from `pixel` on
+    const uint8_t* first;  // where the rows follow each other, pixels of the input: the first one; otherwise null
     ByteRange range;
     bool rare;             // to be stored a sum at a time
     const uint8_t* ahead;  // to be fetched meanwhile, so many bytes per pixel: a part of the next block's input
@@ -159,13 +161,45 @@ bool widens_rows(const Int8Conv2d& p) {
 }
 
 template <class Isa>
+constexpr int64_t pointwise_rows() {
+    if constexpr (requires { Isa::kPointwiseRows; }) return Isa::kPointwiseRows;
+    return 0;
+}
+
+// Whether an output pixel is the product of the input pixel at its place.
+inline bool is_pointwise(const Int8Conv2d& p) {
+    return taps_of(p.weight) == 1 && p.stride_h == 1 && p.stride_w == 1 && p.out_h == p.in_h && p.out_w == p.in_w &&
+           p.pad_top == 0 && p.pad_left == 0;
+}
+
+// Whether such pixels are read without a table.
+template <class Isa>
+bool reads_directly(const Int8Conv2d& p) {
+    return pointwise_rows<Isa>() > 0 && is_pointwise(p) && reading_of<Isa>(p) == Reading::taps;
+}
+
+// Bytes that go in and out of a block that is read directly, half of an L1 cache: a block is started in the time of a
+// tile, and layers of few channels have many.
+constexpr int64_t kPointwiseBytes = 24576;
+
+template <class Isa>
 int64_t block_pixels(const Int8Conv2d& p) {
+    if (reads_directly<Isa>(p)) {
+        const int64_t fitting = kPointwiseBytes / (p.input_stride + p.output_stride);
+        return round_up(fitting < Isa::kBlockPixels ? Isa::kBlockPixels : smaller(fitting, 4 * Isa::kBlockPixels),
+                        pointwise_rows<Isa>());
+    }
     return skips_taps<Isa>(p) || widens_rows<Isa>(p) ? sorted_pixels<Isa>() : Isa::kBlockPixels;
 }
 
 template <class Isa>
+Blocks blocks_of(const Int8Conv2d& p) {
+    return Blocks(p, block_pixels<Isa>(p), reads_directly<Isa>(p) ? pointwise_rows<Isa>() : 1);
+}
+
+template <class Isa>
 int64_t igemm_units(const Int8Conv2d& p) {
-    return Blocks(p, block_pixels<Isa>(p)).blocks * p.weight.groups * Panels<Isa>(p.weight).panels;
+    return blocks_of<Isa>(p).blocks * p.weight.groups * Panels<Isa>(p.weight).panels;
 }
 
 // Runs the tiles of `pixels` rows of the table. Of those that are needed, the first ones have a row more where the
@@ -180,6 +214,7 @@ void run_tiles(Tile& tile, int64_t pixels, int64_t vectors) {
         tile.rows += tile.pixels;
         tile.pixel += tile.pixels;
         if (tile.at) tile.at += tile.pixels;
+        if (tile.first) tile.first += tile.pixels * tile.conv->input_stride;
         tile.ahead += tile.pixels * tile.ahead_bytes;
         tile.next += tile.pixels / rows * tile.taps * (tile.inner / 4) * tile.next_bytes;
     }
@@ -288,7 +323,7 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
     if (begin >= end) return;
     const Int8Weight& w = p.weight;
     const Panels<Isa> panels(w);
-    const Blocks blocks(p, block_pixels<Isa>(p));
+    const Blocks blocks = blocks_of<Isa>(p);
     const int64_t per_block = panels.panels * w.groups, per_group = w.out_channels / w.groups;
     LeftOperands<Isa> left(p, blocks, begin / per_block, (end - 1) / per_block + 1);
 
@@ -300,20 +335,22 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
     tile.taps = left.reading == Reading::taps ? taps_of(w) : left.reading == Reading::rows ? w.kernel_h : 1;
     tile.inner = left.depth / tile.taps * product_bytes;
     // 1 x 1 layers read every pixel once, by rows in an order that no hardware prefetcher follows.
-    const bool streams = taps_of(w) == 1 && p.stride_h == 1 && p.stride_w == 1 && w.groups == 1;
+    const bool streams = is_pointwise(p) && w.groups == 1;
+    const bool direct = reads_directly<Isa>(p) && !tile.rare;
     tile.ahead_bytes = streams ? ceil_div(p.input_stride, panels.panels) : 0;
     const bool weights_come = blocks.blocks == 1 || igemm_weight_bytes<Isa>(w) > kWeightsKept;
     int64_t block_done = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t panel = unit % panels.panels, group = unit / panels.panels % w.groups, block = unit / per_block;
         const int64_t first_pixel = blocks.begin(block), pixels = blocks.begin(block + 1) - first_pixel;
-        if (block != block_done) left.fill(first_pixel, first_pixel + pixels);
+        if (block != block_done && !direct) left.fill(first_pixel, first_pixel + pixels);
         block_done = block;
 
         const int64_t vector = panels.begin(panel), vectors = panels.begin(panel + 1) - vector;
         const int64_t channel = vector * Isa::kLanes;
         tile.rows = left.rows(group, pixels);
         tile.row_offset = left.reading == Reading::taps ? group * w.group_channels * product_bytes : 0;
+        tile.first = direct ? p.input + first_pixel * p.input_stride + tile.row_offset : nullptr;
         tile.weight = p.packed + (group * panels.vectors + vector) * Isa::kLanes * left.depth * product_bytes;
         tile.channel = group * per_group + channel;
         tile.channels = smaller(per_group - channel, vectors * Isa::kLanes);

@@ -19,12 +19,16 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t taps_of(const Int8Weight& w) { return w.kernel_h * w.kernel_w; }
 
-// The cut of all output pixels into blocks of nearly equal size.
+// The cut of all output pixels into blocks of nearly equal size, at most `most` pixels and a multiple of `whole`, which
+// divides `most`.
 struct Blocks {
-    int64_t pixels, blocks;
+    int64_t pixels, size, blocks;
 
-    Blocks(const Int8Conv2d& p, int64_t most) : pixels(p.batch * p.out_h * p.out_w), blocks(ceil_div(pixels, most)) {}
-    int64_t begin(int64_t block) const { return pixels * block / blocks; }
+    Blocks(const Int8Conv2d& p, int64_t most, int64_t whole = 1)
+        : pixels(p.batch * p.out_h * p.out_w),
+          size(pixels ? round_up(ceil_div(pixels, ceil_div(pixels, most)), whole) : most),
+          blocks(ceil_div(pixels, size)) {}
+    int64_t begin(int64_t block) const { return smaller(block * size, pixels); }
 };
 
 // Consecutive output pixels [m, m + run) of one row of image n, and of these the ones, [first, last), whose columns
