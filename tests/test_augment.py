@@ -218,6 +218,7 @@ def test_sizes():
         (Resize(15, max_size=18), (13, 18)),
         (Resize((7, 9)), (7, 9)),
         (Resize(None, max_size=20), (15, 20)),
+        (Resize([15]), (15, 20)),
         (CenterCrop(50), (50, 50)),
         (RandomResizedCrop((5, 6)), (5, 6)),
         (RandomRotation(90, expand=True), (50, 50)),
@@ -232,6 +233,11 @@ def test_sizes():
     padded = CenterCrop((34, 40))(images)
     assert torch.equal(padded[:, :, 2:32], images)
     assert (padded[:, :, :2] == 0).all()
+
+
+def test_no_side_is_resized_to_nothing():
+    for transform in (Resize(None, max_size=20), Resize(1, max_size=20)):
+        assert transform(photos(1, 3, 1, 100)).shape[2:] == (1, 20)
 
 
 def test_resize_matches_interpolate():

@@ -43,6 +43,8 @@ from imgopt_fast.augment import (
         (lambda: RandomCrop(3, padding_mode="wrap"), "padding_mode"),
         (lambda: RandomResizedCrop(3, scale=(0.5, 0.1)), "scale"),
         (lambda: Resize((3, 4), max_size=9), "max_size"),
+        (lambda: Resize(0), "size"),
+        (lambda: Resize(None, max_size=0), "max_size"),
         (lambda: Resize(None), "size, max_size"),
         (lambda: ColorJitter(-1), "brightness"),
         (lambda: ColorJitter(contrast=(-1, 1)), "contrast"),

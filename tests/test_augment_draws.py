@@ -164,6 +164,25 @@ def test_resized_crops_have_the_asked_area_and_ratio():
     assert impossible["top"].tolist() == [30] * 5
 
 
+@pytest.mark.parametrize("side", [1, 2, 3, 8, 32])
+def test_perspective_has_a_map_for_every_draw(side):
+    """With corners moved to the middle, three of them may come to lie on one line."""
+    images = photos(1, 3, side, side).expand(500, -1, -1, -1)
+    aug, still = RandomPerspective(1.0, 1.0), [[0, 0], [side - 1, 0], [side - 1, side - 1], [0, side - 1]]
+    params = aug.make_params(images, key=(0, 0, range(500)))
+    result = aug.transform(images, params)
+    corners = torch.from_numpy(params.draws[0]["corners"])
+    moved = aug.transform_keypoints(torch.tensor(still, dtype=torch.float64).expand(500, -1, -1), params)
+    torch.testing.assert_close(moved, corners, atol=1e-9, rtol=0)
+    unmoved = (corners == torch.tensor(still)).all(dim=(1, 2))
+    assert 0 < unmoved.sum() < (501 if side == 1 else 500)
+    assert torch.equal(result[unmoved], images[unmoved])
+
+
+def test_an_empty_batch_has_an_empty_key():
+    assert training_recipe()(photos()[:0], key=(0, 0, [])).shape == (0, 3, 20, 24)
+
+
 def test_perspective_moves_corners_inwards():
     corners = draws(RandomPerspective(0.4, 0.7))["corners"]
     still = (corners == np.array([[0, 0], [159, 0], [159, 99], [0, 99]])).all(axis=(1, 2))

@@ -172,6 +172,10 @@ def test_homography_takes_points_to_points(rng):
     np.testing.assert_allclose(matrix[0], peer, atol=1e-4)
     with pytest.raises(ValueError, match="source and target"):
         geometry.homography(source[:3], target)
+    line = np.array([[0.0, 0], [10, 5], [20, 10], [0, 10]])
+    with pytest.raises(ValueError, match="target: expected four points of which no three lie on one line"):
+        geometry.homography(source, line)
+    assert np.array_equal(geometry.homography(source, source), np.eye(3))
 
 
 def test_boxes_are_clipped_and_upright():

@@ -20,6 +20,7 @@ from imgopt_fast.augment.arguments import (
     Uniforms,
     fill_value,
     height_width,
+    integer,
     interpolation_name,
     interval,
     trial_sides,
@@ -195,17 +196,19 @@ class Resize(Geometric):
         antialias: bool = True,
     ) -> None:
         super().__init__()
-        if size is not None and not isinstance(size, int):
-            height_width(size)  # names what is wrong with it
         if size is None and max_size is None:
             raise ValueError("size, max_size: expected at least one of the two")
-        shorter = size if isinstance(size, int) else size[0] if size is not None and len(size) == 1 else None
-        if max_size is not None and size is not None and shorter is None:
+        sides = None if size is None else height_width(size)
+        one = sides is not None and not (isinstance(size, Sequence) and len(size) == 2)
+        shorter = sides[0] if sides is not None and one else None
+        if max_size is not None:
+            integer("max_size", max_size, 1)
+        if max_size is not None and sides is not None and not one:
             raise ValueError(f"max_size: expected size to be one number with it, got {size}")
         if max_size is not None and shorter is not None and max_size <= shorter:
             raise ValueError(f"max_size: expected more than size, {shorter}, got {max_size}")
         self.shorter, self.max_size = shorter, max_size
-        self.size = None if size is None or shorter is not None else height_width(size)
+        self.size = None if one else sides
         self.sampling = Sampling(interpolation_name(interpolation), None, 0.0, bool(antialias))
 
     def matrix(self, draw: Draw, size: Size) -> Matrix:
@@ -217,11 +220,11 @@ class Resize(Geometric):
         short, long = sorted(size)
         if self.shorter is None:
             assert self.max_size is not None
-            new_long, new_short = self.max_size, int(self.max_size * short / long)
+            new_long, new_short = self.max_size, max(1, int(self.max_size * short / long))
         else:
             new_short, new_long = self.shorter, int(self.shorter * long / short)
             if self.max_size is not None and new_long > self.max_size:
-                new_short, new_long = int(self.max_size * new_short / new_long), self.max_size
+                new_short, new_long = max(1, int(self.max_size * new_short / new_long)), self.max_size
         return (new_short, new_long) if size[0] <= size[1] else (new_long, new_short)
 
     def extra_repr(self) -> str:

@@ -129,20 +129,40 @@ def rotate_scale_shear(
 def homography(source: ArrayLike, target: ArrayLike) -> Matrix:
     """The map under which the image's points `source` land on `target`: (..., 4, 2) as (x, y) each, to (..., 3, 3).
 
-    No three of the four points may lie on one line.
+    The last entry is 1, unless the map takes the output's first pixel to infinity. ValueError where three of the four
+    points lie on one line.
     """
     start, end = np.asarray(source, np.float64), np.asarray(target, np.float64)
     if start.shape[-2:] != (4, 2) or end.shape[-2:] != (4, 2):
         raise ValueError(f"source and target must be (..., 4, 2), got {start.shape} and {end.shape}")
-    start, end = np.broadcast_arrays(start, end)
-    x, y, u, v = end[..., 0], end[..., 1], start[..., 0], start[..., 1]
-    one, zero = np.ones_like(x), np.zeros_like(x)
-    # u · (g·x + h·y + 1) = a·x + b·y + c, and likewise for v: eight equations for (a, b, c, d, e, f, g, h)
-    rows_u = np.stack([x, y, one, zero, zero, zero, -u * x, -u * y], axis=-1)
-    rows_v = np.stack([zero, zero, zero, x, y, one, -v * x, -v * y], axis=-1)
-    system = np.concatenate([rows_u, rows_v], axis=-2)
-    solution = np.linalg.solve(system, np.concatenate([u, v], axis=-1)[..., None])[..., 0]
-    return np.concatenate([solution, one[..., :1]], axis=-1).reshape(*solution.shape[:-1], 3, 3)
+    for name, points in (("source", start), ("target", end)):
+        if not no_three_on_a_line(points).all():
+            raise ValueError(f"{name}: expected four points of which no three lie on one line, got {points.tolist()}")
+    a, b, c = np.moveaxis(_from_unit_square(end), -1, 0)
+    back = np.stack([np.cross(b, c), np.cross(c, a), np.cross(a, b)], axis=-2)  # the inverse, times the determinant
+    matrix = _from_unit_square(start) @ back
+    last = matrix[..., 2:, 2:]
+    return np.asarray(matrix / np.where(last == 0, 1, last))
+
+
+def no_three_on_a_line(points: Matrix) -> NDArray[np.bool_]:
+    """Of four points (..., 4, 2); exact for whole numbers."""
+    one, other = (np.roll(points, -steps, axis=-2) - points for steps in (1, 2))
+    return np.asarray((one[..., 0] * other[..., 1] != one[..., 1] * other[..., 0]).all(axis=-1))
+
+
+def _from_unit_square(corners: Matrix) -> Matrix:
+    """The map from (0, 0), (1, 0), (1, 1), (0, 1) to `corners` (P. Heckbert, 1989): whole numbers for a rectangle."""
+    p, q, r, s = np.moveaxis(corners, -2, 0)
+
+    def area(u: Matrix, v: Matrix) -> Matrix:
+        return np.asarray(u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0])
+
+    skew, whole = p - q + r - s, area(q - r, s - r)
+    g, h = area(skew, s - r) / whole, area(q - r, skew) / whole
+    columns = [q - p + g[..., None] * q, s - p + h[..., None] * s, p]
+    top = np.stack(columns, axis=-1)
+    return np.concatenate([top, np.stack([g, h, np.ones_like(g)], axis=-1)[..., None, :]], axis=-2)
 
 
 # ---------------------------------------------------------------------------------------------------- conventions

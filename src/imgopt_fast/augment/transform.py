@@ -288,6 +288,8 @@ def resolve_key(
     except (TypeError, ValueError):
         raise ValueError(f"key: expected (seed, epoch, index), got {key!r}") from None
     indices = np.atleast_1d(index.cpu().numpy() if isinstance(index, torch.Tensor) else np.asarray(index))
+    if indices.size == 0:
+        indices = indices.astype(np.int64)  # of an empty list NumPy makes floats
     if indices.shape != (count,) or indices.dtype.kind not in "iu":
         raise ValueError(
             f"key: expected an index of {count} integers, one per sample, got shape {indices.shape} of {indices.dtype}"

@@ -179,6 +179,9 @@ class RandomRotation(Geometric):
 class RandomPerspective(Geometric):
     """With probability `p`, moves each corner inwards by up to `distortion_scale` of half the image, whole pixels.
 
+    An image three of whose corners would come to lie on one line, where no map leads, stays as it is, and so do images
+    of one row or column.
+
     Args:
         distortion_scale: in [0, 1].
         p: in [0, 1].
@@ -203,10 +206,11 @@ class RandomPerspective(Geometric):
         right, bottom = width - 1 - x, height - 1 - y
         corners = [(x[0], y[0]), (right[1], y[1]), (right[2], bottom[2]), (x[3], bottom[3])]
         moved = np.stack([np.stack(corner, axis=1) for corner in corners], axis=1)
-        return {"corners": np.where((u[0] < self.p)[:, None, None], moved, _corners(size))}
+        moves = (u[0] < self.p) & geometry.no_three_on_a_line(moved)
+        return {"corners": np.where(moves[:, None, None], moved, _corners(size))}
 
-    def matrix(self, draw: Draw, size: Size) -> Matrix:
-        return geometry.homography(_corners(size), draw["corners"])
+    def matrix(self, draw: Draw, size: Size) -> Matrix | None:
+        return None if min(size) < 2 else geometry.homography(_corners(size), draw["corners"])
 
     def extra_repr(self) -> str:
         return f"distortion_scale={self.distortion_scale}, p={self.p}"
