@@ -1,6 +1,5 @@
 """What the tests share: instruction sets to run on, and skips that are loud where they must not happen."""
 
-import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,12 @@ def require(condition: bool, reason: str) -> None:
 
 def optional(name: str) -> Any:
     """The module `name` of an optional package; skips where it is missing, except in CI, which installs them all."""
-    return importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)
+    try:
+        return pytest.importorskip(name)
+    except pytest.skip.Exception as missing:
+        if os.environ.get("CI"):
+            pytest.fail(f"required in CI: {missing}")
+        raise
 
 
 @pytest.fixture(params=_native.supported_isas() or ["none"])
