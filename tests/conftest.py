@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from imgopt_fast import _native
+
+if TYPE_CHECKING:
+    from imgopt_fast.training import Report
 
 # "native" outside the runs that force another backend: the tests of the kernels then apply.
 BACKEND = _native.backend()
@@ -107,6 +110,50 @@ def _trained(tmp_path_factory: pytest.TempPathFactory, **options: Any) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "LEAST_SECONDS", 0.01)
         return train(config).path
+
+
+@pytest.fixture
+def few_images(tmp_path: Path) -> Path:
+    """A class folder of a test's own; see tiny_training."""
+    from tiny_training import make_images
+
+    return make_images(tmp_path / "images")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for all tests of a file; their runs lie beside it."""
+    from tiny_training import make_images
+
+    return make_images(tmp_path_factory.mktemp("shared") / "images")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> "Report":
+    """A whole tiny training, for the tests that only look at it."""
+    from tiny_training import make_images, tiny
+
+    from imgopt_fast.training import evaluate, train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "LEAST_SECONDS", 0.01)
+        return train(tiny(make_images(tmp_path_factory.mktemp("tiny") / "images"), "run"))
+
+
+@pytest.fixture
+def quick_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latencies at the end of a training take no time."""
+    from imgopt_fast.training import evaluate
+
+    monkeypatch.setattr(evaluate, "LEAST_SECONDS", 0.01)
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch, quick_measurements: None) -> None:
+    """The figures take longer than a tiny training."""
+    from imgopt_fast.training import recipe
+
+    monkeypatch.setattr(recipe, "write_report", lambda *arguments: None)
 
 
 @pytest.fixture(scope="session")

@@ -72,15 +72,21 @@ def columns(run: Path) -> list[list[str]]:
     return [line.split(",")[:6] for line in (run / "summary.csv").read_text().splitlines()]
 
 
-def test_a_folder_of_images_becomes_three_networks(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_images_becomes_three_networks(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     where = images.parent
     result = imgopt_fast("train", "images", *TINY, "--img-size", "16", "--experiment", "first", cwd=where)
     assert result.returncode == 0, result.stderr
-    (about,) = result.stderr.splitlines()  # no terminal: no progress line
+    about, *epochs = result.stderr.splitlines()  # no terminal: a line per epoch
     assert re.fullmatch(
-        r"images: 3 classes; \d+ training, \d+ validation, \d+ test images, grey, 16x16, in memory; batches of 32",
+        r"images: 3 classes; \d+ training, \d+ validation, \d+ test images "
+        r"\(validation and test taken from the training images\), grey, 16x16, in memory; batches of 32",
         about,
     )
+    assert [line.partition(":")[0] for line in epochs] == ["dense 1/2", "dense 2/2", "pruned 1/1"]
+    for line in epochs:
+        assert re.search(r"[\d,]+ images/s, \d\d:\d\d left, loss \d\.\d+, val [\d.]+%, wait [\d.]+%$", line)
     for word in ("dense float", "pruned", "int8", "plain PyTorch loop", "runs/first"):
         assert word in result.stdout
     run = where / "runs" / "first"
@@ -90,10 +96,13 @@ def test_a_folder_of_images_becomes_three_networks(images: Path, capfd: pytest.C
         assert curves.size[0] > 500
     assert [path for path in run.iterdir() if path.name.startswith(".")] == []
 
-    # The written configuration repeats the run, and a flag overrides it.
+    # The written configuration repeats the run, from another folder as well, and a flag overrides it.
     flags = ["--experiment", "again", "--no-reference-epoch"]
-    assert main(["train", "--config", "runs/first/config.yaml", *flags]) == 0
-    again = where / "runs" / "again"
+    (where / "elsewhere").mkdir()
+    monkeypatch.chdir(where / "elsewhere")
+    assert main(["train", "--config", "../runs/first/config.yaml", *flags]) == 0
+    monkeypatch.chdir(where)
+    again = where / "elsewhere" / "runs" / "again"
     assert columns(run) == columns(again)
     config = yaml.safe_load((again / "config.yaml").read_text())
     assert (config["experiment"], config["reference_epoch"], config["img_size"]) == ("again", False, 16)
@@ -134,13 +143,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     images: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
 ) -> None:
     (images.parent / "runs" / "taken").mkdir(parents=True)
+    (images.parent / "runs" / "taken" / "notes.txt").touch()
     assert main(arguments) == 2
     out, err = capfd.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 1
     for word in words:
         assert word in err
-    assert list((images.parent / "runs").rglob("*")) == [images.parent / "runs" / "taken"]
+    assert [path.name for path in (images.parent / "runs").rglob("*")] == ["taken", "notes.txt"]
 
 
 def test_an_unreadable_image_is_left_out_and_named(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +189,7 @@ def test_ctrl_c_leaves_a_checkpoint(images: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    assert errors.splitlines()[1:] == ["imgopt-fast train: stopped; continue with --resume runs/run"]
+    assert errors.splitlines()[-1:] == ["imgopt-fast train: stopped; continue with --resume runs/run"]
     assert torch.load(checkpoint, weights_only=True)["position"]["epoch"] > 0
 
 

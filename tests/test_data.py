@@ -107,13 +107,27 @@ def test_folder_without_splits_is_split_by_path(tmp_path: Path) -> None:
         assert ((brightness > 40).long() == split.labels).all()
 
 
-@pytest.mark.parametrize("names", [("train", "val", "test"), ("train", "validation"), ("train", "test")])
-def test_folder_with_splits_uses_them(tmp_path: Path, names: tuple[str, ...]) -> None:
+TAKEN = "validation taken from the training images"
+
+
+@pytest.mark.parametrize(
+    ("names", "about"),
+    [
+        (("train", "val", "test"), ""),
+        (("train", "test"), TAKEN),
+        (("train", "validation"), f"{TAKEN}, val is the test"),
+    ],
+)
+def test_folder_with_splits_uses_them(tmp_path: Path, names: tuple[str, ...], about: str) -> None:
+    """One beside `train` is what the accuracy is published of, and is looked at in the end only."""
     for name in names:
         make_folder(tmp_path / name, images=40 if name == "train" else 3)
     data = load_dataset(tmp_path)
-    assert len(data.test) == 6 if "test" in names else 0 < len(data.test) < 20
-    assert len(data.validation) == 6 if names[1].startswith("val") else 0 < len(data.validation) < 20
+    assert len(data.test) == 6
+    assert len(data.validation) == 6 if len(names) == 3 else 0 < len(data.validation) < 20
+    assert len(data.train) == 80 - (0 if len(names) == 3 else len(data.validation))
+    assert data.splits == about
+    assert len(load_labelled(tmp_path, data.class_names, (12, 12), 3)[0]) == 6
 
 
 def test_folder_images_keep_a_shared_size_or_are_fitted(tmp_path: Path) -> None:
@@ -348,8 +362,13 @@ def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
         "the archive is damaged here"
     ]
     (tmp_path / "set.zip").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"set\.zip: neither a folder nor a zip or tar archive"):
+    with pytest.raises(DataError, match=r"set\.zip: a zip archive without its end: cut short, or damaged"):
         load_dataset(tmp_path / "set.zip")
+    for pack, words in ((tar_plain, "unexpected end of data"), (tar_packed, "ended before the end-of-stream")):
+        path = pack(root, "")
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 + 100])
+        with pytest.raises(DataError, match=rf"set\.tar: .*{words}"):
+            load_dataset(path)
 
 
 def test_a_sample_is_spread_over_the_split() -> None:

@@ -84,6 +84,12 @@ def test_npz_archives(tmp_path: Path) -> None:
     assert data.validation.images[:, 0, 0, 0].tolist() == [i for i in range(80) if held[i] < 0.1]
     assert data.test.images[:, 0, 0, 0].tolist() == [i for i in range(80) if 0.1 <= held[i] < 0.2]
     assert len(data.train) + len(data.validation) + len(data.test) == 80
+    np.savez(
+        tmp_path / "val.npz", train_images=images, train_labels=labels, val_images=images[:9], val_labels=labels[:9]
+    )
+    data = load_dataset(tmp_path / "val.npz")
+    assert (len(data.test), len(data.train) + len(data.validation)) == (9, 80)
+    assert data.splits.endswith("val is the test")
     np.savez(tmp_path / "few.npz", images=images, labels=labels, class_names=["a", "b"])
     with pytest.raises(DataError, match="expected labels from 0 to 1, got 0 to 2"):
         load_dataset(tmp_path / "few.npz")
@@ -155,6 +161,23 @@ def test_cifar_as_published(tmp_path: Path, kind: str) -> None:
         assert (blue % 3).equal(data.train.labels)
         assert (blue + 1).equal(data.train.images[:, 0, 31, 0].long())
         assert data.train.images.equal(packed.train.images)
+
+
+def test_cifar_pickled_again_and_what_is_missing(tmp_path: Path) -> None:
+    """Python 3 writes the keys as text."""
+    for name, content in cifar_files("cifar-10-batches-py"):
+        stored = {key.decode(): value for key, value in pickle.loads(content, encoding="bytes").items()}
+        if name == "batches.meta":
+            stored["label_names"] = [word.decode() for word in stored["label_names"]]
+        (tmp_path / name).write_bytes(pickle.dumps(stored))
+    assert load_dataset(tmp_path).class_names == ("ant", "bee", "cat")
+    (tmp_path / "batches.meta").write_bytes(pickle.dumps({"names": ["ant"]}))
+    with pytest.raises(DataError, match="a file of it has no label_names and no fine_label_names"):
+        load_dataset(tmp_path)
+    with tarfile.open(tmp_path / "cifar-10-python.tar", "w") as archive:
+        archive.add(tmp_path / "data_batch_1", "cifar-10-batches-py/data_batch_1")
+    with pytest.raises(DataError, match=r"cifar-10-python\.tar: not CIFAR as published, .*: it has no batches\.meta"):
+        load_dataset(tmp_path / "cifar-10-python.tar")
 
 
 def test_cifar_pickles_run_nothing(tmp_path: Path) -> None:
@@ -329,6 +352,11 @@ def test_shards_named_by_their_split(streamed: Path) -> None:
     assert [values(part) for part in (data.train, data.validation, data.test)] == [
         list(range(30)), list(range(30, 55)), list(range(55, 90))
     ]  # fmt: skip
+    (streamed / "set-test-000.tar").unlink()
+    data = load_dataset(streamed)
+    assert values(data.test) == list(range(30, 55))
+    assert values(data.validation) == [i for i in range(30) if keys[i] < 0.1]
+    assert data.splits.endswith("val is the test")
 
 
 def test_shards_stream_every_image_once_in_a_new_order(streamed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

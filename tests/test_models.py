@@ -2,12 +2,13 @@
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from imgopt_fast.models import MODELS, create_model
+from imgopt_fast.models import MODELS, absolute_file, create_model
 
 # Parameters for 1,000 classes and RGB as published for the first three; counted by hand for the CIFAR networks (10).
 PARAMETERS = {
@@ -45,6 +46,10 @@ def linear(num_classes: int, in_channels: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
 
 
+def other_names(classes: int) -> nn.Module:
+    return nn.Linear(classes, classes)
+
+
 def nothing(num_classes: int, in_channels: int) -> None:
     return None
 
@@ -54,14 +59,32 @@ def test_a_network_from_elsewhere() -> None:
     assert model(torch.rand(2, 1, 5, 5)).shape == (2, 4)
 
 
+def test_a_network_of_a_file_and_its_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the file is called, from its folder and from any other."""
+    (tmp_path / "head_of_it.py").write_text("from torch.nn import LazyLinear as Head\n")
+    (tmp_path / "math.py").write_text(
+        "import torch.nn as nn\nfrom head_of_it import Head\n\n"
+        "def small(num_classes, **others):\n    return nn.Sequential(nn.Flatten(), Head(num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    name = absolute_file("math.py:small")
+    monkeypatch.chdir("/")
+    assert name == f"{tmp_path}/math.py:small"
+    assert create_model(name, num_classes=4, in_channels=1)(torch.rand(2, 1, 5, 5)).shape == (2, 4)
+    assert [absolute_file(other) for other in ("resnet8", "a.b:c")] == ["resnet8", "a.b:c"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet", "model: expected one of resnet8, .*, timm/NAME or package.module:function, got 'resnet'"),
+        ("resnet", "model: expected one of resnet8, .*, package.module:function or file.py:function, got 'resnet'"),
         ("no.such.module:f", "model: cannot import 'no.such.module:f'"),
         (f"{__name__}:missing", "model: cannot import"),
         (f"{__name__}:nothing", "returned NoneType, expected a torch.nn.Module"),
-        ("math:sqrt", "model: 'math:sqrt': TypeError"),
+        (f"{__name__}:MODELS", "is no function but of type dict"),
+        ("missing.py:f", "model: cannot import 'missing.py:f': FileNotFoundError"),
+        ("math:sqrt", r"'math:sqrt' is called with num_classes=N and in_channels=N, which sqrt\(x, /\) does not take"),
+        (f"{__name__}:other_names", r"which other_names\(classes: int\) does not take: missing a required"),
     ],
 )
 def test_a_network_that_does_not_exist(name: str, message: str) -> None:

@@ -71,6 +71,29 @@ def test_memory_that_a_step_frees_is_kept_for_the_next() -> None:
     assert given_back > pages / 2
 
 
+def test_a_full_disk_names_the_way_on_where_there_is_one(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        RunFolder(tmp_path).write("summary.csv", fail)
+    assert caught.value.strerror == "No space left on device"
+    with pytest.raises(OSError, match=f"No space left on device; then continue with --resume {tmp_path}"):
+        RunFolder(tmp_path, keep=True).write("summary.csv", fail)
+
+
+def test_an_empty_folder_is_a_new_one(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".partial-config.yaml").write_text("killed while it was written")
+    with RunFolder.create(tmp_path / "run") as run:
+        run.write("config.yaml", lambda path: path.write_text("whole"))
+    with pytest.raises(ValueError, match="exists already"), RunFolder.create(tmp_path / "run"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="exists already"), RunFolder.create(tmp_path / "file"):
+        pass
+
+
 def fill_and_fail(path: Path, keep: bool) -> None:
     with RunFolder.create(path) as run:
         run.write("file.txt", lambda path: path.write_text("whole"))

@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import logging
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from tiny_training import TINY, assert_same_weights, files_of, make_images, results, tiny
+from tiny_training import TINY, assert_same_weights, files_of, results, tiny
 from torch import nn
 
 from imgopt_fast.augment import Compose, Normalize
@@ -22,7 +24,6 @@ from imgopt_fast.nn import Int8Segment
 from imgopt_fast.training import (
     Report,
     TrainConfig,
-    evaluate,
     figures,
     load_network,
     load_weights,
@@ -35,32 +36,17 @@ from imgopt_fast.training.evaluate import accuracy, density, measure_speed, pred
 from imgopt_fast.training.network import Card
 from imgopt_fast.training.optimizers import learning_rate
 from imgopt_fast.training.progress import Progress
-from imgopt_fast.training.stages import Stage
+from imgopt_fast.training.report import EpochRow
+from imgopt_fast.training.stages import Stage, planned, title
 
-
-@pytest.fixture
-def few_images(tmp_path: Path) -> Path:
-    return make_images(tmp_path / "images")
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """A whole tiny training, for the tests that only look at it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "LEAST_SECONDS", 0.01)
-        return train(tiny(make_images(tmp_path_factory.mktemp("shared") / "images"), "run"))
-
-
-@pytest.fixture(autouse=True)
-def _quick_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "LEAST_SECONDS", 0.01)
+pytestmark = pytest.mark.usefixtures("quick_measurements")
 
 
 # ------------------------------------------------------------------------------------------------------- the whole
 
 
-def test_a_training_writes_its_folder_and_reports_three_networks(shared: Report) -> None:
-    report = shared
+def test_a_training_writes_its_folder_and_reports_three_networks(tiny_run: Report) -> None:
+    report = tiny_run
     assert files_of(report.path) == [
         "checkpoint.pt",
         "config.yaml",
@@ -92,13 +78,13 @@ def test_a_training_writes_its_folder_and_reports_three_networks(shared: Report)
     assert TrainConfig.load(report.path / "config.yaml") == report.config
 
 
-def test_same_seed_same_result_and_another_seed_another(shared: Report) -> None:
-    images = Path(shared.config.data or "")
+def test_same_seed_same_result_and_another_seed_another(tiny_run: Report) -> None:
+    images = Path(tiny_run.config.data or "")
     again = train(tiny(images, "again", reference_epoch=False)).path
     other = train(tiny(images, "other", reference_epoch=False, seed=1)).path
-    assert results(again) == results(shared.path)
-    assert_same_weights(again, shared.path)
-    assert results(other) != results(shared.path)
+    assert results(again) == results(tiny_run.path)
+    assert_same_weights(again, tiny_run.path)
+    assert results(other) != results(tiny_run.path)
 
 
 def test_the_test_images_decide_nothing(few_images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,9 +153,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_way_to_train_differs_and_repeats(shared: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_train_differs_and_repeats(tiny_run: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "write_report", lambda *arguments: None)  # the figures take longer than the training
-    images = Path(shared.config.data or "")
+    images = Path(tiny_run.config.data or "")
     found = {name: results(train(tiny(images, name, **QUICK, **way)).path) for name, way in WAYS.items()}
     assert len({str(rows) for rows in found.values()}) == len(WAYS)
     for name in ("trivial", "mixing", "sampled"):
@@ -203,8 +189,8 @@ def test_a_network_comes_back_from_its_run_folder(few_images: Path, last: str) -
     assert found.equal(probabilities.argmax(dim=1))
 
 
-def test_a_teacher_is_heard(shared: Report) -> None:
-    images, teacher = Path(shared.config.data or ""), str(shared.path)
+def test_a_teacher_is_heard(tiny_run: Report) -> None:
+    images, teacher = Path(tiny_run.config.data or ""), str(tiny_run.path)
     taught = train(tiny(images, "taught", distill=teacher, **QUICK)).path
     alone = train(tiny(images, "alone", **QUICK)).path
     deaf = train(tiny(images, "deaf", distill=teacher, distill_loss_weight=0.0, **QUICK)).path
@@ -266,6 +252,24 @@ def test_learning_rate_rises_and_falls() -> None:
     assert rates[28:56] == pytest.approx([0.2] * 28)
     assert rates[56:] == pytest.approx([0.04] * 14)
     assert learning_rate(0, dataclasses.replace(stage, warmup_epochs=0.0), 7, TrainConfig()) == 1
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 7, 8, 20])
+def test_the_rate_comes_down_again_however_few_the_epochs(epochs: int) -> None:
+    (stage,) = planned(TrainConfig(epochs=epochs, sparsity=0.0, quantize="none", lr=0.4))
+    assert stage.warmup_epochs == min(2.0, epochs / 4)
+    rates = [learning_rate(step, stage, 100, TrainConfig()) for step in range(100 * epochs)]
+    assert max(rates) > 0.97
+    assert rates[-1] < 0.001
+
+
+def test_stages_are_called_what_they_are() -> None:
+    taught = TrainConfig(distill="runs/large")
+    assert title("dense", TrainConfig()) == "dense float"
+    assert title("dense", taught) == "dense, distilled"
+    assert title("dense", dataclasses.replace(taught, distill_loss_weight=0.0)) == "dense float"
+    assert title("dense", dataclasses.replace(taught, pretrained="runs/first", epochs=0)) == "dense float"
+    assert [title(stage, taught) for stage in ("pruned", "distilled", "int8")] == ["pruned", "distilled", "int8"]
 
 
 def test_weights_come_back_bit_for_bit_and_zeros_cost_a_bit(tmp_path: Path) -> None:
@@ -340,23 +344,38 @@ def test_layers_are_drawn_for_any_number_and_exact_ones(tmp_path: Path) -> None:
 
 
 def test_progress_shows_where_somebody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return watched
 
     for watched in (True, False):
         monkeypatch.setattr(sys, "stderr", Terminal())
-        with Progress("dense", 1000) as progress:
-            progress.advance(400)
-            progress.note(loss="0.5")
+        with Progress("distilled", 100_000) as progress:
+            progress.advance(40_000)
+            progress.epoch(1, 2, EpochRow(1, "dense", 0.5, 0.853, 0.1, 1.0, 2.0, 1234.0), wait=0.102)
             time.sleep(0.2)  # beyond the interval at which the line is drawn
-            progress.advance(600)
+            progress.advance(60_000)
         shown = sys.stderr.getvalue()
         if watched:
-            for word in ("dense: 100%", "images/s", "loss=0.5"):
-                assert word in shown
+            last = shown.rstrip().rpartition("\r")[2]
+            assert len(last) <= 80
+            for word in ("distilled 100%", "images/s", "left", "loss 0.500", "val 85.3%", "wait 10.2%"):
+                assert word in last
         else:
             assert shown == ""
+
+
+def test_where_nobody_watches_each_epoch_is_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "imgopt_fast")
+    row = EpochRow(3, "pruned", 0.5, 0.853, 0.1, 1.0, 2.0, 1234.0)
+    for shown in (True, False):
+        with Progress("pruned", 1000, done=200, shown=shown) as progress:
+            progress.advance(400)
+            progress.epoch(1, 3, row, wait=0.002)
+    (line,) = caplog.messages
+    assert re.fullmatch(r"pruned 1/3: 1,234 images/s, 00:0\d left, loss 0.500, val 85.3%, wait 0.2%", line)
 
 
 def test_density_counts_weights_only() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_training import QUICK, make_images, press_ctrl_c_at, results, tiny, tiny_network
+from tiny_training import QUICK, press_ctrl_c_at, results, tiny, tiny_network
 from torch import nn
 
 from imgopt_fast.augment import Compose, Normalize, RandomResizedCrop
@@ -21,7 +21,6 @@ from imgopt_fast.training import (
     evaluate,
     load_network,
     load_weights,
-    recipe,
     resume,
     train,
 )
@@ -35,16 +34,7 @@ from imgopt_fast.training.optimizers import Averaged, Zeros, layer_groups, make_
 from imgopt_fast.training.sampled_gradients import SampledGradients
 from imgopt_fast.training.transfer import freeze_body
 
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory.mktemp("parts") / "images")
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "LEAST_SECONDS", 0.01)
-    monkeypatch.setattr(recipe, "write_report", lambda *arguments: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 PLAIN = "small_networks:no_batch_norm"

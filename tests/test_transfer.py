@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_training import QUICK, make_images, press_ctrl_c_at, results, tiny, tiny_network
+from tiny_training import QUICK, press_ctrl_c_at, results, tiny, tiny_network
 from torch import nn
 
 from imgopt_fast.augment import Normalize
@@ -31,16 +31,7 @@ from imgopt_fast.training.optimizers import make_optimizer
 from imgopt_fast.training.teachers import Objective
 from imgopt_fast.training.transfer import freeze_body, read_checkpoint, training_mode, transfer_weights
 
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory.mktemp("parts") / "images")
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "LEAST_SECONDS", 0.01)
-    monkeypatch.setattr(recipe, "write_report", lambda *arguments: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 # ------------------------------------------------------------------------------------------------------- transfer
@@ -59,8 +50,24 @@ def test_rows_of_the_last_layer_follow_the_class_names() -> None:
     other = create_model("resnet8", num_classes=4, in_channels=3)
     left = transfer_weights(other, source.state_dict(), ("a", "b", "c", "d"), None)
     assert left == ["conv1.weight", "fc.weight", "fc.bias"]
-    with pytest.raises(ValueError, match="none of its weights"):
+    with pytest.raises(ValueError, match="the two networks share 0 of 2 weights by name and shape"):
         transfer_weights(nn.Sequential(nn.Linear(2, 2)), source.state_dict(), ("a", "b"), None)
+
+
+def test_a_network_that_shares_a_minority_is_refused_and_named(images: Path, tmp_path: Path) -> None:
+    small = create_model("resnet8", num_classes=3, in_channels=1)
+    save_weights(small.state_dict(), tmp_path / "small.safetensors")
+    ways = QUICK | {"model": "resnet20", "pretrained": str(tmp_path / "small.safetensors")}
+    words = r"pretrained: \S+small\.safetensors and --model resnet20 share [1-9]\d* of \d+ weights by name and shape"
+    with pytest.raises(ValueError, match=words):
+        train(tiny(images, "larger", **ways))
+    assert not (images.parent / "runs" / "larger").exists()
+
+
+def test_without_a_name_the_network_is_that_of_the_run(images: Path, first: Path) -> None:
+    report = train(tiny(images, "same", **QUICK | {"model": "", "pretrained": str(first)}))
+    assert report.config.model == f"{tiny_network.__module__}:tiny_network"
+    assert TrainConfig.load(report.path / "config.yaml").model == report.config.model
 
 
 def test_checkpoints_of_other_programs(tmp_path: Path) -> None:
@@ -145,7 +152,8 @@ def test_finetuning_begins_where_the_other_ended(images: Path, first: Path) -> N
         old, new = load_weights(first / "model.safetensors"), load_weights(path / "model.safetensors")
         torch.testing.assert_close(new["0.weight"], old["0.weight"])
         torch.testing.assert_close(new["8.weight"], old["8.weight"])
-    with pytest.raises(ValueError, match="none of its weights"):
+    words = "first, a tiny_training:tiny_network, and --model resnet8 share 0 of"
+    with pytest.raises(ValueError, match=words):
         train(tiny(images, "other", **settings | {"model": "resnet8"}))
 
 

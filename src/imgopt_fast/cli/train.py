@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   imgopt-fast train --resume runs/first             after Ctrl-C, or anything worse
   imgopt-fast train ./flowers --distill runs/large --sparsity 0.9 --quantize int8
   imgopt-fast train ./birds --pretrained runs/flowers --transfer features      a new last layer, in seconds
+  imgopt-fast train ./flowers --model nets.py:small          your own: def small(num_classes, in_channels)
   torchrun --nproc-per-node 2 -m imgopt_fast train ./flowers                   two processes, one network
 """
 
@@ -150,7 +151,7 @@ def _add_flag(parser: argparse._ActionsContainer, field: "dataclasses.Field[Any]
     flags = field.metadata["flags"] or (f"--{field.name.replace('_', '-')}",)
     if isinstance(kind, UnionType):
         kind = get_args(kind)[0]
-    default = "" if field.default is None else f" (default: {_text(field.default)})"
+    default = "" if field.default in (None, "") else f" (default: {_text(field.default)})"
     options: dict[str, Any] = {"dest": field.name, "help": field.metadata["help"] + default}
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction

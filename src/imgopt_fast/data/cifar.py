@@ -58,7 +58,7 @@ def load_cifar(path: Path, *, validation: float) -> Dataset:
         class_names = _class_names(contents[names])
     except OSError as error:
         raise DataError(f"{error.filename or path}: {error.strerror or error}") from error
-    except (KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError, tarfile.TarError, zlib.error) as error:
+    except (ValueError, TypeError, EOFError, pickle.UnpicklingError, tarfile.TarError, zlib.error) as error:
         raise DataError(f"{path}: not CIFAR as published, or damaged: {error}") from error
     name = "CIFAR-100" if "100" in kind else "CIFAR-10"
     return from_arrays(name, {"train": (images, labels), "test": batches[-1]}, class_names, validation=validation)
@@ -81,13 +81,17 @@ def _unpacked(path: Path) -> tuple[str, dict[str, bytes]]:
             if folder in KINDS and member.isfile():
                 kind, file = folder, archive.extractfile(member)
                 contents[name] = file.read() if file is not None else b""
+    train, test, names = KINDS.get(kind, ([], "", ""))
+    missing = {*train, test, names} - contents.keys()
+    if missing:
+        raise ValueError(f"it has no {min(missing) or ' or '.join(KINDS)}")
     return kind, contents
 
 
 def _read_pickled(data: bytes, kind: str) -> Arrays:
     batch = _unpickle(data)
-    labels = batch[b"labels"] if b"labels" in batch else batch[b"fine_labels"]
-    return batch[b"data"].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1), np.asarray(labels)
+    labels, pixels = _entry(batch, "labels", "fine_labels"), _entry(batch, "data")
+    return pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1), np.asarray(labels)
 
 
 def _read_binary(data: bytes, kind: str) -> Arrays:
@@ -98,10 +102,18 @@ def _read_binary(data: bytes, kind: str) -> Arrays:
 
 def _class_names(data: bytes) -> list[str]:
     if data[:1] in (b"\x80", b"("):  # how pickles begin
-        about = _unpickle(data)
-        names = about.get(b"label_names") or about[b"fine_label_names"]
-        return [name.decode() for name in names]
+        names = _entry(_unpickle(data), "label_names", "fine_label_names")
+        return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
     return data.decode().split()
+
+
+def _entry(stored: Any, *names: str) -> Any:
+    """What `stored` has under one of `names`: as bytes in the published files, as text where Python 3 wrote them."""
+    for name in names:
+        for key in (name.encode(), name):
+            if isinstance(stored, dict) and key in stored:
+                return stored[key]
+    raise ValueError(f"a file of it has no {' and no '.join(names)}")
 
 
 class _Unpickler(pickle.Unpickler):

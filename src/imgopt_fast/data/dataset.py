@@ -4,7 +4,7 @@ Images stay decoded: in memory, or in a file that is mapped into it (imgopt_fast
 gather, and no worker process decodes or copies anything.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import NamedTuple, Protocol
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from imgopt_fast.data.prefetch import prefetched
 
+PARTS = ("train", "validation", "test")
 TEST_FRACTION = 0.1  # of the images of a set without a test split
 STATISTICS_IMAGES = 20_000  # the moments of that many images are known to a fraction of a grey level
 Share = Callable[[Tensor], Tensor]
@@ -128,7 +129,8 @@ def batches_per_epoch(images: int, batch_size: int, *, last: bool = False) -> in
 class Dataset:
     """Training images, validation images for every choice, and test images that are looked at once, at the end.
 
-    `skipped` are the images that could not be read when it was loaded; a stream finds more while it is read.
+    `skipped` are the images that could not be read when it was loaded; a stream finds more while it is read. `splits`
+    says where the splits come from that the set did not bring itself.
     """
 
     name: str
@@ -137,6 +139,7 @@ class Dataset:
     validation: Split
     test: Split
     skipped: tuple[Skipped, ...] = ()
+    splits: str = ""
 
     def to(self, device: torch.device) -> "Dataset":
         """The same with the images and labels in the memory of `device`: a batch then crosses no bus."""
@@ -171,6 +174,30 @@ def stable_fraction(name: str) -> float:
     return int.from_bytes(sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
+class Parts(NamedTuple):
+    """How a set is split that names the splits `given`.
+
+    `role`: what each of them serves as. `taken`: the splits that the training images give up, each with the interval of
+    `stable_fraction` that its images lie in. `about`: the same for people.
+    """
+
+    role: dict[str, str]
+    taken: dict[str, tuple[float, float]]
+    about: str
+
+
+def parts_of(given: Collection[str], validation: float) -> Parts:
+    """A single split beside `train` is the test, whatever it is called: its accuracy is what others publish."""
+    lone = "validation" in given and "test" not in given
+    role = {part: "test" if lone and part == "validation" else part for part in given}
+    taken, low = dict[str, tuple[float, float]](), 0.0
+    for part, share in (("validation", validation), ("test", TEST_FRACTION)):
+        if part not in role.values():
+            taken[part], low = (low, low + share), low + share
+    about = f"{' and '.join(taken)} taken from the training images" if taken else ""
+    return Parts(role, taken, about + ", val is the test" * lone)
+
+
 Arrays = tuple[NDArray[np.uint8], NDArray[np.integer]]  # images (N, H, W), (N, H, W, C) and labels (N,)
 
 
@@ -179,8 +206,9 @@ def from_arrays(
 ) -> Dataset:
     """The data set of published arrays `parts`: "train", and "validation" and "test" where there are such.
 
-    What is missing is taken from the training images by a hash of their position, as for folders. Without `class_names`
-    the labels name the classes. Raises DataError for arrays that do not fit together.
+    What is missing is taken from the training images by a hash of their position, and validation images alone are the
+    test, as for folders. Without `class_names` the labels name the classes. Raises DataError for arrays that do not fit
+    together.
     """
     for part, (images, labels) in parts.items():
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.shape != images.shape[:1]:
@@ -194,19 +222,18 @@ def from_arrays(
         parts = {part: (images, np.searchsorted(found, labels)) for part, (images, labels) in parts.items()}
     elif len(found) and not 0 <= found[0] <= found[-1] < len(class_names):
         raise DataError(f"{name}: expected labels from 0 to {len(class_names) - 1}, got {found[0]} to {found[-1]}")
-    splits = {part: _as_split(*arrays) for part, arrays in parts.items()}
-    train, bounds, low = splits["train"], {}, 0.0
-    for part, share in (("validation", validation), ("test", TEST_FRACTION)):
-        if part not in splits:
-            bounds[part], low = (low, low + share), low + share
+    roles = parts_of(parts, validation)
+    splits = {roles.role[part]: _as_split(*arrays) for part, arrays in parts.items()}
+    train, kept = splits["train"], torch.ones(len(splits["train"]), dtype=torch.bool)
     position = torch.tensor([stable_fraction(f"image {i}") for i in range(len(train))], dtype=torch.float64)
-    for part, (least, end) in bounds.items():
-        splits[part] = train.take(((position >= least) & (position < end)).nonzero().flatten())
-    splits["train"] = train.take((position >= low).nonzero().flatten()) if bounds else train
+    for part, (least, end) in roles.taken.items():
+        chosen = (position >= least) & (position < end)
+        splits[part], kept = train.take(chosen.nonzero().flatten()), kept & ~chosen
+    splits["train"] = train.take(kept.nonzero().flatten()) if roles.taken else train
     for part, split in splits.items():
         if not len(split):
             raise DataError(f"{name}: too few images, none for the {part} split")
-    return Dataset(name, tuple(class_names), splits["train"], splits["validation"], splits["test"])
+    return Dataset(name, tuple(class_names), splits["train"], splits["validation"], splits["test"], splits=roles.about)
 
 
 def _as_split(images: NDArray[np.uint8], labels: NDArray[np.integer]) -> Split:

@@ -16,6 +16,7 @@ from typing import Protocol
 from imgopt_fast.data.dataset import DataError
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"))
+_ZIP_MEMBER = b"PK\x03\x04"  # what a member begins with, and so does a zip archive
 _ZIP_HEADER = 30  # bytes of a member's local header, before its name and extra field
 _ZIP_NAME_LENGTHS = 26  # where their two lengths are
 _STORED, _ENCRYPTED = zipfile.ZIP_STORED, 0x1
@@ -45,8 +46,12 @@ def list_images(root: Path) -> ImageFiles:
             return _Tar(root)
     except (OSError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
         raise DataError(f"{root}: {getattr(error, 'strerror', None) or error}") from error
-    kind = "neither a folder nor a zip or tar archive" if root.exists() else "no such folder or archive"
-    raise DataError(f"{root}: {kind}")
+    if not root.exists():
+        raise DataError(f"{root}: no such folder or archive")
+    with root.open("rb") as file:
+        if file.read(len(_ZIP_MEMBER)) == _ZIP_MEMBER:
+            raise DataError(f"{root}: a zip archive without its end: cut short, or damaged")
+    raise DataError(f"{root}: neither a folder nor a zip or tar archive")
 
 
 class _Folder:
@@ -102,7 +107,7 @@ class _Zip(_Archive):
     def read(self, name: str) -> bytes:
         member = self._members[name]
         header = self._at(member.header_offset, _ZIP_HEADER)
-        if header[:4] != b"PK\x03\x04" or member.flag_bits & _ENCRYPTED:
+        if not header.startswith(_ZIP_MEMBER) or member.flag_bits & _ENCRYPTED:
             raise OSError("encrypted" if member.flag_bits & _ENCRYPTED else "the archive is damaged here")
         skip = _ZIP_HEADER + sum(struct.unpack_from("<HH", header, _ZIP_NAME_LENGTHS))
         data = self._at(member.header_offset + skip, member.compress_size)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from imgopt_fast.data.cache import decoded
-from imgopt_fast.data.dataset import TEST_FRACTION, DataError, Dataset, Skipped, Split, stable_fraction
+from imgopt_fast.data.dataset import PARTS, DataError, Dataset, Parts, Skipped, Split, parts_of, stable_fraction
 from imgopt_fast.data.decode import Header, UnreadableError, bombs_handled, read_header
 from imgopt_fast.data.files import ImageFiles, list_images
 
@@ -27,7 +27,6 @@ SPLITS = {
     "validation": "validation",
     "test": "test",
 }
-PARTS = ("train", "validation", "test")
 
 
 class Item(NamedTuple):
@@ -47,13 +46,16 @@ def load_folder(root: Path, *, image_size: int | None, validation: float) -> Dat
 
     `root` holds either one folder per class, or a folder `train` of them beside `val` and `test`. A split that is
     missing is taken from the training images by a stable hash of each file's name: a share `validation` for
-    validation, a tenth for the test. Without `image_size` the images keep the size that they share, or get 64².
+    validation, a tenth for the test; `val` without `test` is the test. Without `image_size` the images keep the size
+    that they share, or get 64².
 
     Images that cannot be read are in the result's `skipped`. Raises DataError for a folder that cannot be read, and
     where too few images are left.
     """
     files = list_images(root)
-    splits = _complete(root, _split(files.names), validation)
+    given = _split(files.names)
+    parts = parts_of(given, validation)
+    splits = _complete(root, {parts.role[name]: items for name, items in given.items()}, parts)
     items = [item for part in PARTS for item in splits[part]]
     if len({item.class_name for item in items}) < 2:
         found = len({item.class_name for item in items})
@@ -72,25 +74,24 @@ def load_folder(root: Path, *, image_size: int | None, validation: float) -> Dat
     pixels = images.pixels[..., :1] if images.grey else images.pixels
     ends = np.cumsum([len(splits[part]) for part in PARTS])
     bounds = pairwise((0, *ends.tolist()))
-    parts = [
+    train, held_out, test = (
         _labelled(pixels[a:b], splits[part], class_names, resident=not images.mapped)
         for part, (a, b) in zip(PARTS, bounds, strict=True)
-    ]
-    train, held_out, test = parts
-    return Dataset(root.stem, class_names, train, held_out, test, tuple(images.skipped))
+    )
+    return Dataset(root.stem, class_names, train, held_out, test, tuple(images.skipped), parts.about)
 
 
 def load_labelled(
     root: Path, class_names: Sequence[str], size: tuple[int, int], channels: int
 ) -> tuple[Split, tuple[Skipped, ...]]:
-    """The test images of the class folder or archive `root`, all of its images where it has no test split.
+    """The test images of the class folder or archive `root`, else those of `val`, else all of its images.
 
     At `size` (height, width), labelled by their place in `class_names`; beside them what could not be read. Raises
     DataError for a folder that cannot be read, and for a class that is not in `class_names`.
     """
     files = list_images(root)
     splits = _split(files.names)
-    items = splits.get("test", splits["train"])
+    items = splits.get("test", splits.get("validation", splits["train"]))
     if not items:
         raise DataError(f"{root}: expected a folder of images per class, found none")
     for item in items:
@@ -131,15 +132,12 @@ def _top_folders(paths: Iterable[Sequence[str]]) -> set[str]:
     return {path[0] if len(path) > 1 else "" for path in paths}
 
 
-def _complete(root: Path, splits: dict[str, list[Item]], validation: float) -> dict[str, list[Item]]:
+def _complete(root: Path, splits: dict[str, list[Item]], parts: Parts) -> dict[str, list[Item]]:
     """With the missing splits taken from the training images."""
-    shares = {"validation": validation, "test": TEST_FRACTION}
-    missing = [name for name in shares if name not in splits]
-    bounds = list(pairwise(np.cumsum([0.0, *(shares[name] for name in missing)]).tolist()))
-    complete = splits | {"train": []} | {name: [] for name in missing}
+    complete = splits | {"train": []} | {name: [] for name in parts.taken}
     for item in splits["train"]:
         position = stable_fraction(item.place)
-        taken = [name for name, (low, high) in zip(missing, bounds, strict=True) if low <= position < high]
+        taken = [name for name, (low, high) in parts.taken.items() if low <= position < high]
         complete[taken[0] if taken else "train"].append(item)
     for name in PARTS:
         if splits["train"] and not complete[name]:

@@ -27,13 +27,14 @@ from torch import Tensor
 
 from imgopt_fast.data.cache import cache_folder
 from imgopt_fast.data.dataset import (
-    TEST_FRACTION,
+    PARTS,
     DataError,
     Dataset,
     Share,
     Skipped,
     Split,
     batches_per_epoch,
+    parts_of,
     stable_fraction,
 )
 from imgopt_fast.data.decode import Header, UnreadableError, bombs_handled, decode_into, read_header
@@ -87,31 +88,30 @@ def load_shards(path: str, *, image_size: int | None, validation: float) -> Data
         torch.arange(len(listing.labels)),
         (1 if header.grey else 3, side, side),
     )
-    parts = _parts(urls, listing, validation)
+    parts, about = _parts(urls, listing, validation)
     streams = {part: replace(everything, positions=chosen.nonzero().flatten()) for part, chosen in parts.items()}
     for part, stream in streams.items():
         if not len(stream):
             raise DataError(f"{path}: too few images, none for the {part} split")
     validation_split, test = (streams[part].first(len(streams[part])) for part in ("validation", "test"))
-    return Dataset(Path(path).name, tuple(_class_names(path, labels)), streams["train"], validation_split, test)
+    class_names = tuple(_class_names(path, labels))
+    return Dataset(Path(path).name, class_names, streams["train"], validation_split, test, splits=about)
 
 
-def _parts(urls: Sequence[str], listing: Listing, validation: float) -> dict[str, Tensor]:
-    """Which samples each split has: all of `val-000.tar` beside a `train-000.tar`; what no name says, by hash."""
+def _parts(urls: Sequence[str], listing: Listing, validation: float) -> tuple[dict[str, Tensor], str]:
+    """Which samples each split has: all of `test-000.tar` beside a `train-000.tar`; what no name says, by hash."""
     words = [re.split("[^a-z]+", Path(url).name.lower()) for url in urls]
     named = [next((SPLITS[word] for word in some if word in SPLITS), "train") for some in words]
     if "train" not in named:
         named = ["train"] * len(urls)
+    roles = parts_of(named, validation)
     shard = torch.arange(len(urls)).repeat_interleave(torch.tensor(listing.counts))
-    parts = {part: torch.tensor([name == part for name in named])[shard] for part in ("train", "validation", "test")}
+    parts = {part: torch.tensor([roles.role[name] == part for name in named])[shard] for part in PARTS}
     position = torch.tensor([stable_fraction(key) for key in listing.keys], dtype=torch.float64)
-    held_out = {"validation": position < validation}
-    held_out["test"] = ~held_out["validation"] & (position < validation + TEST_FRACTION)
-    for part, chosen in held_out.items():
-        if part not in named:
-            parts[part] = parts["train"] & chosen
+    for part, (low, high) in roles.taken.items():
+        parts[part] = parts["train"] & (position >= low) & (position < high)
     parts["train"] = parts["train"] & ~parts["validation"] & ~parts["test"]
-    return parts
+    return parts, roles.about
 
 
 def _first_header(path: str, urls: Sequence[str]) -> Header:

@@ -41,10 +41,12 @@ class TrainConfig:
     validation: float = option(0.1, "share of the training images that is held out where there is no validation split")
 
     model: str = option(
-        "resnet8",
-        "network: resnet8, resnet20, resnet18, resnet50, mobilenetv2, vit, timm/NAME or package.module:function",
+        "",
+        "network: resnet8, resnet20, resnet18, resnet50, mobilenetv2, vit, timm/NAME, or a function of your own as "
+        "package.module:function or file.py:function, called with num_classes=N and in_channels=N; default: that of "
+        "the run of --pretrained, else resnet8",
     )
-    pretrained: str | None = option(None, "run folder or weight file to begin with")
+    pretrained: str | None = option(None, "run folder or weight file of the same network to begin with")
     transfer: str = option(
         "finetune",
         "what learns of a pretrained network: all of it; the last layer behind a frozen body; the last layer on "
@@ -76,7 +78,9 @@ class TrainConfig:
     sched: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "linear", "step"))
     decay_epochs: float = option(30.0, "epochs between the steps of --sched step")
     decay_rate: float = option(0.1, "factor of each step of --sched step")
-    warmup_epochs: float = option(2.0, "epochs over which the learning rate rises to --lr")
+    warmup_epochs: float = option(
+        2.0, "epochs over which the learning rate rises to --lr; a quarter of the stage's epochs at most"
+    )
     smoothing: float = option(0.1, "label smoothing")
     clip_grad: float | None = option(None, "largest norm of the gradient; default: as it comes")
     l1: float = option(0.0, "strength of the L1 norm, whose proximal step makes weights exactly zero")
@@ -100,7 +104,7 @@ class TrainConfig:
     sparsity: float = option(0.8, "share of the weights that pruning removes; 0 skips pruning")
     prune_epochs: int = option(6, "epochs of gradual pruning and recovery")
     prune_lr: float = option(0.0, "highest learning rate while pruning; 0: half of --lr")
-    prune_warmup_epochs: float = option(0.5, "epochs over which the learning rate rises to --prune-lr")
+    prune_warmup_epochs: float = option(0.5, "the same to --prune-lr")
     distill: str | None = option(None, "run folder of a teacher; without one, pruning learns from the dense network")
     distill_loss_weight: float = option(0.5, "share of the loss that is the teacher's; 0 learns from the labels alone")
     kd_temperature: float = option(4.0, "temperature of the distillation")
@@ -189,6 +193,10 @@ class TrainConfig:
         _expect(
             experiment is None or Path(experiment).name == experiment, "experiment", "a plain folder name", experiment
         )
+
+    def model_title(self) -> str:
+        """The network's name, of a file without its folder."""
+        return self.model.rpartition("/")[2]
 
     def uses_amp(self) -> bool:
         """Whether to train in bfloat16: as wished, or where it is an instruction and not an emulation."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from imgopt_fast.data import Dataset, Split
 from imgopt_fast.training.augmentation import Augmentation
-from imgopt_fast.training.stages import TITLES
+from imgopt_fast.training.config import TrainConfig
+from imgopt_fast.training.stages import title
 
 if TYPE_CHECKING:
     from imgopt_fast.compress.quantize import QuantizationReport
@@ -24,11 +25,13 @@ DPI = 120
 COLUMNS, ROWS = 8, 3  # of the mistakes that are shown
 WORST = 3  # layers that are marked
 SAMPLES = 12  # augmented images that are shown
+GAP = 20  # of the width of an image between it and what became of it
 
 
-def curves(path: Path, rows: Sequence[EpochRow]) -> None:
+def curves(path: Path, rows: Sequence[EpochRow], config: TrainConfig) -> None:
     """Loss, validation accuracy and density over the epochs, the stages after the first one shaded."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     epochs = [row.epoch for row in rows]
     shown = (
@@ -38,14 +41,18 @@ def curves(path: Path, rows: Sequence[EpochRow]) -> None:
     )
     later = {stage: [row.epoch for row in rows if row.stage == stage] for stage in ("pruned", "distilled", "qat")}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, (title, values) in zip(figure.subplots(1, len(shown)), shown, strict=True):
+    panels = figure.subplots(1, len(shown))
+    for axes, (what, values) in zip(panels, shown, strict=True):
         axes.plot(epochs, values, marker="o", markersize=3)
         for color, (stage, within) in zip(("tab:orange", "tab:green", "tab:purple"), later.items(), strict=True):
             if within:
-                axes.axvspan(within[0] - 0.5, within[-1] + 0.5, alpha=0.12, color=color, label=TITLES[stage])
-                axes.legend(frameon=False)
-        axes.set(title=title, xlabel="epoch")
+                axes.axvspan(within[0] - 0.5, within[-1] + 0.5, alpha=0.12, color=color, label=title(stage, config))
+        axes.set(title=what, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         axes.grid(alpha=0.3)
+    panels[-1].set_ylim(0, 105)
+    if len(stages := panels[0].get_legend_handles_labels()[0]) > 0:
+        figure.legend(handles=stages, loc="outside lower center", ncols=len(stages), frameon=False)
     figure.savefig(path, dpi=DPI)
 
 
@@ -63,7 +70,7 @@ def confusion(path: Path, labels: Tensor, found: Tensor, class_names: Sequence[s
     if classes <= 20:  # beyond, the numbers would overlap
         for row, column in torch.cartesian_prod(torch.arange(classes), torch.arange(classes)).tolist():
             share = shares[row, column].item()
-            if share >= 0.5:
+            if share > 0.5:  # less would be a 0
                 color = "white" if share > 50 else "black"
                 axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=color, fontsize=8)
         axes.set_xticks(range(classes), class_names, rotation=45, ha="right")
@@ -77,14 +84,17 @@ def mistakes(path: Path, split: Split, found: Tensor, class_names: Sequence[str]
     from matplotlib.figure import Figure
 
     wrong = (found != split.labels).nonzero().flatten()[: COLUMNS * ROWS].tolist()
-    figure = Figure(figsize=(1.3 * COLUMNS, 1.7 * ROWS), layout="constrained")
-    for i, axes in enumerate(figure.subplots(ROWS, COLUMNS).flat):
+    rows = max(1, -(-len(wrong) // COLUMNS))
+    figure = Figure(figsize=(1.3 * COLUMNS, 1.75 * rows), layout="constrained")
+    if not wrong:
+        figure.text(0.5, 0.5, f"none of the {len(split):,} test images", ha="center", va="center", color="tab:gray")
+    for i, axes in enumerate(figure.subplots(rows, COLUMNS).flat):
         axes.axis("off")
         if i < len(wrong):
             image = split.images[wrong[i]].cpu().permute(1, 2, 0).squeeze(-1).numpy()
             axes.imshow(image, cmap="gray", vmin=0, vmax=255)
             is_class, found_class = (class_names[int(labels[wrong[i]])] for labels in (split.labels, found))
-            axes.set_title(f"{found_class}\nis {is_class}", fontsize=7)
+            axes.set_title(f"found {found_class}\nis {is_class}", fontsize=7)
     figure.savefig(path, dpi=DPI)
 
 
@@ -123,7 +133,8 @@ def samples(path: Path, dataset: Dataset, augment: Augmentation, seed: int) -> N
         if i < len(batch):
             source = batch.images[i : i + 1].cpu().float() / 255
             source = F.interpolate(source, shown.shape[2:], mode="bilinear", antialias=True)[0]  # of larger sources
-            pair = torch.cat([source, shown[i].cpu()], dim=2).clamp(0, 1)
+            gap = torch.ones(*source.shape[:2], -(-source.shape[2] // GAP))
+            pair = torch.cat([source, gap, shown[i].cpu()], dim=2).clamp(0, 1)
             axes.imshow(pair.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             name = dataset.class_names[int(batch.labels[i])]
             drawn = textwrap.fill(view.draws.describe(i).replace("  ", " "), 52)

@@ -112,7 +112,7 @@ def fit(
         total = loss_sum.clone()
         process.sum([total])
         if not total.isfinite():  # nothing to resume from: the checkpoint before is
-            raise DivergedError(f"the loss is {total.item()} in epoch {at.epoch + 1}; try a lower --lr")
+            raise diverged(total.item(), at.epoch, fitting.run)
         at.loss_sum = total.item()
         states = process.gather(torch.get_rng_state())
         fitting.run.write(FILE, lambda path: save_checkpoint(path, at, parts, states))
@@ -167,7 +167,7 @@ def fit(
             mean_loss = loss_sum.item()  # waits for a GPU: the seconds are those of the work
             seconds = time.perf_counter() - began
             if not math.isfinite(mean_loss):
-                raise DivergedError(f"the loss is {mean_loss} in epoch {at.epoch + 1}; try a lower --lr")
+                raise diverged(mean_loss, at.epoch, fitting.run)
             row = EpochRow(
                 epoch=at.epoch + 1,
                 stage=stage.name,
@@ -183,15 +183,13 @@ def fit(
             fitting.times[stage.name] = clock.seconds()
             fitting.run.write("summary.csv", partial(write_summary, epochs=at.epochs))
             fitting.events.write(row, clock.seconds())
+            progress.epoch(at.epoch - stage.first_epoch, stage.epochs, row, wait=clock.share("wait"))
             stopping = interrupted_anywhere(process, interrupted())
             fresh = fitting.run.keep and time.perf_counter() - saved < GPU_SECONDS
             if stopping or at.epoch == stage.end or not (recorded and fresh):
                 save()
             if stopping:
                 raise InterruptedTrainingError(fitting.run.path)
-            progress.note(
-                loss=f"{row.train_loss:.3f}", validation=f"{row.eval_top1:.1%}", wait=f"{clock.share('wait'):.1%}"
-            )
     updates.finish()
     objective.close()
     return at.epochs
@@ -204,6 +202,11 @@ def compiled(model: nn.Module, backend: str, device: str) -> Callable[[Tensor], 
         model, backend=backend, mode="reduce-overhead" if graphs else None
     )
     return network
+
+
+def diverged(loss: float, epoch: int, run: RunFolder) -> DivergedError:
+    before = f", from the weights before with --pretrained {run.path / FILE}" if run.keep else ""
+    return DivergedError(f"the loss is {loss} in epoch {epoch + 1}; try a lower --lr{before}")
 
 
 def interrupted_anywhere(process: Process, here: bool) -> bool:

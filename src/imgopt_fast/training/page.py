@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from imgopt_fast.training.stages import title
 
 if TYPE_CHECKING:
     from imgopt_fast.training.report import Report
@@ -27,23 +30,22 @@ figure { margin: 2rem 0; }
 figure img { max-width: 100%; background: white; }
 figcaption { color: #888; }
 .wide { overflow-x: auto; }
+.notes { font-size: .85rem; color: #888; }
 """
 
 
 def page(report: Report) -> str:
     """The page; its figures are those that the run folder has by now."""
-    from imgopt_fast.training.report import time_lines
+    from imgopt_fast.training.report import data_line, note_lines, time_lines, title_line
 
-    config, data = report.config, report.dataset
-    title = f"{config.model} on {data.name}"
-    pixels = f"{data.train.shape[2]} by {data.train.shape[1]} pixels"
+    data, heading = report.dataset, title_line(report)
     shown = [(name, caption) for name, caption in FIGURES.items() if (report.path / name).exists()]
     parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        f"<p>{len(data.class_names)} classes; {len(data.train):,} training, {len(data.validation):,} validation and "
-        f"{len(data.test):,} test images of {pixels}.</p>",
+        f"<h1>{html.escape(heading)}</h1>",
+        f"<p>{html.escape(data_line(report))}</p>",
         _table(report.cells()),
         *(f"<p>{html.escape(line)}</p>" for line in report.epoch_lines()),
+        f'<div class="notes">{_marked(_list(note_lines(report)))}</div>',
         "<h2>Where the time went</h2>",
         _list(time_lines(report)),
         *(_figure(name, (report.path / name).read_bytes(), caption) for name, caption in shown),
@@ -56,15 +58,18 @@ def page(report: Report) -> str:
         parts.append(f"<h2>{len(data.skipped)} images that cannot be read were left out</h2>")
         parts.append(_list([f"{name}: {reason}" for name, reason in data.skipped]))
     parts.append("<h2>Epochs</h2>")
-    head = ("epoch", "stage", "training loss", "validation", "learning rate", "density", "images/s")
+    config, head = (
+        report.config,
+        ("epoch", "stage", "training loss", "validation", "learning rate", "density", "images/s"),
+    )
     lines = [
-        (str(row.epoch), row.stage, f"{row.train_loss:.4f}", f"{row.eval_top1:.2%}", f"{row.lr:.3g}",
+        (str(row.epoch), title(row.stage, config), f"{row.train_loss:.4f}", f"{row.eval_top1:.2%}", f"{row.lr:.3g}",
          f"{row.density:.0%}", f"{row.images_per_second:,.0f}")
         for row in report.epochs
     ]  # fmt: skip
     parts.append(_table([head, *lines]))
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(heading)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n'
         + "\n".join(parts)
         + "\n</body></html>\n"
@@ -81,6 +86,11 @@ def _table(cells: Sequence[Sequence[str]]) -> str:
 
 def _list(lines: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def _marked(text: str) -> str:
+    """The two marks of Markdown that the notes have."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", re.sub(r"\*([^*]+)\*", r"<em>\1</em>", text))
 
 
 def _figure(name: str, content: bytes, caption: str) -> str:

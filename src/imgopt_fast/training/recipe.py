@@ -7,6 +7,7 @@ left to choose.
 import copy
 import dataclasses
 import logging
+import os
 import time
 from datetime import datetime
 from functools import partial
@@ -20,7 +21,7 @@ from imgopt_fast.augment import Compose, Normalize
 from imgopt_fast.compress import Int8Config, PruneConfig, load_weights, prune, qat, quantize, save_weights
 from imgopt_fast.compress.quantize import Int8Model
 from imgopt_fast.data import Dataset, Split, batches_per_epoch
-from imgopt_fast.models import create_model
+from imgopt_fast.models import absolute_file, create_model
 from imgopt_fast.training.augmentation import Augmentation
 from imgopt_fast.training.batch_size import with_batch_size
 from imgopt_fast.training.checkpoint import FILE as CHECKPOINT
@@ -43,6 +44,7 @@ from imgopt_fast.training.stages import planned
 from imgopt_fast.training.teachers import Teacher
 from imgopt_fast.training.transfer import freeze_body, read_checkpoint, thaw, transfer_weights
 
+DEFAULT_MODEL = "resnet8"
 PRUNE_RAMP = 0.5  # share of the pruning steps over which weights are removed; the rest recovers
 PRUNE_UPDATES = 20  # mask updates on that way
 LAYER_IMAGES = 32  # that the layers of the int8 network are measured on
@@ -61,19 +63,24 @@ def train(config: TrainConfig) -> Report:
     with joined(config.device) as process:
         path = Path(process.gather(str(_run_path(config)))[0])  # the name has a time in it
         with RunFolder.create(path, writes=process.main) as run:
+            run.write("config.yaml", config.save)  # with it a run that is killed before its first checkpoint resumes
             return _train(config, run, process, None)
 
 
 def resume(path: Path) -> Report:
     """Continue the training in the run folder `path` where its last checkpoint left it, as `train` would have.
 
+    Without a checkpoint it begins again, in the same folder.
     On a CPU with the same number of threads and processes the result has the bits of a training that was never
     stopped; with another number of processes it goes on from the same weights, images and draws.
     """
     config = TrainConfig.load(path / "config.yaml")
     with joined(config.device) as process:
-        run = RunFolder(path, writes=process.main)
-        return _train(config, run, process, load_checkpoint(path / CHECKPOINT))
+        found = (path / CHECKPOINT).exists()
+        if not found and process.main:
+            logger.info(f"{path}: stopped before its first checkpoint; begins again")
+        run = RunFolder(path, writes=process.main, keep=found)
+        return _train(config, run, process, load_checkpoint(path / CHECKPOINT) if found else None)
 
 
 def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: dict[str, Any] | None) -> Report:
@@ -192,7 +199,8 @@ def _about(dataset: Dataset, config: TrainConfig) -> str:
     )
     colours = "grey" if channels == 1 else "colour"
     return (
-        f"{dataset.name}: {len(dataset.class_names)} classes; {counts} images, {colours}, {width}x{height}, {kept}; "
+        f"{dataset.name}: {len(dataset.class_names)} classes; {counts} images"
+        f"{f' ({dataset.splits})' if dataset.splits else ''}, {colours}, {width}x{height}, {kept}; "
         f"batches of {config.batch_size}"
     )
 
@@ -204,9 +212,22 @@ def _source(config: TrainConfig) -> Card | None:
 
 
 def _settled(config: TrainConfig) -> TrainConfig:
-    """A network that is taken as it is says itself which one it is."""
-    source = _source(config) if config.epochs == 0 else None
-    return config if source is None else dataclasses.replace(config, model=source.model)
+    """With the network named, which a run to begin with knows, and inputs that are found from any other folder."""
+    source, model = _source(config), config.model
+    if source is not None and (config.epochs == 0 or not model):
+        model = source.model
+    return dataclasses.replace(
+        config,
+        model=absolute_file(model or DEFAULT_MODEL),
+        data=_absolute(config.data),
+        pretrained=_absolute(config.pretrained),
+        distill=_absolute(config.distill),
+    )
+
+
+def _absolute(place: str | None) -> str | None:
+    """A path of files or a pattern of them; a URL or a command of the webdataset library stays as it is."""
+    return place if place is None or ":" in place.split("/")[0] else os.path.abspath(place)
 
 
 def _start(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, str]:
@@ -230,7 +251,8 @@ def _start(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, str]:
     else:
         weights, known = read_checkpoint(path), None
     model = _create(config, dataset)
-    left = transfer_weights(model, weights, dataset.class_names, known)
+    what = f"{path}, a {card.model}," if card is not None else str(path)
+    left = transfer_weights(model, weights, dataset.class_names, known, what=f"{what} and --model {config.model}")
     logger.info(f"{path}: {len(left)} of {len(model.state_dict())} tensors keep their initial values: {_few(left)}")
     if config.transfer != "finetune":
         freeze_body(model)
@@ -304,7 +326,7 @@ def _placed(config: TrainConfig, model: nn.Module) -> nn.Module:
 
 def _run_path(config: TrainConfig) -> Path:
     data = "fashion-mnist" if config.data is None else Path(config.data).resolve().name
-    name = f"{data}-{config.model.replace(':', '.')}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = f"{data}-{config.model_title().replace(':', '.')}-{datetime.now():%Y%m%d-%H%M%S}"
     return Path(config.output) / (config.experiment or name)
 
 

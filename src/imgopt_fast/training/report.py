@@ -19,7 +19,7 @@ from imgopt_fast.training.config import TrainConfig, cpu_features
 from imgopt_fast.training.evaluate import Speed
 from imgopt_fast.training.page import page
 from imgopt_fast.training.run_folder import RunFolder
-from imgopt_fast.training.stages import TITLES
+from imgopt_fast.training.stages import title
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Report:
             ("", "accuracy", "density", "size", "memory", "latency", "images/s"),
             *(
                 (
-                    TITLES[row.stage],
+                    title(row.stage, self.config),
                     f"{row.test_top1:.2%}",
                     f"{row.density:.0%}",
                     f"{row.file_bytes / 1024:,.0f} KiB",
@@ -113,7 +113,7 @@ def write_report(run: RunFolder, report: Report, augment: Augmentation) -> None:
     names = report.dataset.class_names
     run.write("samples.png", lambda path: figures.samples(path, report.dataset, augment, report.config.seed))
     run.write("summary.csv", lambda path: write_summary(path, report.epochs))
-    run.write("curves.png", lambda path: figures.curves(path, report.epochs))
+    run.write("curves.png", lambda path: figures.curves(path, report.epochs, report.config))
     run.write("confusion.png", lambda path: figures.confusion(path, report.dataset.test.labels, report.found, names))
     run.write("mistakes.png", lambda path: figures.mistakes(path, report.dataset.test, report.found, names))
     if (layers := report.layers) is not None:
@@ -131,31 +131,16 @@ def write_summary(path: Path, epochs: list[EpochRow]) -> None:
 
 
 def _markdown(report: Report) -> str:
-    config, data = report.config, report.dataset
-    precision = f"{config.amp_dtype} autocast" if config.uses_amp() else "float32"
-    processor = cpu_features().get("cpu_name") or platform.processor()
-    return f"""# {config.model} on {data.name}
+    notes = "\n".join(f"- {line}" for line in [*note_lines(report), f"Seconds: {_times(report)}."])
+    return f"""# {title_line(report)}
 
-{len(data.class_names)} classes; {len(data.train):,} training, {len(data.validation):,} validation and \
-{len(data.test):,} test images of {data.test.shape[2]} by {data.test.shape[1]} pixels.{_skipped(report)}
+{data_line(report)}
 
 ```
 {report.table()}
 ```
 
-- *accuracy*: on the test images, which nothing was chosen by; with {len(data.test):,} of them its standard error is \
-{_standard_error(report):.1%}.
-- *density*: share of the convolution and linear weights that are not zero. *size*: of the weight file, in which a \
-mostly-zero tensor is stored as bits and values.
-- *memory*: weights, and the most by which a process grows while {memory.IMAGES} images go through.
-- *latency*: median at batch 1; *images/s*: at batch {min(config.batch_size, len(data.test))}; the float networks \
-run in float32.
-- Seconds: {_times(report)}.
-- Training: {precision}, seed {config.seed}. The plain PyTorch loop does the same work for one epoch (same network, \
-batches, augmentation ranges, loss and optimizer) with `affine_grid` + `grid_sample` in float32.
-- Machine: {processor}, {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads; \
-imgopt_fast {__version__} ({_native.backend()}{f", {_native.active_isa()}" if _native.backend() == "native" else ""}), \
-torch {torch.__version__}, Python {platform.python_version()}.
+{notes}
 
 ![curves](curves.png)
 
@@ -173,13 +158,49 @@ The final network is `model.safetensors`.
 """
 
 
+def title_line(report: Report) -> str:
+    return f"{report.config.model_title()} on {report.dataset.name}"
+
+
+def data_line(report: Report) -> str:
+    data = report.dataset
+    splits = f"; {data.splits}" if data.splits else ""
+    return (
+        f"{len(data.class_names)} classes; {len(data.train):,} training, {len(data.validation):,} validation and "
+        f"{len(data.test):,} test images of {data.test.shape[2]} by {data.test.shape[1]} pixels{splits}."
+        f"{_skipped(report)}"
+    )
+
+
+def note_lines(report: Report) -> list[str]:
+    """What the columns mean and what was measured on; in Markdown."""
+    config, tested = report.config, len(report.dataset.test)
+    precision = f"{config.amp_dtype} autocast" if config.uses_amp() else "float32"
+    processor = cpu_features().get("cpu_name") or platform.processor()
+    kernels = f", {_native.active_isa()}" if _native.backend() == "native" else ""
+    return [
+        f"*accuracy*: on the test images, which nothing was chosen by; with {tested:,} of them its standard error is "
+        f"{_standard_error(report):.1%}.",
+        "*density*: share of the convolution and linear weights that are not zero. *size*: of the weight file, in "
+        "which a mostly-zero tensor is stored as bits and values.",
+        f"*memory*: weights, and the most by which a process grows while {memory.IMAGES} images go through.",
+        f"*latency*: median at batch 1; *images/s*: at batch {min(config.batch_size, tested)}; the float networks run "
+        "in float32.",
+        f"Training: {precision}, seed {config.seed}. The plain PyTorch loop does the same work for one epoch (same "
+        "network, batches, augmentation ranges, loss and optimizer) with `affine_grid` + `grid_sample` in float32.",
+        f"Machine: {processor}, {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads; "
+        f"imgopt_fast {__version__} ({_native.backend()}{kernels}), torch {torch.__version__}, "
+        f"Python {platform.python_version()}.",
+    ]
+
+
 def time_lines(report: Report) -> list[str]:
     """Where the time went: a line per stage with the share of each phase."""
     lines = []
     for stage, seconds in report.times.items():
         total = sum(seconds.values())
         shares = ", ".join(f"{phase} {value / max(total, 1e-9):.1%}" for phase, value in seconds.items())
-        lines.append(f"{stage} {total:.1f} s ({shares})")
+        lines.append(f"{title(stage, report.config)} {total:.1f} s ({shares})")
     return lines
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from imgopt_fast.training.config import TrainConfig
 
+WARMUP = 0.25  # of a stage's epochs at most: the rate has to come down again, in two epochs as well
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -28,14 +30,11 @@ class Stage:
         return self.first_epoch + self.epochs
 
 
-TITLES = {
-    "head": "new last layer",
-    "dense": "dense float",
-    "pruned": "pruned",
-    "distilled": "distilled",
-    "qat": "int8-aware",
-    "int8": "int8",
-}
+def title(stage: str, config: TrainConfig) -> str:
+    """What people call the network of `stage`."""
+    if stage == "dense" and config.distill is not None and config.distill_loss_weight > 0 and config.epochs > 0:
+        return "dense, distilled"
+    return {"head": "new last layer", "dense": "dense float", "qat": "int8-aware"}.get(stage, stage)
 
 
 def planned(config: TrainConfig) -> list[Stage]:
@@ -57,7 +56,7 @@ def planned(config: TrainConfig) -> list[Stage]:
                     first_epoch=stages[-1].end if stages else 0,
                     epochs=epochs,
                     lr=lr,
-                    warmup_epochs=min(warmup, epochs),
+                    warmup_epochs=min(warmup, WARMUP * epochs),
                     amp=name != "qat",  # the simulated rounding needs more digits than bfloat16 has
                     keep_zeros=name not in ("head", "dense"),
                     frozen=name == "head" or (name == "dense" and config.transfer != "finetune" and not head),

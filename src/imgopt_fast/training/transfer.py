@@ -31,7 +31,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{path}: not a file of weights") from error
     stored = stored if isinstance(stored, dict) else {}
-    for key in ("state_dict", "model", "state"):  # as training scripts wrap them
+    for key in ("state", "state_dict", "model"):  # as training scripts wrap them, and our own checkpoint.pt, twice
         if isinstance(stored.get(key), dict):
             stored = stored[key]
     weights = {name.removeprefix("module."): t for name, t in stored.items() if isinstance(t, Tensor)}
@@ -41,14 +41,20 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def transfer_weights(
-    model: nn.Module, weights: dict[str, Tensor], class_names: Sequence[str], known: Sequence[str] | None
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    class_names: Sequence[str],
+    known: Sequence[str] | None,
+    what: str = "the two networks",
 ) -> list[str]:
     """Copy what `weights` has for `model`; returns the names of what keeps its initial values.
 
     `known` are the class names of the last layer's rows in `weights`, None where nobody knows them: it is then taken
-    whole, if it fits. Raises ValueError when nothing fits.
+    whole, if it fits. Raises ValueError, with `what` was compared, when fewer than half of the tensors below the last
+    layer fit, or nothing at all does.
     """
-    state, head, left = model.state_dict(), head_name(model), []
+    state, head, left = model.state_dict(), head_name(model), list[str]()
+    _check_alike(state, weights, head, what)
     for name, tensor in state.items():
         found = weights.get(name)
         if found is not None and found.shape == tensor.shape and not (known and name.rpartition(".")[0] == head):
@@ -60,11 +66,20 @@ def transfer_weights(
             left += [f"{name}[{c}]" for c in class_names if c not in known]
         else:
             left.append(name)
-    if len(left) >= len(state):
-        int8 = any(name.endswith("weight_int8") for name in weights)
-        hint = "; it holds an int8 network: take the run folder, or the file of a stage before" if int8 else ""
-        raise ValueError(f"pretrained: none of its weights has a name and a shape of this network{hint}")
     return left
+
+
+def _check_alike(state: dict[str, Tensor], weights: dict[str, Tensor], head: str, what: str) -> None:
+    body = [name for name in state if name.rpartition(".")[0] != head] or list(state)  # a last layer may be all
+    shared = sum(name in weights and weights[name].shape == state[name].shape for name in body)
+    if 2 * shared >= len(body):
+        return
+    int8 = any(name.endswith("weight_int8") for name in weights)
+    hint = "it holds an int8 network: take the run folder, or the file of a stage before"
+    raise ValueError(
+        f"pretrained: {what} share {shared} of {len(body)} weights by name and shape; "
+        + (hint if int8 else "expected weights of the same network")
+    )
 
 
 def head_name(model: nn.Module) -> str:

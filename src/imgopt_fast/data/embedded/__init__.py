@@ -34,6 +34,7 @@ def load_embedded(validation: float) -> Dataset:
         train.take((~held_out).nonzero().flatten()),
         train.take(held_out.nonzero().flatten()),
         test,
+        splits="validation taken from the training images",
     )
 
 
