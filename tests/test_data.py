@@ -364,10 +364,10 @@ def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "set.zip").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"set\.zip: a zip archive without its end: cut short, or damaged"):
         load_dataset(tmp_path / "set.zip")
-    for pack, words in ((tar_plain, "unexpected end of data"), (tar_packed, "ended before the end-of-stream")):
+    for pack in (tar_plain, tar_packed):
         path = pack(root, "")
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 + 100])
-        with pytest.raises(DataError, match=rf"set\.tar: .*{words}"):
+        with pytest.raises(DataError, match=r"set\.tar: cut short, or damaged: "):
             load_dataset(path)
 
 

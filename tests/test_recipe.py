@@ -66,7 +66,7 @@ def test_one_report_shows_every_stage(whole: Report) -> None:
         assert set(whole.times[stage]) == {"wait", "augment", "forward", "backward", "step"}
         assert all(value > 0 for value in whole.times[stage].values())
     markdown = (whole.path / "report.md").read_text()
-    for word in ("memory", "dense float", "distilled", "wait", "![samples](samples.png)", "bad<b>.png"):
+    for word in ("memory", "dense, distilled", "distilled", "wait", "![samples](samples.png)", "bad<b>.png"):
         assert word in markdown
     assert whole.layers is not None
     lines = str(whole.layers).splitlines()
@@ -148,7 +148,7 @@ def test_the_page_in_a_browser(whole: Report, tmp_path: Path) -> None:
     assert found["cells"] == [1 + len(whole.stages), 1 + len(whole.epochs)]
     assert found["wide"] <= 1000
     for words in (
-        "dense float",
+        "dense, distilled",
         "distilled",
         "Layers of the int8 network",
         "conv2d",

@@ -44,8 +44,10 @@ def list_images(root: Path) -> ImageFiles:
             return _Zip(root)
         if root.is_file() and tarfile.is_tarfile(root):
             return _Tar(root)
-    except (OSError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
-        raise DataError(f"{root}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise DataError(f"{root}: {error.strerror or error}") from error
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+        raise DataError(f"{root}: cut short, or damaged: {error}") from error
     if not root.exists():
         raise DataError(f"{root}: no such folder or archive")
     with root.open("rb") as file:

@@ -137,6 +137,6 @@ def samples(path: Path, dataset: Dataset, augment: Augmentation, seed: int) -> N
             pair = torch.cat([source, gap, shown[i].cpu()], dim=2).clamp(0, 1)
             axes.imshow(pair.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             name = dataset.class_names[int(batch.labels[i])]
-            drawn = textwrap.fill(view.draws.describe(i).replace("  ", " "), 52)
+            drawn = textwrap.fill(view.draws.describe(i).replace("  ", " "), 64)
             axes.set_title(f"{name}\n{drawn}", fontsize=6)
     figure.savefig(path, dpi=DPI)

@@ -49,8 +49,8 @@ class Progress:
         found = f"loss {row.train_loss:.3f}, val {row.eval_top1:.1%}, wait {wait:.1%}"
         self._bar.set_postfix_str(found, refresh=False)
         if self._lines:
-            seconds = (time.perf_counter() - self._began) * (self._left - self._done) / self._done
-            left = tqdm.format_interval(seconds)
+            seconds = (time.perf_counter() - self._began) * (self._left - self._done) / max(1, self._done)
+            left = tqdm.format_interval(seconds) if self._done else "?"  # an epoch that was resumed at its end
             logger.info(f"{self._stage} {number}/{of}: {row.images_per_second:,.0f} images/s, {left} left, {found}")
 
     def __enter__(self) -> "Progress":

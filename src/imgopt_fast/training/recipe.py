@@ -76,7 +76,7 @@ def resume(path: Path) -> Report:
     """
     config = TrainConfig.load(path / "config.yaml")
     with joined(config.device) as process:
-        found = (path / CHECKPOINT).exists()
+        found = process.gather((path / CHECKPOINT).exists())[0]  # of one process, which will write another
         if not found and process.main:
             logger.info(f"{path}: stopped before its first checkpoint; begins again")
         run = RunFolder(path, writes=process.main, keep=found)
