@@ -65,7 +65,7 @@ struct Depthwise {
         padding = strip + strip_bytes;
         memset(padding, p.input_zero_point ^ p.input_flip, 64);
         for (int64_t c = 0; c < channels; c += kDepthwiseChannels)
-            prepare_block(p, 1, c, halves(c) ? 32 : 64, block_at(c));
+            prepare_block(p, c, halves(c) ? 32 : 64, block_at(c));
     }
 
     bool halves(int64_t channel) const { return !rare && p.weight.out_channels - channel <= 32; }
@@ -134,7 +134,7 @@ struct Depthwise {
             for (int j = 0; j < 2; ++j) {
                 sum<L::kPixels>(block, columns, 2 * pair + j, q[j]);
 #pragma GCC unroll 4
-                for (int i = 0; i < COUNT; ++i) q[j][i] = rounded<false>(q[j][i], block, 2 * pair + j);
+                for (int i = 0; i < COUNT; ++i) q[j][i] = rounded(q[j][i], block, 2 * pair + j);
             }
 #pragma GCC unroll 4
             for (int i = 0; i < COUNT; ++i) words[pair][i] = to_bytes.words(q[0][i], q[1][i]);
@@ -219,8 +219,6 @@ struct Depthwise {
 
 int64_t depthwise_units(const Int8Conv2d& p) {
     if (p.batch * p.out_h * p.out_w == 0) return 0;
-    if (is_depthwise_rows(p, 3, 1)) return DepthwiseRows<Depthwise3<1, false>>::units(p);
-    if (is_depthwise_rows(p, 5, 1)) return DepthwiseRows<Depthwise5<1, false>>::units(p);
     return p.batch * p.out_h;
 }
 

@@ -32,11 +32,10 @@ void depthwise_weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* p
     }
 }
 
-// A block of channels, ready for the lanes: its constants, then (output row, tap, rows / 4, vector) of weights.
+// A block of channels, ready for the lanes: its constants, then (tap, rows / 4, vector) of weights.
 struct DepthwiseBlock {
     __m512i offset[4];
     __m512 multiplier[4];
-    __m512 base[4];  // see take_as_floats
     __m512i weight[];
 };
 
@@ -53,51 +52,22 @@ void lanes_of_channels(const void* in, int64_t bytes, void* out) {
     _mm512_store_si512(to + 3, _mm512_shuffle_i32x4(c, d, 0xdd));
 }
 
-// For `rows` output rows, of which the weights of row v lie v rows further down: none of them in a second four. Lanes
-// behind `bytes` channels repeat those before.
-void prepare_block(const Int8Conv2d& p, int rows, int64_t channel, int64_t bytes, DepthwiseBlock* block) {
+// Lanes behind `bytes` channels repeat those before.
+void prepare_block(const Int8Conv2d& p, int64_t channel, int64_t bytes, DepthwiseBlock* block) {
     lanes_of_channels(p.offset + channel, bytes, block->offset);
     lanes_of_channels(p.multiplier + channel, bytes, block->multiplier);
     const int64_t block_bytes = depthwise_block_bytes(p.weight);
     const uint8_t* packed = p.packed + channel / kDepthwiseChannels * block_bytes;
-    __m512i* out = block->weight;
-    for (int v = 0; v < rows; ++v) {
-        const __m128i down = _mm_cvtsi32_si128(8 * v);
-        for (int64_t i = 0; i < block_bytes; i += 64) {
-            __m512i w = _mm512_sll_epi32(_mm512_loadu_si512(packed + i), down);
-            if (bytes < 64) w = bytes == 32 ? _mm512_shuffle_i32x4(w, w, 0x44) : _mm512_shuffle_i32x4(w, w, 0x00);
-            _mm512_store_si512(out++, w);
-        }
+    for (int64_t i = 0; i < block_bytes; i += 64) {
+        __m512i w = _mm512_loadu_si512(packed + i);
+        if (bytes < 64) w = bytes == 32 ? _mm512_shuffle_i32x4(w, w, 0x44) : _mm512_shuffle_i32x4(w, w, 0x00);
+        _mm512_store_si512(block->weight + i / 64, w);
     }
 }
 
-// Whether the sums of a layer whose output is uint8 and zero below zero can be taken as floats: with 2^23 added, the
-// bits of a sum s >= 0 are those of the number 2^23 + s, and one fused multiplication rounds (2^23 + s) * m - 2^23 * m
-// as the product s * m would be. Below zero the bits are those of a smaller number, which becomes zero as well.
-bool has_float_sums(const Int8Conv2d& p) {
-    if (is_rare(p) || p.residual || !is_plain(p, byte_range(p))) return false;
-    const int64_t most = (1 << 23) - 255 * 128 * taps_of(p.weight);
-    int32_t low = 0, high = 0;
-    for (int64_t c = 0; c < p.weight.out_channels; ++c) {
-        low = p.offset[c] < low ? p.offset[c] : low;
-        high = p.offset[c] > high ? p.offset[c] : high;
-    }
-    return high < most && -most < low;
-}
-
-void take_as_floats(DepthwiseBlock* block) {
-    for (int j = 0; j < 4; ++j) {
-        block->offset[j] = _mm512_add_epi32(block->offset[j], _mm512_set1_epi32(0x4b000000));  // the bits of 2^23
-        block->base[j] = _mm512_mul_ps(block->multiplier[j], _mm512_set1_ps(8388608.0f));
-    }
-}
-
-// Sums of vector j, scaled and rounded. FLOATS: taken as floats.
-template <bool FLOATS>
+// Sums of vector j, scaled and rounded.
 [[gnu::always_inline]] inline __m512i rounded(__m512i sum, const DepthwiseBlock* block, int j) {
-    const __m512 m = block->multiplier[j];
-    return _mm512_cvtps_epi32(FLOATS ? _mm512_fmsub_ps(_mm512_castsi512_ps(sum), m, block->base[j])
-                                     : _mm512_mul_ps(_mm512_cvtepi32_ps(sum), m));
+    return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), block->multiplier[j]));
 }
 
 }  // namespace
