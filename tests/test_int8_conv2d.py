@@ -76,7 +76,7 @@ def test_depthwise_lanes_and_strips(isa: str, rng: np.random.Generator, kernel: 
 @pytest.mark.parametrize("steps", [0, 7_570_000, 8_090_000, 8_500_000, -8_500_000])
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_depthwise_behind_a_relu(isa: str, rng: np.random.Generator, kernel: int, stride: int, steps: int) -> None:
-    """Zero point 0, every remainder of a vector's lanes; sums around 2^23, up to which they may be taken as floats."""
+    """Zero point 0, every remainder of a vector's lanes; sums around 2^23, beyond which float32 rounds them."""
     for c, (h, w) in itertools.product((16, 32, 64, 72, 80, 96, 144), ((5, 33), (6, 4), (2, 1))):
         pad = kernel // 2
         x, weight, _, settings = layer(
@@ -91,10 +91,41 @@ def test_depthwise_behind_a_relu(isa: str, rng: np.random.Generator, kernel: int
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_depthwise_of_large_images(isa: str, rng: np.random.Generator, kernel: int, stride: int) -> None:
-    """More than 1 MiB, where rows are fetched ahead: the result stays what it is."""
-    pad = kernel // 2
+    """More than 6 MiB, with 5 x 5 taps 1 MiB, where rows are fetched ahead: the result stays what it is."""
+    pad, width = kernel // 2, 5000 if kernel == 3 else 1100
     geometry = {"k": (kernel, kernel), "stride": (stride, stride), "padding": ((pad, pad), (pad, pad))}
-    check(*layer(rng, n=1, c=80, o=80, groups=80, h=13, w=1100, output_zero_point=0, **geometry))
+    check(*layer(rng, n=1, c=80, o=80, groups=80, h=13, w=width, output_zero_point=0, **geometry))
+
+
+# Paddings that a row of outputs begins or ends with entirely, of one side only, and none.
+@pytest.mark.parametrize("padding", [((0, 0), (0, 0)), ((4, 5), (6, 7)), ((0, 2), (3, 0)), ((2, 0), (0, 9))], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_depthwise_paddings(isa: str, rng: np.random.Generator, kernel: int, stride: int, padding: Any) -> None:
+    for c, (h, w) in itertools.product((64, 80), ((5, 5), (7, 34))):
+        geometry = {"k": (kernel, kernel), "stride": (stride, stride), "padding": padding}
+        check(*layer(rng, c=c, o=c, groups=c, h=h, w=w, **geometry))
+
+
+# Light weights, of which any two products fit 16 bits with the right partners; some that do not; none.
+@pytest.mark.parametrize("deviation", [10, 40, 1000])
+@pytest.mark.parametrize("input_dtype", DTYPES)
+def test_products_that_are_added_in_16_bits(
+    isa: str, rng: np.random.Generator, deviation: float, input_dtype: torch.dtype
+) -> None:
+    geometries: tuple[dict[str, Any], ...] = (
+        {"c": 48, "o": 32, "padding": ((1, 1), (1, 1))},
+        {"c": 64, "o": 96, "groups": 2, "input_zero_point": 0, "padding": ((1, 2), (0, 1))},
+        {"c": 528, "o": 16, "k": (1, 1)},
+    )
+    for geometry in geometries:
+        real = {"output_scale": None, "output_zero_point": 0, "output_dtype": None}
+        x, weight, bias, settings = layer(rng, input_dtype=input_dtype, **geometry, **real)
+        weight = torch.from_numpy(rng.normal(0, deviation, weight.shape).round().clip(-128, 127)).to(torch.int8)
+        weight[:16, :16, 0, 0] = 127
+        weight[1, :16, 0, 0] = -128
+        x[:, :, ::2] = 255 if input_dtype == torch.uint8 else 127
+        check(x, weight, bias, settings)
 
 
 DEPTHWISE_LAYERS: list[dict[str, Any]] = [

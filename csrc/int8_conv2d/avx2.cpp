@@ -1,8 +1,7 @@
-// int8_conv2d on AVX2, exactly. vpmaddubsw would add two products of bytes in 16 bits, where they saturate; so the
-// input rows of a block of pixels are widened to words once, for all taps and output channels, and vpmaddwd multiplies
-// words. The multipliers are as busy as with vpmaddubsw and its second step: two instructions for 32 products either
-// way.
+// int8_conv2d on AVX2, exactly: by bytes where the weights allow it (pairs_avx2.h), otherwise the input rows of a block
+// of pixels are widened to words once, for all taps and output channels, and vpmaddwd multiplies words.
 #include "depthwise_ymm.h"
+#include "pairs_avx2.h"
 #include "steps.h"
 
 namespace imgopt::avx2 {
@@ -18,10 +17,38 @@ struct Words {
     }
 };
 
+using Wide = Convolution<Words>;
+
+constexpr int64_t kKindBytes = 64;  // behind a layer's weights: whether they are paired bytes
+
+int64_t kind_at(const Int8Weight& w) {
+    const int64_t wide = Wide::weight_bytes(w), paired = may_pair(w) ? PairedLayout(w).bytes() : 0;
+    return wide > paired ? wide : paired;
+}
+bool is_paired(const Int8Conv2d& p) { return p.packed[kind_at(p.weight)] != 0; }
+
+int64_t weight_bytes(const Int8Weight& w) { return kind_at(w) + kKindBytes; }
+
+void weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* packed) {
+    const bool paired = may_pair(w) && paired_weight_pack(w, weight, packed);
+    if (!paired) Wide::weight_pack(w, weight, packed);
+    memset(packed + kind_at(w), paired, kKindBytes);
+}
+
+int64_t units(const Int8Conv2d& p) { return is_paired(p) ? igemm_units<Paired>(p) : Wide::units(p); }
+
+void kernel(const Int8Conv2d& p, int64_t begin, int64_t end) {
+    is_paired(p) ? igemm<Paired>(p, begin, end) : Wide::kernel(p, begin, end);
+}
+
 }  // namespace
 
 void int8_conv2d(KernelTable& table) {
-    Convolution<Words>::fill(table, "avx2");
+    table.int8_weight_layout = "avx2";
+    table.int8_weight_bytes = weight_bytes;
+    table.int8_weight_pack = weight_pack;
+    table.int8_conv2d_units = units;
+    table.int8_conv2d = kernel;
     fill_steps(table);
 }
 
