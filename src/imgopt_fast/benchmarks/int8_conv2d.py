@@ -43,23 +43,23 @@ NOTES = (
     "7 x 7 stem: the 21 bytes of a kernel row take 6 dwords, 42 instead of 37 for all rows, which bounds it at 276 us; "
     "1.5 times oneDNN's 416 us would be 277. 353 us are the kernel's, the rest is the call and its output. Gathering "
     "the last byte of all rows into two dwords would leave 37 and about 320 us.",
-    "Depthwise 3 x 3: 13 cycles per 64 outputs with stride 1 and 20 with stride 2 (192 channels at 28 x 28, N = 1), of "
-    "which the 12 vpdpbusd and 4 multiplications need 8; the vectors at a row's borders, 2 of 7 at 14 x 14, cost twice "
-    "as much as the others. A loop over one image finds it and the output in the caches; calls between those of other "
-    "contestants find neither: 144 channels at 56 x 56, stride 2, N = 8, take 120 us in the loop and 170 to 290 with "
-    "four images in turn. Rows are therefore fetched ahead where images and outputs exceed 1 MiB (96 channels at 112 x "
-    "112, stride 2, N = 8, four in turn: 815 to 470 us). Best peer over ours, geometric mean, other core busy: 2.6 to "
-    "3.0 at N = 1, 2.3 at N = 8; 5 x 5: 2.5 to 2.6 and 2.0.",
-    "Depthwise 5 x 5: 23 cycles per 64 outputs with stride 1 (64 channels at 28 x 28), of which 28 vpdpbusd and 4 "
-    "multiplications need 16 and 32 loads another 16; 17 to 32 where the borders are 2 of 7 vectors. With stride 2 no "
-    "two output rows share columns.",
-    "AVX2: exact products need words, vpmaddwd and vpaddd: four vector instructions for 32 products on four pipes, two "
-    "of them on the two pipes that multiply. fbgemm's vpmaddubsw needs three, two of them multiplications too, but "
-    "saturates pairs at 16 bits, which is why torch halves the range of its activations for it (reduce_range); the "
-    "results here are exact for all 8 bits. With fbgemm forced to AVX2 in the same process it takes 0.94 to 1.04 times "
-    "as long as ours in 3 x 3 layers, 0.89 to 0.94 in 1 x 1 layers and 1.00 in the first layer (eight layers of "
-    "ResNet-50). Bytes whose pairs provably fit 16 bits would be exact too; of weights with a deviation of 40 steps "
-    "half the dwords of 16 channels have a pair that does not.",
+    "Depthwise 3 x 3: 11 to 12 cycles per 64 outputs with stride 1 (28 x 28 and 56 x 56), 14 at 7 x 7, and 15 to 20 "
+    "with stride 2, of which the 12 vpdpbusd and 4 multiplications need 8; the rest is instructions, 47 and 54, of "
+    "which the core takes about 5 per cycle. Of 144 channels a ninth of the vectors collects four rows of 16 "
+    "channels, and a load of a pixel that begins in the middle of a cache line counts twice. At N = 1 the call's 2.7 "
+    "us are up to half of the time. At N = 8 images come from the third cache or from memory: 144 channels at 56 x "
+    "56, stride 2, take 93 us in a loop over one pair of buffers, 110 with six pairs in turn for 1 ms each, 214 with "
+    "another pair for every call; fetching rows ahead makes that 115, 117 and 170.",
+    "Depthwise 5 x 5: 22 cycles per 64 outputs with stride 1 (64 channels at 28 x 28) and 29 at 14 x 14, of which 28 "
+    "vpdpbusd and 4 multiplications need 16. Weights and sums of 64 channels do not fit the registers, so a row is "
+    "gone through twice and every byte is loaded twice. With stride 2 (144 channels at 56 x 56) 40, of which the "
+    "loads, most of them of two cache lines, take 20.",
+    "AVX2: two multiplications for 32 products bound fbgemm and ours at 32 products per cycle. fbgemm adds pairs of "
+    "products in 16 bits, where they saturate, which is why torch halves the range of its activations for it "
+    "(reduce_range). Here channels are paired when weights are packed so that no pair can, for all 8 bits: three "
+    "vector instructions for 32 products where words take four. From registers bytes reach 31.7 products per cycle "
+    "and words 27.8; 3 x 3 layers run at 28 to 29, 1 x 1 layers at 27 to 28 but for 64->256 (22.7: rounding and "
+    "packing). Weights with a deviation of 60 steps of 127 have too few pairs and take words.",
 )
 
 
