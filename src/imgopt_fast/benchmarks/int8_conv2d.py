@@ -51,9 +51,9 @@ NOTES = (
     "56, stride 2, take 93 us in a loop over one pair of buffers, 110 with six pairs in turn for 1 ms each, 214 with "
     "another pair for every call; fetching rows ahead makes that 115, 117 and 170.",
     "Depthwise 5 x 5: 22 cycles per 64 outputs with stride 1 (64 channels at 28 x 28) and 29 at 14 x 14, of which 28 "
-    "vpdpbusd and 4 multiplications need 16. Weights and sums of 64 channels do not fit the registers, so a row is "
-    "gone through twice and every byte is loaded twice. With stride 2 (144 channels at 56 x 56) 40, of which the "
-    "loads, most of them of two cache lines, take 20.",
+    "vpdpbusd and 4 multiplications need 16; weights and sums of 64 channels do not fit the registers, so a row is "
+    "gone through twice and every byte is loaded twice. With stride 2 27 cycles (128 channels at 56 x 56) and 35 with"
+    " 144, whose last 16 take a seventh of the time and whose pixels mostly lie in two cache lines.",
     "AVX2: two multiplications for 32 products bound fbgemm and ours at 32 products per cycle. fbgemm adds pairs of "
     "products in 16 bits, where they saturate, which is why torch halves the range of its activations for it "
     "(reduce_range). Here channels are paired when weights are packed so that no pair can, for all 8 bits: three "
