@@ -124,6 +124,8 @@ def test_products_that_are_added_in_16_bits(
         weight = torch.from_numpy(rng.normal(0, deviation, weight.shape).round().clip(-128, 127)).to(torch.int8)
         weight[:16, :16, 0, 0] = 127
         weight[1, :16, 0, 0] = -128
+        weight[2, 16:32, 0, 0] = 65  # a pair of these is the least that does not fit, as is one of the next
+        weight[3, 16:32, -1, -1] = -65
         x[:, :, ::2] = 255 if input_dtype == torch.uint8 else 127
         check(x, weight, bias, settings)
 
