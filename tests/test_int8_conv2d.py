@@ -148,8 +148,23 @@ FIRST_LAYERS: list[dict[str, Any]] = [
         (6, 20, 2, 2, 0, 1, 8, 7, 2),
         (2, 70, 3, 3, 0, 0, 10, 31, 1),
         (5, 8, 1, 1, 0, 0, 6, 5, 1),
+        (3, 20, 11, 4, 2, 5, 19, 9, 2),
     )
 ]
+FIRST_LAYERS += [
+    {"c": 3, "o": 20, "k": (3, 7), "dilation": (2, 1), "padding": ((4, 1), (2, 5)), "h": 6, "w": 8},
+    {"c": 3, "o": 20, "k": (3, 7), "dilation": (1, 2), "padding": ((1, 1), (6, 5)), "h": 6, "w": 8},
+]
+
+
+@pytest.mark.parametrize("filters", [8, 16, 24, 32, 40, 48, 64, 96])
+def test_pointwise_layers(isa: str, rng: np.random.Generator, filters: int) -> None:
+    """1 x 1: every height of a tile, one block of pixels and several, dense rows and rows with a rest."""
+    for c, w in itertools.product((4, 20), (1, 5, 11, 23, 24, 25, 50, 127)):
+        for output_zero_point in (0, 9):
+            check(
+                *layer(rng, n=1 + w // 50 * 3, c=c, o=filters, k=(1, 1), h=1, w=w, output_zero_point=output_zero_point)
+            )
 
 
 @pytest.mark.parametrize("geometry", FIRST_LAYERS, ids=str)
@@ -179,9 +194,16 @@ def test_nothing_is_read_behind_the_images(isa: str, rng: np.random.Generator, g
 @pytest.mark.parametrize("requantize", ["float", "shift"])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_epilogues(isa: str, rng: np.random.Generator, requantize: str, with_residual: bool) -> None:
-    """Clamp, residual, float output and shifts, on a wide tile, a tail of channels, and depthwise."""
+    """Clamp, residual, float output and shifts, on wide tiles, a tail of channels, a first layer, and depthwise."""
     shift = requantize == "shift"
-    for geometry in ({"c": 64, "o": 64}, {"c": 12, "o": 37}, {"c": 70, "o": 70, "groups": 70}):
+    geometries: list[dict[str, Any]] = [
+        {"c": 64, "o": 64},
+        {"c": 12, "o": 37},
+        {"c": 70, "o": 70, "groups": 70},
+        {"c": 24, "o": 40, "k": (1, 1)},
+        {"c": 3, "o": 20, "padding": ((1, 1), (1, 1))},
+    ]
+    for geometry in geometries:
         for output_dtype in DTYPES:
             bounds = {"output_min": -1.3, "output_max": 3.7} if output_dtype == torch.int8 else {"output_min": 0.0}
             check(

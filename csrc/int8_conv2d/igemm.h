@@ -2,6 +2,8 @@
 // the left operand are found through a table of pointers, one per output pixel and tap, and padded taps point to a row
 // of zero points, so that borders cost nothing in the inner loop and cancel exactly in the sum (contract.h). With few
 // channels, as in a first layer, the taps of a kernel row lie side by side in memory, and a pointer serves all of them.
+// Where all rows of a block follow each other, in 1 x 1 layers or as copies of a first layer's input rows with their
+// padding, a unit may do without the table.
 //
 // Work is cut into units of a block of output pixels times a panel of output channels. A block's table is built once
 // and stays in L1; a panel's weights are read once per block.
@@ -14,9 +16,10 @@
 //   rows(vectors)       output pixels of the tallest tile of that width
 //   tiles(rows, vectors) the function that computes tiles of that size
 //   kSortedPixels       if it is there: of a block whose pixels are sorted; the tiles then heed `tap` and `at`
-//   kPointwiseRows      if it is there: a multiple of all tallest tiles; the tiles then heed `first`
+//   kConsecutiveRows    if it is there: a multiple of all tallest tiles; the tiles then heed `first`
 #pragma once
 
+#include "panels.h"
 #include "rows.h"
 #include "tap_classes.h"
 
@@ -61,8 +64,13 @@ struct Tile {
     int64_t inner;       // bytes of one row, a multiple of 4
     const uint8_t* weight;
     int64_t pixel, pixels, channel, channels;
-    const int64_t* at;     // output pixel of every row; null: from `pixel` on
-    const uint8_t* first;  // where the rows follow each other, pixels of the input: the first one; otherwise null
+    const int64_t* at;  // output pixel of every row; null: from `pixel` on
+    // Of rows that follow each other, `first_stride` bytes apart, with taps `tap_stride` bytes apart; null: they are in
+    // the table. Behind the taps come `end_bytes` of `ends` for every pixel.
+    const uint8_t* first;
+    int64_t first_stride, tap_stride;
+    const uint8_t* ends;
+    int64_t end_bytes;
     ByteRange range;
     bool rare;             // to be stored a sum at a time
     const uint8_t* ahead;  // to be fetched meanwhile, so many bytes per pixel: a part of the next block's input
@@ -77,30 +85,6 @@ using TileFunction = void (*)(const Tile&);
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-// How a group's output channels are cut: `vectors` of kLanes, spread evenly over `panels`.
-template <class Isa>
-struct Panels {
-    int64_t vectors, panels;
-
-    explicit Panels(const Int8Weight& w)
-        : vectors(ceil_div(w.out_channels / w.groups, Isa::kLanes)), panels(ceil_div(vectors, Isa::kMaxVectors)) {}
-    int64_t begin(int64_t panel) const { return vectors * panel / panels; }
-};
-
-// Products in a dword.
-template <class Isa>
-constexpr int64_t kGroup = 4 / static_cast<int64_t>(sizeof(typename Isa::Product));
-
-// Products of one kernel row of an output value, in whole dwords, and of all of them.
-template <class Isa>
-int64_t row_depth_of(const Int8Weight& w) {
-    return round_up(w.kernel_w * w.group_channels, kGroup<Isa>);
-}
-template <class Isa>
-int64_t depth_of(const Int8Weight& w) {
-    return w.kernel_h * row_depth_of<Isa>(w);
-}
-
 // How the left operand is read: pixels that are whole dwords where they lie, tap by tap; those of a first layer, where
 // the pixels of a kernel row follow each other, row by row; others from a strip. Words are read from widened rows, or,
 // where every pixel has one tap at most, also from a strip.
@@ -112,34 +96,6 @@ Reading reading_of(const Int8Conv2d& p) {
     if (kGroup<Isa> == 2 && (w.kernel_h <= p.stride_h || w.kernel_w <= p.stride_w)) return Reading::strip;
     if (w.group_channels % kGroup<Isa> == 0) return Reading::taps;
     return p.dilation_w == 1 && w.groups == 1 && w.group_channels == p.input_stride ? Reading::rows : Reading::strip;
-}
-
-template <class Isa>
-int64_t igemm_weight_bytes(const Int8Weight& w) {
-    return w.groups * Panels<Isa>(w).vectors * Isa::kLanes * depth_of<Isa>(w) * sizeof(typename Isa::Product);
-}
-
-// (group, panel, dword, channel of the panel, product of the dword), zero where there is no channel or tap.
-template <class Isa>
-void igemm_weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* packed) {
-    using Product = typename Isa::Product;
-    const Panels<Isa> panels(w);
-    const int64_t per_group = w.out_channels / w.groups, depth = depth_of<Isa>(w), row_depth = row_depth_of<Isa>(w);
-    memset(packed, 0, static_cast<size_t>(igemm_weight_bytes<Isa>(w)));
-    for (int64_t o = 0; o < w.out_channels; ++o) {
-        const int64_t group = o / per_group, channel = o % per_group, vector = channel / Isa::kLanes;
-        int64_t panel = 0;
-        while (panels.begin(panel + 1) <= vector) ++panel;
-        const int64_t first = panels.begin(panel), width = (panels.begin(panel + 1) - first) * Isa::kLanes;
-        Product* out = reinterpret_cast<Product*>(packed) + (group * panels.vectors + first) * Isa::kLanes * depth;
-        for (int64_t t = 0; t < taps_of(w); ++t) {
-            for (int64_t c = 0; c < w.group_channels; ++c) {
-                const int64_t k = t / w.kernel_w * row_depth + t % w.kernel_w * w.group_channels + c;
-                out[(k / kGroup<Isa> * width + channel - first * Isa::kLanes) * kGroup<Isa> + k % kGroup<Isa>] =
-                    weight[(o * w.group_channels + c) * taps_of(w) + t];
-            }
-        }
-    }
 }
 
 template <class Isa>
@@ -160,12 +116,6 @@ bool widens_rows(const Int8Conv2d& p) {
     return kGroup<Isa> == 2 && reading_of<Isa>(p) != Reading::strip;
 }
 
-template <class Isa>
-constexpr int64_t pointwise_rows() {
-    if constexpr (requires { Isa::kPointwiseRows; }) return Isa::kPointwiseRows;
-    return 0;
-}
-
 // Whether an output pixel is the product of the input pixel at its place.
 inline bool is_pointwise(const Int8Conv2d& p) {
     return taps_of(p.weight) == 1 && p.stride_h == 1 && p.stride_w == 1 && p.out_h == p.in_h && p.out_w == p.in_w &&
@@ -175,7 +125,13 @@ inline bool is_pointwise(const Int8Conv2d& p) {
 // Whether such pixels are read without a table.
 template <class Isa>
 bool reads_directly(const Int8Conv2d& p) {
-    return pointwise_rows<Isa>() > 0 && is_pointwise(p) && reading_of<Isa>(p) == Reading::taps;
+    return consecutive_rows<Isa>() > 0 && is_pointwise(p) && reading_of<Isa>(p) == Reading::taps;
+}
+
+// Whether a block is an output row, of which the tiles read copies of input rows with their padding.
+template <class Isa>
+bool copies_rows(const Int8Conv2d& p) {
+    return consecutive_rows<Isa>() > 0 && p.weight.kernel_h > 1 && reading_of<Isa>(p) == Reading::rows;
 }
 
 // Bytes that go in and out of a block that is read directly, half of an L1 cache: a block is started in the time of a
@@ -187,14 +143,15 @@ int64_t block_pixels(const Int8Conv2d& p) {
     if (reads_directly<Isa>(p)) {
         const int64_t fitting = kPointwiseBytes / (p.input_stride + p.output_stride);
         return round_up(fitting < Isa::kBlockPixels ? Isa::kBlockPixels : smaller(fitting, 4 * Isa::kBlockPixels),
-                        pointwise_rows<Isa>());
+                        consecutive_rows<Isa>());
     }
+    if (copies_rows<Isa>(p)) return p.out_w;
     return skips_taps<Isa>(p) || widens_rows<Isa>(p) ? sorted_pixels<Isa>() : Isa::kBlockPixels;
 }
 
 template <class Isa>
 Blocks blocks_of(const Int8Conv2d& p) {
-    return Blocks(p, block_pixels<Isa>(p), reads_directly<Isa>(p) ? pointwise_rows<Isa>() : 1);
+    return Blocks(p, block_pixels<Isa>(p), reads_directly<Isa>(p) ? consecutive_rows<Isa>() : 1);
 }
 
 template <class Isa>
@@ -214,7 +171,8 @@ void run_tiles(Tile& tile, int64_t pixels, int64_t vectors) {
         tile.rows += tile.pixels;
         tile.pixel += tile.pixels;
         if (tile.at) tile.at += tile.pixels;
-        if (tile.first) tile.first += tile.pixels * tile.conv->input_stride;
+        if (tile.first) tile.first += tile.pixels * tile.first_stride;
+        if (tile.ends) tile.ends += tile.pixels * tile.end_bytes;
         tile.ahead += tile.pixels * tile.ahead_bytes;
         tile.next += tile.pixels / rows * tile.taps * (tile.inner / 4) * tile.next_bytes;
     }
@@ -244,8 +202,9 @@ struct LeftOperands {
 
     const Int8Conv2d& p;
     const Reading reading;
-    const bool skips, widens;
+    const bool skips, widens, copies;
     const int64_t most, row_depth, depth;  // pixels of a block; products
+    const CopiedRows copied;               // where `copies`
     const uint8_t **table, **sorted, **strip_rows;
     uint8_t* padding;
     Product *strip, *words;
@@ -258,13 +217,17 @@ struct LeftOperands {
           reading(reading_of<Isa>(conv)),
           skips(skips_taps<Isa>(conv)),
           widens(widens_rows<Isa>(conv)),
+          copies(copies_rows<Isa>(conv)),
           most(block_pixels<Isa>(conv)),
           row_depth(row_depth_of<Isa>(conv.weight)),
-          depth(depth_of<Isa>(conv.weight)) {
+          depth(depth_of<Isa>(conv.weight)),
+          copied(conv, row_depth) {
         const int64_t table_entries = taps_of(p.weight) * most, channels = p.weight.groups * p.weight.group_channels;
         const int64_t table_bytes = ((skips ? 2 : 1) * table_entries + most) * 8;
         const int64_t row_bytes = round_up(channels * kProductBytes, 64);
-        const int64_t strip_bytes = reading == Reading::taps ? 0 : round_up(most * depth * kProductBytes, 64);
+        const int64_t strip_bytes = copies                     ? copied.bytes()
+                                    : reading == Reading::taps ? 0
+                                                               : round_up(most * depth * kProductBytes, 64);
         int64_t rows = 0;
         for (int64_t block = begin; widens && block < end; ++block) {
             const WidenedRows widened(p, blocks.begin(block), blocks.begin(block + 1));
@@ -286,6 +249,7 @@ struct LeftOperands {
     }
 
     void fill(int64_t begin, int64_t end) {
+        if (copies) return copied.fill(p, begin, padding[0], reinterpret_cast<uint8_t*>(strip));
         Int8Conv2d widened;
         if constexpr (kProductBytes > 1)
             if (widens) widened = WidenedRows(p, begin, end).fill(p, words);
@@ -306,7 +270,7 @@ struct LeftOperands {
     const uint8_t* const* rows(int64_t group, int64_t pixels) {
         if (reading != Reading::strip) return classes.count > 1 ? sorted : table;
         if (group != group_done)
-            fill_strip(p, table, most, group * p.weight.group_channels, pixels, row_depth, depth, strip);
+            fill_strip(p, table, most, group * p.weight.group_channels, pixels, depth, row_depth, place_of<Isa>, strip);
         group_done = group;
         return strip_rows;
     }
@@ -332,11 +296,16 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
     tile.range = byte_range(p);
     tile.rare = is_rare(p);
     tile.row_stride = left.most;
-    tile.taps = left.reading == Reading::taps ? taps_of(w) : left.reading == Reading::rows ? w.kernel_h : 1;
-    tile.inner = left.depth / tile.taps * product_bytes;
+    const bool strip = left.reading == Reading::strip;
+    const int64_t row_taps = left.reading == Reading::taps ? w.kernel_w : 1;
+    tile.taps = strip ? 1 : w.kernel_h * row_taps;
+    tile.inner = (strip ? left.depth : left.row_depth / row_taps) * product_bytes;
     // 1 x 1 layers read every pixel once, by rows in an order that no hardware prefetcher follows.
     const bool streams = is_pointwise(p) && w.groups == 1;
-    const bool direct = reads_directly<Isa>(p) && !tile.rare;
+    const bool direct = reads_directly<Isa>(p);
+    tile.first_stride = left.copies ? left.copied.step : p.input_stride;
+    tile.tap_stride = left.copied.pitch;
+    tile.end_bytes = left.copies ? left.copied.end_bytes : 0;
     tile.ahead_bytes = streams ? ceil_div(p.input_stride, panels.panels) : 0;
     const bool weights_come = blocks.blocks == 1 || igemm_weight_bytes<Isa>(w) > kWeightsKept;
     int64_t block_done = -1;
@@ -350,7 +319,11 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
         const int64_t channel = vector * Isa::kLanes;
         tile.rows = left.rows(group, pixels);
         tile.row_offset = left.reading == Reading::taps ? group * w.group_channels * product_bytes : 0;
-        tile.first = direct ? p.input + first_pixel * p.input_stride + tile.row_offset : nullptr;
+        if (direct) tile.first = p.input + first_pixel * p.input_stride + tile.row_offset;
+        if (left.copies) {
+            tile.first = reinterpret_cast<const uint8_t*>(left.strip);
+            tile.ends = tile.first + left.copied.ends_at();
+        }
         tile.weight = p.packed + (group * panels.vectors + vector) * Isa::kLanes * left.depth * product_bytes;
         tile.channel = group * per_group + channel;
         tile.channels = smaller(per_group - channel, vectors * Isa::kLanes);

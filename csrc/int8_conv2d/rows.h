@@ -97,16 +97,77 @@ inline void append(int16_t* out, const uint8_t* in, int64_t n, const Int8Conv2d&
     for (int64_t i = 0; i < n; ++i) out[i] = in[i] ^ flip;
 }
 
-// Collects the left operands of a block through the table: `pitch` products per pixel, kernel row after kernel row.
-template <class Product>
+// Collects the left operands of a block through the table: `pitch` products per pixel. place(weight, ky, i) is the
+// place of product i of kernel row ky, where product `cut` does not follow the one before it.
+template <class Product, class Place>
 void fill_strip(const Int8Conv2d& p, const uint8_t* const* table, int64_t row_stride, int64_t offset, int64_t pixels,
-                int64_t row_depth, int64_t pitch, Product* strip) {
+                int64_t pitch, int64_t cut, Place place, Product* strip) {
     const int64_t channels = p.weight.group_channels, kernel_w = p.weight.kernel_w;
-    for (int64_t tap = 0; tap < taps_of(p.weight); ++tap)
-        for (int64_t m = 0; m < pixels; ++m)
-            append(strip + m * pitch + tap / kernel_w * row_depth + tap % kernel_w * channels,
-                   table[tap * row_stride + m] + offset, channels, p);
+    for (int64_t tap = 0; tap < taps_of(p.weight); ++tap) {
+        const int64_t begin = tap % kernel_w * channels, end = begin + channels;
+        const int64_t middle = begin < cut && cut < end ? cut : end;
+        const auto copy = [&](int64_t from, int64_t to) {
+            Product* out = strip + place(p.weight, tap / kernel_w, from);
+            for (int64_t m = 0; m < pixels; ++m)
+                append(out + m * pitch, table[tap * row_stride + m] + offset + from - begin, to - from, p);
+        };
+        copy(begin, middle);
+        if (middle < end) copy(middle, end);
+    }
 }
+
+// The input rows of one output row of a first layer with their padding, `pitch` bytes apart, so that the place of an
+// output pixel's bytes follows from its column. Behind them stand, for every output pixel, the last bytes of its kernel
+// rows, if there is one more than fills dwords; a row that does not exist meets weights of zero.
+struct CopiedRows {
+    int64_t rows, step, width, pitch, end, end_bytes, pixels;
+
+    // `row_depth` bytes of a kernel row are read from the copies.
+    CopiedRows(const Int8Conv2d& p, int64_t row_depth)
+        : rows(p.weight.kernel_h),
+          step(p.stride_w * p.input_stride),
+          width((p.out_w - 1) * step + p.weight.kernel_w * p.input_stride),
+          pitch(round_up(width + 4, 64)),
+          end(row_depth),
+          end_bytes(row_depth < p.weight.kernel_w * p.input_stride ? round_up(rows, 4) : 0),
+          pixels(p.out_w) {}
+
+    int64_t ends_at() const { return round_up(rows, 4) * pitch; }
+    int64_t bytes() const { return ends_at() + round_up(pixels * end_bytes, 64); }
+
+    // For the output row that begins with output pixel `first`.
+    void fill(const Int8Conv2d& p, int64_t first, uint8_t padding, uint8_t* out) const {
+        const int64_t line = p.in_w * p.input_stride, left = smaller(p.pad_left * p.input_stride, width);
+        const int64_t inside = smaller(line, width - left), oy = first / p.out_w % p.out_h;
+        const int64_t n = first / p.out_w / p.out_h;
+        for (int64_t ky = 0; ky < rows; ++ky) {
+            const int64_t y = oy * p.stride_h - p.pad_top + ky * p.dilation_h;
+            const int64_t real = y >= 0 && y < p.in_h ? inside : 0, from = real ? left : 0;
+            uint8_t* row = out + ky * pitch;
+            memset(row, padding, static_cast<size_t>(from));
+            if (real) memcpy(row + left, p.input + (n * p.in_h + y) * line, static_cast<size_t>(real));
+            memset(row + from + real, padding, static_cast<size_t>(width - from - real));
+        }
+        int64_t ky = 0;
+        for (; ky + 8 <= end_bytes; ky += 8) collect_ends<uint64_t>(out, ky);
+        if (ky < end_bytes) collect_ends<uint32_t>(out, ky);
+    }
+
+  private:
+    // The ends of as many kernel rows as a word has bytes, from `ky` on.
+    template <class Word>
+    void collect_ends(uint8_t* out, int64_t ky) const {
+        const uint8_t* from = out + ky * pitch + end;
+        uint8_t* to = out + ends_at() + ky;
+        for (int64_t x = 0; x < pixels; ++x, from += step, to += end_bytes) {
+            Word word = 0;
+#pragma GCC unroll 8
+            for (int i = 0; i < static_cast<int>(sizeof(Word)); ++i)
+                word |= static_cast<Word>(Word{from[i * pitch]} << (8 * i));
+            memcpy(to, &word, sizeof(Word));
+        }
+    }
+};
 
 // Input rows as words, flipped, for a block of output pixels: the rows of all images one after another, [begin, end) of
 // them. A word that nine taps read is made once, and found through the same table as a byte.
