@@ -130,11 +130,26 @@ def cell(row: Row) -> str:
 
 
 def absences(results: list[Result]) -> Iterator[str]:
+    """Who did not take part, and why goals were missed: a line per reason, with all cases that it explains."""
+    missed: dict[str, list[str]] = {}
     for result in results:
         for name, reason in result.absent.items():
             yield f"{result.case}, {name}: {reason}"
         if result.note is not None and not all(result.goals()):
-            yield f"{result.case}, a goal missed: {result.note}"
+            missed.setdefault(result.note, []).append(result.case)
+    for note, names in missed.items():
+        yield f"{listed(names)}: missed, {note}"
+
+
+def listed(names: list[str]) -> str:
+    """The names in a row, without the words that a name begins with like the one before: "packed 0%, 90%, 99%"."""
+    shortened, before = [], list[str]()
+    for name in names:
+        words = name.split(" ")
+        same = next((i for i, (a, b) in enumerate(zip(words[:-1], before, strict=False)) if a != b), len(words) - 1)
+        shortened.append(" ".join(words[min(same, len(before)) :]))
+        before = words
+    return ", ".join(shortened)
 
 
 if __name__ == "__main__":

@@ -199,6 +199,23 @@ def test_a_network_agrees_with_its_float_self() -> None:
     assert set(assemble(networks.Int8Case("resnet8", 1), only="torch").peers) == {"torch"}
 
 
+def test_report_names_a_reason_once_for_all_cases_that_it_explains() -> None:
+    report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"), run_name="report")
+    slow = results.Result("sum", "packed 0%", 1, None, seconds=1.0, floor=0.5, floor_goal=0.9, note="too many loads")
+    found = [
+        slow,
+        replace(slow, case="packed 90%"),
+        replace(slow, case="packed 95%", floor_goal=0.4),  # met
+        replace(slow, case="packed 90% blocks 4x1", note="other"),
+        replace(slow, case="training 99%", absent={"torch": "no such dtype"}),
+    ]
+    assert list(report["absences"](found)) == [
+        "training 99%, torch: no such dtype",
+        "packed 0%, 90%, training 99%: missed, too many loads",
+        "packed 90% blocks 4x1: missed, other",
+    ]
+
+
 def test_report_puts_measured_figures_into_the_readme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # As if the sum were the case that stands for the packed products.
     measured = replace(results.run(Sum(), threads=1, seconds=0.01), subject="masked_matmul", case="packed 90%")
