@@ -10,28 +10,37 @@ namespace {
 template <class Lanes>
 struct WeightGradKernel : Panels<Lanes> {
     using Base = Panels<Lanes>;
+    using Steps = QuadSteps<Lanes>;
     using Reg = typename Lanes::Reg;
     using Base::kSamples;
     using Base::kWidth;
 
-    template <int kCount, class Leaf>
-    static IMGOPT_INLINE Reg tree(const Leaf& leaf, int i) {
-        if constexpr (kCount == 1)
-            return leaf(i);
-        else
-            return Lanes::template join<kCount>(tree<kCount / 2>(leaf, i), tree<kCount / 2>(leaf, i + kCount / 2));
+    // What the values of a step collect from one panel: lane i is value i % 4, of a quarter of the samples. Sample by
+    // sample, so that four sums run side by side: value by value took 1.3 times as long.
+    template <int P, int kDistinct, class Column>
+    static IMGOPT_INLINE Reg step_sums(const Reg (&grad)[4][P], const float* x, const Column* columns) {
+        const float* column[4];
+        Steps::template find<P, kDistinct>(x, columns, column);
+        Reg sum[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) sum[r] = Lanes::mul(grad[r][0], Lanes::load(column[r]));
+#pragma GCC unroll 4
+        for (int p = 1; p < P; ++p)
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) sum[r] = Lanes::fma(grad[r][p], Lanes::load(column[r] + p * kWidth), sum[r]);
+        return Lanes::template join<4>(Lanes::template join<2>(sum[0], sum[1]),
+                                       Lanes::template join<2>(sum[2], sum[3]));
     }
 
-    // What value r of a step collects from one panel, a lane per sample modulo kWidth.
-    template <int P, int kDistinct, class Column>
-    static IMGOPT_INLINE Reg products(const Reg (&grad)[4][P], const float* x, const Column* columns, int r) {
-        int64_t at[kDistinct];
-        QuadSteps<Lanes>::template offsets<P, kDistinct>(columns, at);
-        const float* column = x + at[r * kDistinct / 4];
-        Reg sum = Lanes::mul(grad[r][0], Lanes::load(column));
-#pragma GCC unroll 4
-        for (int p = 1; p < P; ++p) sum = Lanes::fma(grad[r][p], Lanes::load(column + p * kWidth), sum);
-        return sum;
+    // The same of kSteps steps: lane i is value i % (4 * kSteps).
+    template <int P, int kDistinct, int kSteps, class Column>
+    static IMGOPT_INLINE Reg tree(const Reg (&grad)[4][P], const float* x, const Column* columns) {
+        if constexpr (kSteps == 1)
+            return step_sums<P, kDistinct>(grad, x, columns);
+        else
+            return Lanes::template join<4 * kSteps>(
+                tree<P, kDistinct, kSteps / 2>(grad, x, columns),
+                tree<P, kDistinct, kSteps / 2>(grad, x, columns + kSteps / 2 * kDistinct));
     }
 
     // The value gradients of `steps` steps, stored or added to what the panels before have left. Inlined, so that the
@@ -41,20 +50,12 @@ struct WeightGradKernel : Panels<Lanes> {
                                          int64_t steps, bool add) {
         constexpr int kAtOnce = kWidth / 4;
         for (; steps >= kAtOnce; steps -= kAtOnce, columns += kAtOnce * kDistinct, sums += kWidth) {
-            const Reg total = tree<kWidth>(
-                [&](int i) __attribute__((always_inline)) {
-                    return products<P, kDistinct>(grad, x, columns + i / 4 * kDistinct, i % 4);
-                },
-                0);
+            const Reg total = tree<P, kDistinct, kAtOnce>(grad, x, columns);
             Lanes::store(sums, add ? Lanes::add(Lanes::load(sums), total) : total);
         }
         for (; steps > 0; --steps, columns += kDistinct, sums += 4) {  // fewer than a register holds
             float total[4];
-            Lanes::sum_steps(
-                tree<4>([&](int r)
-                            __attribute__((always_inline)) { return products<P, kDistinct>(grad, x, columns, r); },
-                        0),
-                total);
+            Lanes::sum_steps(step_sums<P, kDistinct>(grad, x, columns), total);
             for (int r = 0; r < 4; ++r) sums[r] = add ? sums[r] + total[r] : total[r];
         }
     }

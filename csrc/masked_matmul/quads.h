@@ -30,36 +30,34 @@ struct QuadSteps {
         }
     };
 
-    // Where the rows of a panel are that a step's columns name. Loads bound a step (two of 512 bits per cycle, narrow
-    // ones count alike), so bytes are read at once, and the four values as well: 18 loads instead of 24 took 0.8 of
-    // the time.
-    template <int P, int kDistinct>
-    static IMGOPT_INLINE void offsets(const uint8_t* columns, int64_t (&at)[kDistinct]) {
-        uint32_t word = 0;
-        memcpy(&word, columns, kDistinct);  // the first column is the lowest byte: every target is little-endian
+    // Where the columns of a step's four values lie in a panel. Loads bound a step (two of 512 bits per cycle, narrow
+    // ones count alike), so bytes are read at once, and the four values as well: 18 loads instead of 24 took 0.8 of the
+    // time.
+    template <int P, int kDistinct, class Column>
+    static IMGOPT_INLINE void find(const float* x, const Column* columns, const float* (&column)[4]) {
+        const char* panel = reinterpret_cast<const char*>(x);  // in bytes, an offset is one shift
+        uint32_t word = 0;  // the first column is the lowest byte: every target is little-endian
+        if constexpr (sizeof(Column) == 1) memcpy(&word, columns, kDistinct);
 #pragma GCC unroll 4
-        for (int d = 0; d < kDistinct; ++d) at[d] = static_cast<int64_t>(word >> 8 * d & 255) * kWidth * P;
-    }
-
-    template <int P, int kDistinct>
-    static IMGOPT_INLINE void offsets(const int32_t* columns, int64_t (&at)[kDistinct]) {
-#pragma GCC unroll 4
-        for (int d = 0; d < kDistinct; ++d) at[d] = static_cast<int64_t>(columns[d]) * kWidth * P;
+        for (int r = 0; r < 4; ++r) {
+            const int d = r * kDistinct / 4;
+            const int64_t at = sizeof(Column) == 1 ? static_cast<int64_t>(word >> 8 * d & 255) : columns[d];
+            column[r] = reinterpret_cast<const float*>(panel + at * (kWidth * P * static_cast<int>(sizeof(float))));
+        }
     }
 
     template <int P, int kDistinct, class Column, class Value>
     static IMGOPT_INLINE void step(Reg (&sums)[4][P], const float* x, const Column*& columns, const Value*& values) {
         const auto four = Ops::load_four(values);
-        int64_t at[kDistinct];
-        offsets<P, kDistinct>(columns, at);
+        const float* column[4];
+        find<P, kDistinct>(x, columns, column);
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
-            const float* column = x + at[r * kDistinct / 4];
             // From memory a value comes spread, which costs a load, and spreading a port of the multiply-adds: with
-            // one column there are loads to spare (2.5 % of the time of 4 x 1 blocks).
-            const Reg value = kDistinct == 1 ? Ops::splat(values[r]) : Ops::spread(four, r);
+            // one column or two there are loads to spare (2.5 % of the time of 4 x 1 blocks, 5 of two columns).
+            const Reg value = kDistinct <= 2 ? Ops::splat(values[r]) : Ops::spread(four, r);
 #pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) sums[r][p] = Ops::fma(value, Ops::load(column + p * kWidth), sums[r][p]);
+            for (int p = 0; p < P; ++p) sums[r][p] = Ops::fma(value, Ops::load(column[r] + p * kWidth), sums[r][p]);
         }
         columns += kDistinct;
         values += 4;

@@ -40,7 +40,8 @@ STRUCTURES: tuple[tuple[float, tuple[int, int] | str], ...] = (
 # and 95 %; minutes later the same program was 1.3 times slower, at an unchanged rate of multiply-adds in registers,
 # which is what ideal dense is counted in: the caches are shared, registers are not.
 PACKED_NOTE = (
-    "beside the multiply-adds, 16 of which wait for 18 loads where no column is shared, the activations are brought "
+    "beside the multiply-adds, 16 of which take 12 cycles where no column is shared (their 18 loads 9; two steps at a "
+    "time 10 by themselves, but here the odd steps cost more than that), the activations are brought "
     "into panels and back, 40 to 50 us at any sparsity, and each of 6144 visits of four rows to a block (at 90 %) "
     "costs some 70 cycles: sums from and to a cache, a mispredicted end of a loop. Passing over all blocks with 64 to "
     "512 rows at a time, panels of two registers, large pages, quads without a call of their own, asking for sums or "
@@ -53,10 +54,12 @@ TRAINING_NOTE = (
     "300 us at 50 % and 80 at 90 % (190 of a cold weight): four of five of its lines hold a kept value even then"
 )
 GRADIENT_NOTE = (
-    "a value's products with 64 samples are four multiply-adds, whose lanes a tree of 30 shuffles for every 16 values "
-    "then adds up; clearing and writing the dense gradient of 4 MB takes 240 us at 80 % and 150 at 90 % (clearing the "
-    "rows of four just before they are written, asking for their lines, or no branch for padding changed nothing); "
-    "the last steps of a visit as one masked tree took 1.05 times as long; autograd takes 27 us"
+    "a value's products with 64 samples are four multiply-adds, for sixteen values 47 cycles where loads alone take 32; "
+    "the tree of 30 shuffles that then adds up their lanes is hidden behind them (nothing changed without it), but the "
+    "last steps of a visit, too few for it, take 5 to 7 %; clearing and writing the dense gradient of 4 MB takes 190 "
+    "us at 80 % and 120 at 90 % (clearing a block's part of 64 rows just before it is written took 20 to 100 us more, "
+    "as short clears read the lines first; asking for their lines, or no branch for padding, changed nothing); "
+    "autograd takes 27 us"
 )
 INPUT_NOTE = "autograd takes 15 to 30 us more than a forward without it"
 
