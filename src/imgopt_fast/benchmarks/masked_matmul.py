@@ -54,7 +54,7 @@ TRAINING_NOTE = (
     "300 us at 50 % and 80 at 90 % (190 of a cold weight): four of five of its lines hold a kept value even then"
 )
 GRADIENT_NOTE = (
-    "a value's products with 64 samples are four multiply-adds, for sixteen values 47 cycles where loads alone take 32; "
+    "a value's products with 64 samples are four multiply-adds, 47 cycles for sixteen values (loads alone 32); "
     "the tree of 30 shuffles that then adds up their lanes is hidden behind them (nothing changed without it), but the "
     "last steps of a visit, too few for it, take 5 to 7 %; clearing and writing the dense gradient of 4 MB takes 190 "
     "us at 80 % and 120 at 90 % (clearing a block's part of 64 rows just before it is written took 20 to 100 us more, "
