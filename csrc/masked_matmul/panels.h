@@ -19,9 +19,9 @@ struct Panels {
     static constexpr int kWidth = Lanes::kWidth;
     static constexpr int kSamples = kWidth * Lanes::kRegs;
 
-    // The samples of a panel: where each stands, and for taps that divide nothing what its first one reads, so that a
-    // tap takes a few vector instructions for kWidth samples (a 3 x 3 convolution of 64 channels spent a quarter of its
-    // time on them). Samples that pad the last panel are outside for every tap.
+    // The samples of a panel: where each stands, and for taps that divide nothing what its first one reads: a tap then
+    // takes a few vector instructions for kWidth samples, and a 3 x 3 convolution of 64 channels at 90 % 0.87 of the
+    // time. Samples that pad the last panel are outside for every tap.
     template <int P>
     struct Samples {
         static constexpr int64_t kOutside = INT64_MIN / 2;
