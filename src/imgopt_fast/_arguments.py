@@ -34,6 +34,11 @@ def per_channel(name: str, value: float | Sequence[float], channels: int) -> lis
     return values
 
 
+# --- affine_warp ------------------------------------------------------------------------------------------------------
+
+MAX_SIDE = (1 << 30) - 1  # coordinates are int32, and reflection needs twice the side
+
+
 def uint8_fill(fill: list[float]) -> list[float]:
     """Fill of a uint8 image: rounded half to even, as it becomes a pixel."""
     for value in fill:
@@ -57,6 +62,22 @@ def normalization(
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"std: expected positive finite values, got {value}")
     return means, stds
+
+
+def warp_size(
+    size: Sequence[int] | None, height: int, width: int, integer: type | tuple[type, ...]
+) -> tuple[int, int]:  # fmt: skip
+    """(height, width) of the output, `size` or else those of the images, all of them of type `integer`."""
+    try:
+        out_height, out_width = (height, width) if size is None else size
+    except (TypeError, ValueError):
+        raise ValueError(f"size: expected (height, width), got {size!r}") from None
+    for name, side, least in (
+        ("images", height, 1), ("images", width, 1), ("size", out_height, 0), ("size", out_width, 0),
+    ):  # fmt: skip
+        if not isinstance(side, integer) or not least <= side <= MAX_SIDE:
+            raise ValueError(f"{name}: expected sides between {least} and {MAX_SIDE}, got {side!r}")
+    return out_height, out_width
 
 
 # --- int8_conv2d ------------------------------------------------------------------------------------------------------

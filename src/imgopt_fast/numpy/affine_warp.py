@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imgopt_fast import _native
-from imgopt_fast._arguments import described, normalization, one_of, per_channel, uint8_fill
+from imgopt_fast._arguments import described, normalization, one_of, per_channel, uint8_fill, warp_size
 
 _PIXELS = ("uint8", "float16", "float32", "float64")
 
@@ -47,7 +47,7 @@ def affine_warp(
     _check_images(images)
     batch = images if images.ndim == 4 else images[None]
     n, height, width, channels = batch.shape
-    out_height, out_width = _output_size(size, height, width)
+    out_height, out_width = warp_size(size, height, width, Integral)
     one_of("interpolation", interpolation, ("nearest", "bilinear", "bicubic"))
     one_of("padding_mode", padding_mode, ("constant", "edge", "reflect", "symmetric"))
     fills = per_channel("fill", fill, channels)
@@ -104,19 +104,6 @@ def _output_dtype(dtype: Any, default: np.dtype[Any]) -> np.dtype[Any]:
     if found is None or not _is_pixel(found):
         raise TypeError(f"dtype: expected one of {', '.join(_PIXELS)}, got {dtype}")
     return found
-
-
-def _output_size(size: Sequence[int] | None, height: int, width: int) -> tuple[int, int]:
-    try:
-        out_height, out_width = (height, width) if size is None else size
-    except (TypeError, ValueError):
-        raise ValueError(f"size: expected (height, width), got {size!r}") from None
-    for name, side, least in (
-        ("images", height, 1), ("images", width, 1), ("size", out_height, 0), ("size", out_width, 0),
-    ):  # fmt: skip
-        if not isinstance(side, Integral) or not least <= side < 1 << 30:
-            raise ValueError(f"{name}: expected sides between {least} and {(1 << 30) - 1}, got {side!r}")
-    return out_height, out_width
 
 
 def _tables(table: NDArray[np.uint8], batch: NDArray[Any]) -> NDArray[np.uint8]:

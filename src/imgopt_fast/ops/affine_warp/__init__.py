@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from imgopt_fast._arguments import described, normalization, one_of, per_channel, uint8_fill
+from imgopt_fast._arguments import described, normalization, one_of, per_channel, uint8_fill, warp_size
 from imgopt_fast.ops import registration
 from imgopt_fast.ops.affine_warp import reference
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 PADDING_MODES = ("constant", "edge", "reflect", "symmetric")
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_SIDE = (1 << 30) - 1  # coordinates are int32, and reflection needs twice the side
 
 
 def affine_warp(
@@ -79,7 +78,7 @@ def affine_warp(
         raise TypeError(f"images: expected a dense tensor of {_names(DTYPES)}, got {images.layout} {images.dtype}")
     _, channels, height, width = images.shape
     _check_matrix(images, matrix)
-    out_height, out_width = _output_size(size, height, width)
+    out_height, out_width = warp_size(size, height, width, (Integral, torch.SymInt))
     one_of("interpolation", interpolation, INTERPOLATIONS)
     one_of("padding_mode", padding_mode, PADDING_MODES)
     fills = per_channel("fill", fill, channels)
@@ -101,19 +100,6 @@ def affine_warp(
         images, matrix, [out_height, out_width], interpolation, padding_mode, fills, antialias, table, color_matrix,
         means, stds, dtype, memory_format,
     )  # fmt: skip
-
-
-def _output_size(size: Sequence[int] | None, height: int, width: int) -> tuple[int, int]:
-    try:
-        out_height, out_width = (height, width) if size is None else size
-    except (TypeError, ValueError):
-        raise ValueError(f"size: expected (height, width), got {size!r}") from None
-    for name, value, least in (
-        ("images", height, 1), ("images", width, 1), ("size", out_height, 0), ("size", out_width, 0),
-    ):  # fmt: skip
-        if not isinstance(value, (Integral, torch.SymInt)) or not least <= value <= MAX_SIDE:
-            raise ValueError(f"{name}: expected sides between {least} and {MAX_SIDE}, got {value!r}")
-    return out_height, out_width
 
 
 def _check_matrix(images: torch.Tensor, matrix: torch.Tensor) -> None:
