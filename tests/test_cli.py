@@ -170,8 +170,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(images: Path) -
     # Enough for the configuration and not for a checkpoint.
     result = imgopt_fast("train", "images", *TINY, cwd=images.parent, largest_file=10_000)
     assert result.returncode == 2
-    about, error = result.stderr.splitlines()
+    about, epoch, error = result.stderr.splitlines()
     assert "3 classes" in about
+    assert epoch.startswith("dense 1/2")
     assert "checkpoint.pt: File too large" in error
     assert [path.name for path in images.parent.iterdir()] == ["images"]
 

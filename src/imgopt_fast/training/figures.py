@@ -128,6 +128,7 @@ def samples(path: Path, dataset: Dataset, augment: Augmentation, seed: int) -> N
     view = augment(batch.images, batch.labels, (seed, 0, torch.arange(len(batch))))
     shown = augment.sources(batch.images, view.draws)
     figure = Figure(figsize=(10.5, 2.1 * -(-SAMPLES // 3)), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
     for i, axes in enumerate(figure.subplots(-(-SAMPLES // 3), 3).flat):
         axes.axis("off")
         if i < len(batch):
@@ -137,6 +138,6 @@ def samples(path: Path, dataset: Dataset, augment: Augmentation, seed: int) -> N
             pair = torch.cat([source, gap, shown[i].cpu()], dim=2).clamp(0, 1)
             axes.imshow(pair.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             name = dataset.class_names[int(batch.labels[i])]
-            drawn = textwrap.fill(view.draws.describe(i).replace("  ", " "), 64)
+            drawn = "\n".join(textwrap.fill(draw, 64) for draw in view.draws.describe(i).split("  "))
             axes.set_title(f"{name}\n{drawn}", fontsize=6)
     figure.savefig(path, dpi=DPI)

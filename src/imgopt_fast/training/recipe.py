@@ -253,14 +253,14 @@ def _start(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, str]:
     model = _create(config, dataset)
     what = f"{path}, a {card.model}," if card is not None else str(path)
     left = transfer_weights(model, weights, dataset.class_names, known, what=f"{what} and --model {config.model}")
-    logger.info(f"{path}: {len(left)} of {len(model.state_dict())} tensors keep their initial values: {_few(left)}")
+    logger.info(f"{path}: " + (f"all but {_few(left)} is taken" if left else "every weight is taken"))
     if config.transfer != "finetune":
         freeze_body(model)
     return model, "" if config.epochs else "dense"
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") or "none"
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _int8_config(config: TrainConfig) -> Int8Config:
