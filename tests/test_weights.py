@@ -61,6 +61,18 @@ def test_a_pruned_network_is_a_small_file_and_comes_back_to_the_bit(
     assert same_bits(load_weights(tmp_path / "packed.safetensors"), loaded)
 
 
+def test_the_same_weights_are_the_same_file(tmp_path: Path) -> None:
+    weights = {"ä.weight": torch.randn(7, 5), "b": torch.zeros(90), "c": torch.tensor(3)}
+    files = set()
+    for i in range(16):
+        save_weights(weights, tmp_path / f"{i}.safetensors")
+        files.add((tmp_path / f"{i}.safetensors").read_bytes())
+    (file,) = files
+    assert int.from_bytes(file[:8], "little") % 8 == 0
+    loaded = load_weights(tmp_path / "0.safetensors")
+    assert all(loaded[name].equal(tensor) for name, tensor in weights.items())
+
+
 def test_values_that_compare_equal_to_zero_and_odd_dtypes(tmp_path: Path) -> None:
     sparse = torch.zeros(300)
     sparse[::50] = torch.tensor([-0.0, torch.nan, torch.inf, 1e-45, -1.0, 2.0])

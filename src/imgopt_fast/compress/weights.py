@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from imgopt_fast.compress.prune import PruneConfig, prunable_layers, prune
 from imgopt_fast.compress.prune.channels import describe_size
 
+SIZE = 8  # bytes of the header's length at the start of a file, and what its tensors are aligned to
 MASK = "_mask"  # of nn.MaskedLinear and nn.MaskedConv2d: the positions that count are the mask's, not the nonzeros
 
 
@@ -46,7 +47,22 @@ def save_weights(weights: Mapping[str, Tensor], path: str | Path) -> None:
         for part in ("bits", "values"):
             del stored[f"{name}{MASK}.{part}"]
     # As bytes: safetensors' own writer reports a full disk as something else than an OSError.
-    Path(path).write_bytes(save(stored, metadata={"format": "pt", "sparse": json.dumps(shapes)}))
+    file = save(stored, metadata={"format": "pt", "sparse": json.dumps(shapes)})
+    header, tensors = _ordered_header(file)
+    with Path(path).open("wb") as output:
+        output.write(header)
+        output.write(tensors)
+
+
+def _ordered_header(file: bytes) -> tuple[bytes, memoryview]:
+    """The header with its metadata sorted, whose order safetensors draws at random, and the rest: the same weights are
+    the same bytes."""
+    begin = SIZE + int.from_bytes(file[:SIZE], "little")
+    header = json.loads(file[SIZE:begin])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % SIZE)
+    return len(text).to_bytes(SIZE, "little") + text, memoryview(file)[begin:]
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ class RunFolder:
             _flush(path.parent)
         except OSError as error:
             # A failed write does not name its file by itself.
-            more = f"; then continue with --resume {self.path}" if self.keep else ""
+            more = f"; when that is mended, continue with --resume {self.path}" if self.keep else ""
             raise OSError(error.errno, f"{error.strerror}{more}", str(path)) from error
         finally:
             partial.unlink(missing_ok=True)
