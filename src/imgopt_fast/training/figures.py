@@ -123,12 +123,12 @@ def layers(path: Path, report: QuantizationReport) -> None:
 def samples(path: Path, dataset: Dataset, augment: Augmentation, seed: int) -> None:
     """Training images before and after the augmentation of the first epoch, with the parameters that were drawn."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     batch = dataset.train.sample(SAMPLES)
     view = augment(batch.images, batch.labels, (seed, 0, torch.arange(len(batch))))
     shown = augment.sources(batch.images, view.draws)
-    figure = Figure(figsize=(10.5, 2.1 * -(-SAMPLES // 3)), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
+    figure = Figure(figsize=(10.5, 2.1 * -(-SAMPLES // 3)), layout=ConstrainedLayoutEngine(wspace=0.06))
     for i, axes in enumerate(figure.subplots(-(-SAMPLES // 3), 3).flat):
         axes.axis("off")
         if i < len(batch):
