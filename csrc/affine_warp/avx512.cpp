@@ -355,7 +355,7 @@ struct Isa {
     IMGOPT_INLINE static void spread(const float* fill, __m512* v) {
         for (int c = 0; c < C; ++c) v[c] = _mm512_set1_ps(fill[c]);
     }
-    IMGOPT_INLINE static void color(const float* m, float unit, __m512* v) { apply_color(m, unit, v); }
+    IMGOPT_INLINE static void color(const ColorMap<float>& map, __m512* v) { apply_color(map, v); }
     template <int C>
     IMGOPT_INLINE static void copy(uint8_t* to, const Target& at, const Group& from, int half) {
         store_dwords<C>(places_of(to, at, C), load_dwords(from.origin, from.offset + half * kLanes));
@@ -369,9 +369,9 @@ struct Isa {
                 return warp_patches<C, taps, true, T>(p, map, source, epilogue, fill, image, y0, y1, x0, x1, ahead);
         return warp_patches<C, taps, false, T>(p, map, source, epilogue, fill, image, y0, y1, x0, x1, ahead);
     }
-    template <int C, bool overshoots, class T>
+    template <int C, Values values, class T>
     IMGOPT_INLINE static void put(T* to, const Target& at, const Epilogue<C>& epilogue, const __m512* v) {
-        store<C, overshoots>(places_of(to, at, at.planar ? 1 : C), at, epilogue, v);
+        store<C, values>(places_of(to, at, at.planar ? 1 : C), at, epilogue, v);
     }
 };
 

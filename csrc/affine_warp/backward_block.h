@@ -220,6 +220,15 @@ void load_grad(const AffineWarpBackward& b, int64_t at, int count, R factor, R* 
     }
 }
 
+// rgb of one pixel, in units of [0, 1], through the colour matrix; not clamped.
+template <class R>
+inline void colored(const double* m, const R rgb[3], R to[3]) {
+    for (int i = 0; i < 3; ++i, m += 4) {
+        const R red = fused(static_cast<R>(m[0]), rgb[0], static_cast<R>(m[3]));
+        to[i] = fused(static_cast<R>(m[2]), rgb[2], fused(static_cast<R>(m[1]), rgb[1], red));
+    }
+}
+
 // Through the colour matrix: what was clamped passes nothing.
 template <int taps, class T, class R>
 void color_backward(const Backward<T, R>& of, const Points<R>& at, const BlockWeights<taps, R>& weights, int first,

@@ -28,9 +28,9 @@
 //   the output's centre; the source is averaged over boxes of ky x kx pixels, the last ones over what they cover,
 //   rounded to its own dtype (uint8: half up, of the exact mean; floating: summed in float64), and x' becomes
 //   (x' - (k - 1)/2) / k. The table comes before it.
-// Epilogue: colour matrix on units of [0, 1] (levels / 255; floating images as they are), then clamp to [0, 1], NaN
-//   stays; then value · scale + offset, in units of [0, 1], for floating output. uint8 output is levels (value · 255
-//   unless the images are uint8 and there is no colour matrix), half to even, saturated, NaN is 0.
+// Epilogue: colour matrix on units of [0, 1] (levels / 255; floating images as they are), clamp to [0, 1], NaN stays;
+//   value · scale + offset for floating output, levels for uint8 (value · 255 unless the images are uint8 and there is
+//   no matrix), half to even, saturated, NaN is 0. Processors multiply all of it into matrix and bounds, in float64.
 #pragma once
 
 #include "../dtype.h"

@@ -22,25 +22,39 @@ IMGOPT_INLINE void for_each_some(int count, const Body& body) {
 
 // --- colours -------------------------------------------------------------------------------------------------------
 
-// rgb of one pixel, in units of [0, 1], through the colour matrix; not yet clamped.
-template <class R>
-inline void colored(const double* m, const R rgb[3], R to[3]) {
-    for (int i = 0; i < 3; ++i, m += 4) {
-        const R red = fused(static_cast<R>(m[0]), rgb[0], static_cast<R>(m[3]));
-        to[i] = fused(static_cast<R>(m[2]), rgb[2], fused(static_cast<R>(m[1]), rgb[1], red));
-    }
-}
-
 // Factor that takes a sample to units of [0, 1].
 inline double to_unit(const AffineWarp& p, double whole) { return p.images_dtype == DType::u8 ? 1 / (255 * whole) : 1; }
 
+// The colour matrix with all that is linear before and after it: from samples to what is narrowed to the output's type.
 template <class R>
-void color_block(const AffineWarp& p, const double* m, double whole, int count, R* values) {
-    const R factor = static_cast<R>(to_unit(p, whole));
+struct ColorMap {
+    R matrix[12] = {};
+    R low[3] = {}, high[3] = {};  // what 0 and 1 become
+
+    ColorMap() = default;
+    ColorMap(const AffineWarp& p, int64_t image, double whole) {
+        const double* m = p.color_matrix + image * p.color_stride;
+        const bool levels = p.output_dtype == DType::u8;
+        for (int i = 0; i < 3; ++i) {
+            const double scale = levels ? 255 : p.scale[i], offset = levels ? 0 : p.offset[i];
+            for (int j = 0; j < 3; ++j) matrix[4 * i + j] = static_cast<R>(scale * m[4 * i + j] * to_unit(p, whole));
+            matrix[4 * i + 3] = static_cast<R>(scale * m[4 * i + 3] + offset);
+            const R zero = static_cast<R>(scale * 0 + offset), one = static_cast<R>(scale + offset);
+            low[i] = zero < one ? zero : one;
+            high[i] = zero < one ? one : zero;
+        }
+    }
+};
+
+template <class R>
+void color_block(const ColorMap<R>& map, int count, R* values) {
     for_each_some(count, [&](int i) __attribute__((always_inline)) {
-        R rgb[3] = {values[i] * factor, values[kBlock + i] * factor, values[2 * kBlock + i] * factor}, to[3];
-        colored(m, rgb, to);
-        for (int c = 0; c < 3; ++c) values[c * kBlock + i] = clamped<R>(to[c], 0, 1);
+        const R rgb[3] = {values[i], values[kBlock + i], values[2 * kBlock + i]};
+        for (int c = 0; c < 3; ++c) {
+            const R* m = map.matrix + 4 * c;
+            const R sum = fused(m[2], rgb[2], fused(m[1], rgb[1], fused(m[0], rgb[0], m[3])));
+            values[c * kBlock + i] = clamped(sum, map.low[c], map.high[c]);
+        }
     });
 }
 
@@ -89,13 +103,13 @@ void store_block(const AffineWarp& p, double whole, int64_t offset, int count, i
         T* to = static_cast<T*>(p.output) + offset;
         place_block(planes, channels, count, p.output_stride[1], p.output_stride[3], to);
     };
+    const bool colored = p.color_matrix != nullptr;  // and hence scaled
     const auto scaled = [&](const R* from, int64_t c, auto* to) {
-        const R factor = static_cast<R>(p.scale[c] * (p.color_matrix ? 1 : to_unit(p, whole)));
-        narrow_block(from, factor, static_cast<R>(p.offset[c]), count, to);
+        const double factor = colored ? 1 : p.scale[c] * to_unit(p, whole), add = colored ? -0.0 : p.offset[c];
+        narrow_block(from, static_cast<R>(factor), static_cast<R>(add), count, to);
     };
-    const bool units = p.color_matrix || p.images_dtype != DType::u8;  // not levels times `whole`
     const auto levels = [&](const R* from, int64_t, uint8_t* to) {
-        const R factor = static_cast<R>(units ? 255 : 1 / whole);
+        const R factor = static_cast<R>(colored ? 1 : p.images_dtype == DType::u8 ? 1 / whole : 255);
         for_each_some(count, [&](int i) __attribute__((always_inline)) { to[i] = level(from[i] * factor); });
     };
     switch (p.output_dtype) {

@@ -156,6 +156,7 @@ bool warp_planes(const AffineWarp& p, const Map& map, const Source<T>& source, u
     float* room = reinterpret_cast<float*>(scratch);
     w.data = scratch + kRoomBytes;
     float values[kPlanes * kBlock] = {};
+    const ColorMap<float> color = p.color_matrix ? ColorMap<float>(p, image, 1) : ColorMap<float>();
     for (int64_t c0 = 0; c0 < p.channels; c0 += together) {
         const int channels = p.channels - c0 < together ? static_cast<int>(p.channels - c0) : together;
         Source<T> planes = source;
@@ -168,7 +169,7 @@ bool warp_planes(const AffineWarp& p, const Map& map, const Source<T>& source, u
             for (int64_t x = x0; x < x1; x += kBlock) {
                 const int count = static_cast<int>(x1 - x < kBlock ? x1 - x : kBlock);
                 sample_planes<Isa, taps>(p, map, planes, w, fill, channels, x, y, count, values);
-                if (p.color_matrix) color_block(p, p.color_matrix + image * p.color_stride, 1, count, values);
+                if (p.color_matrix) color_block(color, count, values);
                 const int64_t* step = p.output_stride;
                 store_block(p, 1, image * step[0] + c0 * step[1] + y * step[2] + x * step[3], count, c0, channels,
                             values);

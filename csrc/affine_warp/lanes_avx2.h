@@ -157,14 +157,14 @@ IMGOPT_INLINE void weigh_bicubic(const __m256* fx, PairedWeights* to) {
 
 // --- colours --------------------------------------------------------------------------------------------------------
 
-IMGOPT_INLINE void apply_color(const float* m, float unit, __m256* v) {
-    const __m256 factor = _mm256_set1_ps(unit);
-    const __m256 r = _mm256_mul_ps(v[0], factor), g = _mm256_mul_ps(v[1], factor), b = _mm256_mul_ps(v[2], factor);
+IMGOPT_INLINE void apply_color(const ColorMap<float>& map, __m256* v) {
+    const float* m = map.matrix;
+    const __m256 r = v[0], g = v[1], b = v[2];
     for (int i = 0; i < 3; ++i, m += 4) {
         __m256 t = _mm256_fmadd_ps(_mm256_set1_ps(m[0]), r, _mm256_set1_ps(m[3]));
         t = _mm256_fmadd_ps(_mm256_set1_ps(m[1]), g, t);
         t = _mm256_fmadd_ps(_mm256_set1_ps(m[2]), b, t);
-        v[i] = _mm256_min_ps(_mm256_set1_ps(1), _mm256_max_ps(_mm256_setzero_ps(), t));  // this order keeps a NaN
+        v[i] = _mm256_min_ps(_mm256_set1_ps(map.high[i]), _mm256_max_ps(_mm256_set1_ps(map.low[i]), t));
     }
 }
 

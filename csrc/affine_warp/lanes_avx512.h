@@ -210,19 +210,19 @@ IMGOPT_INLINE __m512i weighted(__m512i pixels, const SplitWeights& w) {
 
 IMGOPT_INLINE __m512i weighted(__m512i pixels, const PairedWeights& w) {
     const __m512i even = _mm512_and_si512(pixels, _mm512_set1_epi32(0x00ff00ff)), odd = _mm512_srli_epi16(pixels, 8);
-    return _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(_mm512_setzero_si512(), even, w.even), odd, w.odd);
+    return _mm512_dpwssd_epi32(_mm512_madd_epi16(even, w.even), odd, w.odd);
 }
 
 // --- colours --------------------------------------------------------------------------------------------------------
 
-IMGOPT_INLINE void apply_color(const float* m, float unit, __m512* v) {
-    const __m512 factor = _mm512_set1_ps(unit);
-    const __m512 r = _mm512_mul_ps(v[0], factor), g = _mm512_mul_ps(v[1], factor), b = _mm512_mul_ps(v[2], factor);
+IMGOPT_INLINE void apply_color(const ColorMap<float>& map, __m512* v) {
+    const float* m = map.matrix;
+    const __m512 r = v[0], g = v[1], b = v[2];
     for (int i = 0; i < 3; ++i, m += 4) {
         __m512 t = _mm512_fmadd_ps(_mm512_set1_ps(m[0]), r, _mm512_set1_ps(m[3]));
         t = _mm512_fmadd_ps(_mm512_set1_ps(m[1]), g, t);
         t = _mm512_fmadd_ps(_mm512_set1_ps(m[2]), b, t);
-        v[i] = _mm512_min_ps(_mm512_set1_ps(1), _mm512_max_ps(_mm512_setzero_ps(), t));  // this order keeps a NaN
+        v[i] = _mm512_min_ps(_mm512_set1_ps(map.high[i]), _mm512_max_ps(_mm512_set1_ps(map.low[i]), t));
     }
 }
 

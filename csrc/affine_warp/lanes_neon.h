@@ -95,12 +95,13 @@ IMGOPT_INLINE void bicubic_weights(float32x4_t f, float32x4_t* to) {
     to[3] = vmulq_f32(vmulq_n_f32(g, a), vmulq_f32(f, f));
 }
 
-IMGOPT_INLINE void apply_color(const float* m, float unit, float32x4_t* v) {
-    const float32x4_t r = vmulq_n_f32(v[0], unit), g = vmulq_n_f32(v[1], unit), b = vmulq_n_f32(v[2], unit);
+IMGOPT_INLINE void apply_color(const ColorMap<float>& map, float32x4_t* v) {
+    const float* m = map.matrix;
+    const float32x4_t r = v[0], g = v[1], b = v[2];
     for (int i = 0; i < 3; ++i, m += 4) {
         float32x4_t t = vfmaq_n_f32(vdupq_n_f32(m[3]), r, m[0]);
         t = vfmaq_n_f32(vfmaq_n_f32(t, g, m[1]), b, m[2]);
-        v[i] = vminq_f32(vmaxq_f32(t, vdupq_n_f32(0)), vdupq_n_f32(1));
+        v[i] = vminq_f32(vmaxq_f32(t, vdupq_n_f32(map.low[i])), vdupq_n_f32(map.high[i]));
     }
 }
 

@@ -295,14 +295,14 @@ struct Isa {
     IMGOPT_INLINE static void spread(const float* fill, float32x4_t* v) {
         for (int c = 0; c < C; ++c) v[c] = vdupq_n_f32(fill[c]);
     }
-    IMGOPT_INLINE static void color(const float* m, float unit, float32x4_t* v) { apply_color(m, unit, v); }
+    IMGOPT_INLINE static void color(const ColorMap<float>& map, float32x4_t* v) { apply_color(map, v); }
     template <int C>
     IMGOPT_INLINE static void copy(uint8_t* to, const Target& at, const Group& from, int half) {
         store_dwords<C>(to, at, load_dwords(from.origin, from.offset + half * kLanes));
     }
-    template <int C, bool overshoots, class T>
+    template <int C, Values values, class T>
     IMGOPT_INLINE static void put(T* to, const Target& at, const Epilogue<C>& epilogue, const float32x4_t* v) {
-        store<C>(to, at, epilogue, v);
+        store<C, values>(to, at, epilogue, v);
     }
 };
 

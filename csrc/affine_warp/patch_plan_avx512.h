@@ -11,11 +11,11 @@
 namespace imgopt::avx512 {
 namespace {
 
-constexpr int kSide = 8;  // of a block of output pixels
-constexpr int kPatchColumns = 15, kPatchRows = 16;
-constexpr double kPatchSlack = 1.0 / 64;  // between a block's points and what its corners say in float64
-constexpr double kNear = 1 << 22;         // coordinates that no border has to bring nearer first
-constexpr double kSure = 1e-9;            // of w relative to its terms: far from where rounding decides its sign
+constexpr int kSide = 8;                          // of a block of output pixels
+constexpr int kPatchColumns = 15, kPartRows = 4;  // of a patch, of one of its registers
+constexpr double kPatchSlack = 1.0 / 64;          // between a block's points and what its corners say in float64
+constexpr double kNear = 1 << 22;                 // coordinates that no border has to bring nearer first
+constexpr double kSure = 1e-9;  // of w relative to its terms: far from where rounding decides its sign
 typedef double Doubles __attribute__((vector_size(64)));
 typedef int64_t Longs __attribute__((vector_size(64)));
 
@@ -77,14 +77,14 @@ inline Extremes perspective_extremes(const Map& map, Doubles column, double y0) 
     return to;
 }
 
-template <int taps>
+template <int taps, int parts>
 IMGOPT_INLINE void plan_patches(const Map& map, const Source<uint8_t>& source, Padding padding, int64_t x0, int64_t y0,
                                 Patches& to) {
     const Doubles column = Doubles{0, 8, 16, 24, 32, 40, 48, 56} + static_cast<double>(x0);
     const Extremes at = map.affine ? affine_extremes(map, column, static_cast<double>(y0))
                                    : perspective_extremes(map, column, static_cast<double>(y0));
     const double side[2] = {static_cast<double>(source.width), static_cast<double>(source.height)};
-    constexpr double room[2] = {kPatchColumns, kPatchRows}, half = taps == 1 ? 0.5 : 0;
+    constexpr double room[2] = {kPatchColumns, parts * kPartRows}, half = taps == 1 ? 0.5 : 0;
     Longs inside = at.known, held = at.known, fill{};
     for (int axis = 0; axis < 2; ++axis) {
         const Doubles first = floor_of(at.low[axis] + (half - kPatchSlack));
@@ -102,9 +102,10 @@ IMGOPT_INLINE void plan_patches(const Map& map, const Source<uint8_t>& source, P
 }
 
 // Whether the blocks of a tile find their patches: all of an affine map's, at corners and centre those of a homography.
-template <int taps>
+template <int taps, int parts>
 bool patches_fit(const Map& map, const Source<uint8_t>& source, int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
-    if (source.width < kPatchColumns || source.height < kPatchRows) return false;
+    constexpr int rows = parts * kPartRows;
+    if (source.width < kPatchColumns || source.height < rows) return false;
     const double* m = map.m;
     if (map.affine) {
         const auto span = [&](const double* row) {
@@ -114,14 +115,14 @@ bool patches_fit(const Map& map, const Source<uint8_t>& source, int64_t y0, int6
             const double x = static_cast<double>(x1 + kBlock), y = static_cast<double>(y1 + kSide);
             return __builtin_fabs(row[0]) * x + __builtin_fabs(row[1]) * y + __builtin_fabs(row[2]) < kNear;
         };
-        return span(m) <= kPatchColumns && span(m + 3) <= kPatchRows && near(m) && near(m + 3);
+        return span(m) <= kPatchColumns && span(m + 3) <= rows && near(m) && near(m + 3);
     }
     const int64_t last_x = x1 - 1 - (x1 - 1 - x0) % kSide, last_y = y1 - 1 - (y1 - 1 - y0) % kSide;
     for (int corner = 0; corner < 5; ++corner) {
         const int64_t x = corner == 4 ? (x0 + last_x) / 2 : corner & 1 ? last_x : x0;
         const int64_t y = corner == 4 ? (y0 + last_y) / 2 : corner & 2 ? last_y : y0;
         Patches patches;
-        plan_patches<taps>(map, source, Padding::edge, x, y, patches);
+        plan_patches<taps, parts>(map, source, Padding::edge, x, y, patches);
         if (patches.reach[0] == kBeyond) return false;
     }
     return true;

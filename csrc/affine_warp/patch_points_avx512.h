@@ -23,7 +23,8 @@ struct PairLanes {
 constexpr PairLanes kPairLane;
 
 // Two rows of a block inside the image. `index`: where the pixels' first taps lie in rows of 16 source pixels from the
-// image's first one, modulo 256; for bilinear in all bytes of a dword, for nearest in the lowest one.
+// image's first one, modulo 256; for bilinear in all bytes of a dword, for nearest in the lowest one. The fractions are
+// those of bilinear taps.
 struct InsidePoints {
     __m512i index;
     __m512 fx, fy;
@@ -81,19 +82,22 @@ struct BlockRows<true> {
                 _mm512_sub_ps(px, wx), _mm512_sub_ps(py, wy), 0xffff};
     }
     // The sums with 1.5 · 2^23 are exact and leave their last byte in that of a float.
+    IMGOPT_INLINE __m512i place_of(__m512 wx, __m512 wy, int pair) const {
+        return _mm512_castps_si512(_mm512_fmadd_ps(wy, _mm512_set1_ps(16), _mm512_add_ps(wx, place[pair])));
+    }
     template <int taps>
     IMGOPT_INLINE InsidePoints inside(int pair, int block) const {
         const __m512 px = along_x(pair, block), py = along_y(pair, block);
-        __m512 wx = floored(px), wy = floored(py);
-        const __m512 rest_x = _mm512_sub_ps(px, wx), rest_y = _mm512_sub_ps(py, wy);
         if constexpr (taps == 1) {
-            const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1);
-            wx = _mm512_mask_add_ps(wx, _mm512_cmp_ps_mask(rest_x, half, _CMP_GE_OQ), wx, one);
-            wy = _mm512_mask_add_ps(wy, _mm512_cmp_ps_mask(rest_y, half, _CMP_GE_OQ), wy, one);
+            // Rounded down, no sum reaches an integer that the exact one does not.
+            const auto nearest = [](__m512 v) {
+                constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+                return floored(_mm512_add_round_ps(v, _mm512_set1_ps(0.5f), kDown));
+            };
+            return {place_of(nearest(px), nearest(py), pair), px, py};
         }
-        const __m512 sum = _mm512_fmadd_ps(wy, _mm512_set1_ps(16), _mm512_add_ps(wx, place[pair]));
-        const __m512i index = _mm512_castps_si512(sum);
-        return {taps == 1 ? index : spread_bytes(index), rest_x, rest_y};
+        const __m512 wx = floored(px), wy = floored(py);
+        return {spread_bytes(place_of(wx, wy, pair)), _mm512_sub_ps(px, wx), _mm512_sub_ps(py, wy)};
     }
 };
 

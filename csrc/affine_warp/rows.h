@@ -121,8 +121,9 @@ struct Ahead {
     int64_t share;
 
     IMGOPT_INLINE void row() {
-        const char* stop = end - at < share ? end : at + share;
-        for (; at < stop; at += 64) __builtin_prefetch(at, 0, 2);
+        const char *stop = end - at < share ? end : at + share, *line = at;
+        for (; line < stop; line += 64) __builtin_prefetch(line, 0, 2);
+        at = line;
     }
 };
 
@@ -132,7 +133,7 @@ Ahead ahead_of(const AffineWarp& p, int64_t image, int64_t rows, int64_t end) {
     const int64_t size = p.channels * p.height * p.width, bytes = size * int64_t{sizeof(T)};
     const bool more = image + 1 < p.batch && (image + 1) * p.output_height < end && p.images_stride[0] == size;
     const char* next = reinterpret_cast<const char*>(static_cast<const T*>(p.images) + (image + 1) * size);
-    return {next, more ? next + bytes : next, bytes / rows + 1};
+    return {next, more ? next + bytes : next, (bytes / rows + 64) / 64 * 64};
 }
 
 // Rows [y0, y1) and columns [x0, x1) of one image; x0 is a multiple of kBlock.
@@ -140,7 +141,7 @@ template <class T, class R>
 void warp_tile(const AffineWarp& p, const Map& map, const Source<T>& source, int64_t image, int64_t y0, int64_t y1,
                int64_t x0, int64_t x1, Ahead& ahead) {
     const double whole = unit<T>(p.interpolation);
-    const double* color = p.color_matrix ? p.color_matrix + image * p.color_stride : nullptr;
+    const ColorMap<R> color = p.color_matrix ? ColorMap<R>(p, image, whole) : ColorMap<R>();
     const int together = p.channels <= 4 ? static_cast<int>(p.channels) : 1;  // the colour matrix needs three
     Points<R> points;
     R values[4 * kBlock] = {};
@@ -152,7 +153,7 @@ void warp_tile(const AffineWarp& p, const Map& map, const Source<T>& source, int
             const int64_t offset = image * p.output_stride[0] + y * p.output_stride[2] + x * p.output_stride[3];
             for (int64_t c0 = 0; c0 < p.channels; c0 += together) {
                 sample_block(p, source, points, count, c0, together, values);
-                if (color) color_block(p, color, whole, count, values);
+                if (p.color_matrix) color_block(color, count, values);
                 store_block(p, whole, offset + c0 * p.output_stride[1], count, c0, together, values);
             }
         }

@@ -48,11 +48,14 @@ IMGOPT_INLINE void put_pixels(uint8_t* to, const Target& at, __m128i first, __m1
     __builtin_memcpy(to, pixels, static_cast<size_t>(at.count) * C);
 }
 
-template <int C>
+template <int C, Values values>
 IMGOPT_INLINE void store(uint8_t* to, const Target& at, const Epilogue<C>& e, const __m256* v) {
-    const __m256 factor = _mm256_set1_ps(e.levels);
     __m256i level[4];
-    for (int c = 0; c < 4; ++c) level[c] = _mm256_cvtps_epi32(_mm256_mul_ps(v[c < C ? c : 0], factor));
+    for (int c = 0; c < 4; ++c) {
+        const __m256 sample = v[c < C ? c : 0];
+        level[c] =
+            _mm256_cvtps_epi32(values == Values::colored ? sample : _mm256_mul_ps(sample, _mm256_set1_ps(e.levels)));
+    }
     // Bytes c of pixels 0 .. 3 in dword c of the lower lane, those of pixels 4 .. 7 in the upper one.
     const __m256i packed =
         _mm256_packus_epi16(_mm256_packus_epi32(level[0], level[1]), _mm256_packus_epi32(level[2], level[3]));
@@ -89,10 +92,13 @@ IMGOPT_INLINE __m128i narrowed(__m256 v, const BFloat16*) {
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08));
 }
 
-template <int C, class T>
+template <int C, Values values, class T>
 IMGOPT_INLINE void store(T* to, const Target& at, const Epilogue<C>& e, const __m256* v) {
     __m256 value[C];
-    for (int c = 0; c < C; ++c) value[c] = _mm256_fmadd_ps(v[c], _mm256_set1_ps(e.factor[c]), _mm256_set1_ps(e.add[c]));
+    for (int c = 0; c < C; ++c)
+        value[c] = values == Values::colored
+                       ? v[c]
+                       : _mm256_fmadd_ps(v[c], _mm256_set1_ps(e.factor[c]), _mm256_set1_ps(e.add[c]));
     if (C == 1 || at.planar) {
         for (int c = 0; c < C; ++c) put_plane(to + c * at.channel, narrowed(value[c], to), at.count);
         return;

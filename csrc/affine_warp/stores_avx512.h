@@ -29,10 +29,9 @@ struct InterleaveIndices {
     alignas(64) int32_t pair[C][kLanes];
     uint16_t third[C], fourth[C];
     alignas(64) int16_t words[2][32];  // of 16-bit elements: channels 0, 1 in the first source, 2, 3 in the second
-    alignas(64) uint8_t bytes[2][64];  // of the lowest bytes of dwords: channels 0 and 1, then each of the others
-    uint64_t third_bytes, fourth_bytes;
+    alignas(64) uint8_t bytes[C][64];  // of the lowest bytes of dwords: channels 0 and 1, then these and one more
 
-    constexpr InterleaveIndices() : pair{}, third{}, fourth{}, words{}, bytes{}, third_bytes(0), fourth_bytes(0) {
+    constexpr InterleaveIndices() : pair{}, third{}, fourth{}, words{}, bytes{} {
         for (int e = 0; e < C * kLanes; ++e) {
             const int pixel = e / C, c = e % C, out = e / kLanes, lane = e % kLanes;
             pair[out][lane] = pixel + (c == 1 ? kLanes : 0);
@@ -40,19 +39,20 @@ struct InterleaveIndices {
             if (c == 3) fourth[out] = static_cast<uint16_t>(fourth[out] | 1 << lane);
             words[e / 32][e % 32] = static_cast<int16_t>(pixel + 16 * c);
             const int byte = pixel / 8 * 32 + e % (8 * C);
-            bytes[0][byte] = static_cast<uint8_t>(4 * pixel + (c == 1 ? 64 : 0));
-            bytes[1][byte] = static_cast<uint8_t>(4 * pixel);
-            if (c == 2) third_bytes |= uint64_t{1} << byte;
-            if (c == 3) fourth_bytes |= uint64_t{1} << byte;
+            for (int channel = 0; channel < C; ++channel)
+                bytes[channel][byte] = static_cast<uint8_t>(c == channel  ? 64 + 4 * pixel
+                                                            : channel < 2 ? 4 * pixel
+                                                                          : byte);
         }
     }
 };
 
 // Adding 1.5 · 2^23 rounds half to even and leaves the level in the lowest byte.
-template <bool saturated>
+template <Values values>
 IMGOPT_INLINE __m512i levels(__m512 v, float factor) {
-    __m512 level = _mm512_mul_ps(v, _mm512_set1_ps(factor));
-    if constexpr (saturated) level = _mm512_min_ps(_mm512_max_ps(level, _mm512_setzero_ps()), _mm512_set1_ps(255));
+    __m512 level = values == Values::colored ? v : _mm512_mul_ps(v, _mm512_set1_ps(factor));
+    if constexpr (values == Values::overshooting)
+        level = _mm512_min_ps(_mm512_max_ps(level, _mm512_setzero_ps()), _mm512_set1_ps(255));
     return _mm512_castps_si512(_mm512_add_ps(level, _mm512_set1_ps(12582912.0f)));
 }
 
@@ -95,11 +95,11 @@ IMGOPT_INLINE void put_pixels(const Places<uint8_t>& at, __m512i pixels) {
     }
 }
 
-template <int C, bool overshoots>
+template <int C, Values values>
 IMGOPT_INLINE void store(const Places<uint8_t>& at, const Target& target, const Epilogue<C>& e, const __m512* v) {
     static constexpr InterleaveIndices<C> kIndices;
     __m512i level[C];
-    for (int c = 0; c < C; ++c) level[c] = levels<overshoots>(v[c], e.levels);
+    for (int c = 0; c < C; ++c) level[c] = levels<values>(v[c], e.levels);
     if (C == 1 || target.planar) {
         for (int c = 0; c < C; ++c) {
             const __m128i bytes = _mm512_cvtepi32_epi8(level[c]);
@@ -108,10 +108,9 @@ IMGOPT_INLINE void store(const Places<uint8_t>& at, const Target& target, const 
         }
         return;
     }
-    const __m512i each = _mm512_load_si512(kIndices.bytes[1]);
-    __m512i pixels = _mm512_permutex2var_epi8(level[0], _mm512_load_si512(kIndices.bytes[0]), level[C > 1]);
-    if constexpr (C > 2) pixels = _mm512_mask_permutexvar_epi8(pixels, kIndices.third_bytes, each, level[2]);
-    if constexpr (C > 3) pixels = _mm512_mask_permutexvar_epi8(pixels, kIndices.fourth_bytes, each, level[3]);
+    __m512i pixels = level[0];
+    for (int c = 1; c < C; ++c)
+        pixels = _mm512_permutex2var_epi8(pixels, _mm512_load_si512(kIndices.bytes[c]), level[c]);
     put_pixels<C>(at, pixels);
 }
 
@@ -130,9 +129,12 @@ IMGOPT_INLINE void store_dwords(const Places<uint8_t>& at, __m512i dwords) {
     put_pixels<C>(at, C == 4 ? dwords : _mm512_permutexvar_epi8(_mm512_load_si512(kIndices.byte), dwords));
 }
 
-template <int C>
+template <int C, Values values>
 IMGOPT_INLINE void normalize(const Epilogue<C>& e, const __m512* v, __m512* to) {
-    for (int c = 0; c < C; ++c) to[c] = _mm512_fmadd_ps(v[c], _mm512_set1_ps(e.factor[c]), _mm512_set1_ps(e.add[c]));
+    for (int c = 0; c < C; ++c)
+        to[c] = values == Values::colored
+                    ? v[c]
+                    : _mm512_fmadd_ps(v[c], _mm512_set1_ps(e.factor[c]), _mm512_set1_ps(e.add[c]));
 }
 
 // Elements [8 piece, 8 piece + 8) of sixteen pixels side by side.
@@ -142,11 +144,11 @@ IMGOPT_INLINE void put_piece(const Places<T>& at, int piece, V v) {
     put_eight(at.to[half] + first, v, rest > 8 ? 8 : rest);
 }
 
-template <int C, bool overshoots>
+template <int C, Values values>
 IMGOPT_INLINE void store(const Places<float>& at, const Target& target, const Epilogue<C>& e, const __m512* v) {
     static constexpr InterleaveIndices<C> kIndices;
     __m512 out[C];
-    normalize(e, v, out);
+    normalize<C, values>(e, v, out);
     if (C == 1 || target.planar) {
         for (int c = 0; c < C; ++c) {
             put_eight(at.to[0] + c * target.channel, _mm512_castps512_ps256(out[c]), at.count[0]);
@@ -167,20 +169,29 @@ IMGOPT_INLINE void store(const Places<float>& at, const Target& target, const Ep
 IMGOPT_INLINE __m256i narrowed(__m512 v, const Half*) {
     return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// Half to even: 0x7fff is added to an even upper half, 0x8000 to an odd one.
+// Half to even: 0x7fff is added to an even upper half, 0x8000 to an odd one. A word is that half's last bit, the other
+// one 1, and a dot product with 1 and 0x7fff adds both in one instruction.
 IMGOPT_INLINE __m256i narrowed(__m512 v, const BFloat16*) {
+    struct Upper {
+        alignas(64) int16_t index[32];
+
+        constexpr Upper() : index{} {
+            for (int i = 0; i < 32; ++i) index[i] = static_cast<int16_t>((2 * i + 1) % 32);
+        }
+    };
+    static constexpr Upper kUpper;
+    constexpr int kAndOr = 0xea;  // (a & b) | c
     const __m512i bits = _mm512_castps_si512(v);
-    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-    const __m512i even = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-    const __m512i rounded = _mm512_mask_add_epi32(even, odd, bits, _mm512_set1_epi32(0x8000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    const __m512i last = _mm512_ternarylogic_epi32(bits, _mm512_set1_epi32(0x10000), _mm512_set1_epi32(1), kAndOr);
+    const __m512i rounded = _mm512_dpwssd_epi32(bits, last, _mm512_set1_epi32(0x17fff));
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_load_si512(kUpper.index), rounded));
 }
 
-template <int C, bool overshoots, class T>
+template <int C, Values values, class T>
 IMGOPT_INLINE void store(const Places<T>& at, const Target& target, const Epilogue<C>& e, const __m512* v) {
     static constexpr InterleaveIndices<C> kIndices;
     __m512 wide[C];
-    normalize(e, v, wide);
+    normalize<C, values>(e, v, wide);
     __m256i out[4];
     for (int c = 0; c < 4; ++c) out[c] = narrowed(wide[c < C ? c : 0], static_cast<const T*>(nullptr));
     if (C == 1 || target.planar) {

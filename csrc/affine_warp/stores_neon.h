@@ -44,11 +44,12 @@ IMGOPT_INLINE void put_pixels(T* to, const uint16x4_t (&v)[4]) {
     vst4_u16(&to->bits, {{v[0], v[1], v[2], v[3]}});
 }
 
-template <int C, class T>
+template <int C, Values values, class T>
 IMGOPT_INLINE void store(T* to, const Target& at, const Epilogue<C>& e, const float32x4_t* v) {
     decltype(narrowed(v[0], to)) value[C];
     for (int c = 0; c < C; ++c)
-        value[c] = narrowed(vfmaq_f32(vdupq_n_f32(e.add[c]), v[c], vdupq_n_f32(e.factor[c])), to);
+        value[c] = narrowed(
+            values == Values::colored ? v[c] : vfmaq_f32(vdupq_n_f32(e.add[c]), v[c], vdupq_n_f32(e.factor[c])), to);
     if (C == 1 || at.planar) {
         for (int c = 0; c < C; ++c)
             put_lanes(to + c * at.channel, at.count, 1, [&](T* place) { put_plane(place, value[c]); });
@@ -76,10 +77,12 @@ IMGOPT_INLINE void put_bytes(uint8_t* to, const Target& at, uint8x16_t pixels) {
     __builtin_memcpy(to, room, static_cast<size_t>(at.count) * C);
 }
 
-template <int C>
+template <int C, Values values>
 IMGOPT_INLINE void store(uint8_t* to, const Target& at, const Epilogue<C>& e, const float32x4_t* v) {
     const auto words = [&](int c) {
-        return vqmovun_s32(vcvtnq_s32_f32(vmulq_f32(v[c < C ? c : 0], vdupq_n_f32(e.levels))));
+        const float32x4_t sample = v[c < C ? c : 0];
+        return vqmovun_s32(
+            vcvtnq_s32_f32(values == Values::colored ? sample : vmulq_f32(sample, vdupq_n_f32(e.levels))));
     };
     // Byte 4 c + i: channel c of pixel i.
     const uint8x8_t low = vqmovn_u16(vcombine_u16(words(0), words(1)));

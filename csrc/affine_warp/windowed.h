@@ -13,29 +13,38 @@ constexpr float kModerate = 0x1p60f;  // products of two such numbers are finite
 
 // --- per image -----------------------------------------------------------------------------------------------------
 
+// What put() is given: samples, within the range of levels or (bicubic) beyond it, or what the colours have made of
+// them.
+enum class Values { samples, overshooting, colored };
+
+template <int taps, bool colored>
+constexpr Values kValues = colored     ? Values::colored
+                           : taps == 4 ? Values::overshooting
+                                       : Values::samples;
+
 template <int C>
 struct Epilogue {
     float fill[C];  // a sample that is fill
-    float unit;     // takes a sample to [0, 1], before the colour matrix
-    float color[12];
-    float factor[C], add[C];  // floating output
-    float levels;             // uint8 output
     bool colored;
-    bool moderate = true;  // no NaN can arise
+    ColorMap<float> color;    // where there is a colour matrix
+    float factor[C], add[C];  // floating output without one
+    float levels;             // uint8 output without one
+    bool moderate = true;     // no NaN can arise
 
-    Epilogue(const AffineWarp& p, int64_t image, double whole) : color{}, colored(p.color_matrix != nullptr) {
+    Epilogue(const AffineWarp& p, int64_t image, double whole) : colored(p.color_matrix != nullptr) {
         const auto checked = [&](double v) {
             moderate = moderate && v <= kModerate && v >= -kModerate;
             return static_cast<float>(v);
         };
-        unit = static_cast<float>(to_unit(p, whole));
-        levels = static_cast<float>(colored ? 255 : 1 / whole);
+        levels = static_cast<float>(1 / whole);
         for (int c = 0; c < C; ++c) {
             fill[c] = static_cast<float>(p.fill[c]) * static_cast<float>(whole);
-            factor[c] = checked(p.scale[c] * (colored ? 1 : to_unit(p, whole)));
+            factor[c] = checked(p.scale[c] * to_unit(p, whole));
             add[c] = checked(p.offset[c]);
         }
-        for (int i = 0; colored && i < 12; ++i) color[i] = checked(p.color_matrix[image * p.color_stride + i]);
+        if (colored) color = ColorMap<float>(p, image, whole);
+        for (float v : color.matrix) checked(v);
+        for (int i = 0; i < 3; ++i) checked(color.low[i]), checked(color.high[i]);
     }
 };
 
@@ -85,8 +94,8 @@ IMGOPT_INLINE void sample_half(const Window& w, const Epilogue<C>& epilogue, con
         if (!target.planar) return Isa::template copy<C>(to, target, group, half);
     typename Isa::Vector samples[C];
     Isa::template samples<C, taps>(w, group, half, samples);
-    if constexpr (colored) Isa::color(epilogue.color, epilogue.unit, samples);
-    Isa::template put<C, taps == 4>(to, target, epilogue, samples);
+    if constexpr (colored) Isa::color(epilogue.color, samples);
+    Isa::template put<C, kValues<taps, colored>>(to, target, epilogue, samples);
 }
 
 // A group that is fill, has pixels that are, or is cut off by the end of the row.
@@ -107,8 +116,8 @@ template <class Isa, int C, int taps, bool colored, class T>
         } else {
             Isa::template spread<C>(epilogue.fill, samples);
         }
-        if constexpr (colored) Isa::color(epilogue.color, epilogue.unit, samples);
-        Isa::template put<C, taps == 4>(to, target, epilogue, samples);
+        if constexpr (colored) Isa::color(epilogue.color, samples);
+        Isa::template put<C, kValues<taps, colored>>(to, target, epilogue, samples);
     }
 }
 
