@@ -8,15 +8,16 @@ with a little noise, as photographs are.
 What stands between these cases and their goals, measured on a Zen 5 core with AVX-512; cycles are per sixteen pixels:
 
 - Nearest and bilinear uint8 look their taps up in patches of the source in registers (csrc/affine_warp/patch_avx512.h).
-  64 bilinear RGB pixels take 538 instructions on average, counted step by step: 299 in blocks inside the image, 366
-  each, of which about 70 are shuffles, which issue two a cycle, and 43 copies between registers, as vpermi2b overwrites
-  one of its sources; 93 for blocks at the border, 79 for fetching ahead, 30 for the plan of a strip. Nearest takes 340.
-  At about four and a half a cycle that is 28 cycles per sixteen pixels with everything in the L2 cache, nearest 18, and
-  a batch, 10 MB in and 10 MB out, adds 6. Fetching patches ahead made it 6 % slower. Next would be masks instead of
-  clamped coordinates for blocks at a constant border (about 40 of 676 instructions each).
-- float32 and bfloat16 batches of 16 MiB and more go around the caches (csrc/affine_warp/stream_avx512.h), which took a
-  third off. Rows that are no whole lines cannot: streamed in parts, those of 227 pixels took half as long again.
-- 45 times grid_sample would be 27 cycles, about what the kernel takes with everything in the cache.
+  64 bilinear RGB pixels take 538 instructions on average, counted step by step: 366 in a block inside the image, of
+  which 70 are shuffles, which issue two a cycle, and 43 copies between registers, as vpermi2b overwrites one of its
+  sources; 676 in one of the seventh at its border; 79 for fetching ahead and 30 for the plan of a strip. Nearest takes
+  340. With images and results in the L2 cache that is 29 cycles, nearest 20; a batch of 10 MB in and 10 MB out adds 6.
+  Fetching patches ahead made it 6 % slower. Next would be masks instead of clamped coordinates at a constant border,
+  about 40 instructions of such a block.
+- float32 and bfloat16 results of 16 MiB and more go around the caches (csrc/affine_warp/stream_avx512.h), which took a
+  third off: 2.2 ms instead of 3.5. Rows that are not whole lines do not, as lines streamed in parts took half as long
+  again as ordinary stores.
+- 45 times grid_sample would be 27 cycles, less than the kernel takes with everything in the cache.
 - Homographies take 1 ms more than affine maps: float64 coordinates with a division each, which vdivpd does in half a
   cycle; Newton's steps from vrcp14pd took longer. Where one shrinks the image by more than 1.8, the window
   (csrc/affine_warp/window.h) that also serves bicubic and stronger minification takes over.
@@ -24,9 +25,10 @@ What stands between these cases and their goals, measured on a Zen 5 core with A
   RGB pixels take 28 ns nearest, 42 bilinear and 59 bicubic: of nearest, loads of single taps are 45 %, offsets 19 %,
   stores 17 % and the copy 13 %. The gathers of AVX-512 were up to a fifth slower. Next would be pixels of four floats
   side by side, one load for all channels.
-- Of the pipeline's 3.0 to 3.3 ms the kernel takes 2.4, colour matrix included (2.1 with everything in the cache, 0.2 of
-  it the matrix), the mean of the source 0.2 and Python 0.2 to 0.3. kornia's goal would be 2.5. 512 images of 32 x 32
-  take 1.6: 1.0 in the kernel (0.16 of it per image, whatever its size), 0.06 for the mean, 0.3 of Python and NumPy.
+- Of the pipeline's 3.1 ms the kernel takes 2.4 to 2.6, with a colour matrix 0.3 more than without, the mean of the
+  source 0.25, which is what reading it from memory takes, and Python 0.2. A mean taken image by image just before its
+  warp would save most of that reading, but the operation has no argument for it. 512 images of 32 x 32 take 1.1 to
+  1.6: 1.0 in the kernel (0.16 of it per image, whatever its size), 0.06 for the mean, 0.3 of Python and NumPy.
 - A fresh float32 batch of 38 MB cost 3 ms of page faults, 20 to 90 where the system had to move memory to find large
   pages. Outputs now take over the memory of dropped ones (csrc/outputs.h); the peers' memory is torch's.
 - The Numba twin takes 30 cycles for one pixel: 10 to copy its twelve taps, a load and a store of a byte each, because
