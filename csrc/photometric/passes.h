@@ -131,13 +131,11 @@ inline void sharpness_rows(const Sharpness& p, int64_t begin, int64_t end) {
         const int64_t y = unit % p.height;
         const T* at = static_cast<const T*>(p.images) + unit * p.row;
         T* to = static_cast<T*>(p.output) + unit * p.row;
-        const float weight = p.weight[unit / p.height / p.planes];
-        const bool copied = sizeof(T) == 1 && weight == 0;  // floats may have to be clamped
-        const bool inside = !copied && y > 0 && y < p.height - 1 && p.row >= 3 * p.step;
+        const bool inside = y > 0 && y < p.height - 1 && p.row >= 3 * p.step;
         const int64_t kept = inside ? p.step : p.row;
         memcpy(to, at, static_cast<size_t>(kept) * sizeof(T));
         if (!inside) continue;
-        sharpen_row<Runs>(at + p.step, to + p.step, p.row, p.step, weight);
+        sharpen_row<Runs>(at + p.step, to + p.step, p.row, p.step, p.weight[unit / p.height / p.planes]);
         memcpy(to + p.row - kept, at + p.row - kept, static_cast<size_t>(kept) * sizeof(T));
     }
 }
