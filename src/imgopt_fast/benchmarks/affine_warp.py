@@ -40,6 +40,8 @@ What stands between these cases and their goals, measured on a Zen 5 core with A
   the two sums in memory of the one and the six loads of the other for each pixel. Blocks at the border, a fifth, test
   every pixel. The floor of 0.3 ms counts bytes and arithmetic only. channels_last and 16-bit images copy the taps of
   each pixel for the matrix, three times as slow.
+- uint8 images of two or of five channels and more are warped a few planes at a time: 16 of six channels take 2.4 ms. In
+  channels_last the portable rows serve them, ten times as slow.
 """
 
 from collections.abc import Callable, Mapping
