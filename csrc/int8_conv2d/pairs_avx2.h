@@ -133,21 +133,34 @@ inline bool paired_weight_pack(const Int8Weight& w, const int8_t* weight, uint8_
 }
 
 // The bytes of MR pixels' channels in the order of the pairs.
-template <int MR>
+template <int MR, bool FLIP>
 struct Reordered {
     alignas(32) uint8_t bytes[MR][kReordered];
 
     [[gnu::always_inline]] void fill(const uint8_t* const (&row)[MR], const uint8_t* order, int64_t channels,
-                                     __m128i flip) {
-        for (int64_t c = 0; c < channels; c += kSide) {
-            const __m128i places = _mm_loadu_si128(reinterpret_cast<const __m128i*>(order + c));
+                                     __m256i flip) {
+        int64_t c = 0;
+        for (; c + 2 * kSide <= channels; c += 2 * kSide) {  // two groups, one in each half of a vector
+            const __m256i places = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(order + c));
 #pragma GCC unroll 6
             for (int r = 0; r < MR; ++r) {
-                const __m128i from = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[r] + c));
-                _mm_store_si128(reinterpret_cast<__m128i*>(bytes[r] + c),
-                                _mm_xor_si128(_mm_shuffle_epi8(from, places), flip));
+                const __m256i from = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row[r] + c));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(bytes[r] + c),
+                                   flipped(_mm256_shuffle_epi8(from, places), flip));
             }
         }
+        if (c == channels) return;
+        const __m128i places = _mm_loadu_si128(reinterpret_cast<const __m128i*>(order + c));
+#pragma GCC unroll 6
+        for (int r = 0; r < MR; ++r) {
+            const __m128i from = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[r] + c));
+            const __m256i both = flipped(_mm256_castsi128_si256(_mm_shuffle_epi8(from, places)), flip);
+            _mm_store_si128(reinterpret_cast<__m128i*>(bytes[r] + c), _mm256_castsi256_si128(both));
+        }
+    }
+
+    [[gnu::always_inline]] static __m256i flipped(__m256i v, __m256i flip) {
+        return FLIP ? _mm256_xor_si256(v, flip) : v;
     }
 
     [[gnu::always_inline]] void add_products(const uint8_t* weights, int64_t channels, __m256i (&sums)[MR][2]) const {
@@ -168,16 +181,16 @@ struct Reordered {
     }
 };
 
-template <int MR>
+template <int MR, bool FLIP>
 [[gnu::always_inline]] inline void paired_tile(const Tile& t, const PairedLayout& layout,
                                                const ByteEpilogueYmm& to_bytes, int64_t m) {
     const Int8Conv2d& p = *t.conv;
-    const __m128i flip = _mm_set1_epi8(static_cast<char>(p.input_flip));
+    const __m256i flip = _mm256_set1_epi8(static_cast<char>(p.input_flip));
     const __m256i* offset = reinterpret_cast<const __m256i*>(p.offset + t.channel);
     __m256i sums[MR][2];
 #pragma GCC unroll 12
     for (int i = 0; i < 2 * MR; ++i) sums[i / 2][i % 2] = _mm256_loadu_si256(offset + i % 2);
-    Reordered<MR> x;
+    Reordered<MR, FLIP> x;
     const auto add = [&](int64_t tap, int64_t channel, int64_t channels, const uint8_t* order, const uint8_t* weight)
                          __attribute__((always_inline)) {
                              const uint8_t* row[MR];
@@ -211,7 +224,10 @@ template <int MR>
 void paired_tiles(const Tile& t) {
     const PairedLayout layout(t.conv->weight);
     const ByteEpilogueYmm to_bytes(t);
-    for (int64_t m = 0; m < t.pixels; m += MR) paired_tile<MR>(t, layout, to_bytes, m);
+    if (t.conv->input_flip)
+        for (int64_t m = 0; m < t.pixels; m += MR) paired_tile<MR, true>(t, layout, to_bytes, m);
+    else
+        for (int64_t m = 0; m < t.pixels; m += MR) paired_tile<MR, false>(t, layout, to_bytes, m);
 }
 
 struct Paired {
