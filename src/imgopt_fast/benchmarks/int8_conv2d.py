@@ -46,7 +46,7 @@ NOTES = (
     "Depthwise 3 x 3: 11 to 12 cycles per 64 outputs with stride 1 (28 x 28 and 56 x 56), 14 at 7 x 7, and 15 to 20 "
     "with stride 2, of which the 12 vpdpbusd and 4 multiplications need 8; the rest is instructions, 47 and 54, of "
     "which the core takes about 5 per cycle. Of 144 channels a ninth of the vectors collects four rows of 16 "
-    "channels, and a load of a pixel that begins in the middle of a cache line counts twice. oneDNN takes 2.9 to 4.1 "
+    "channels, and a load of a pixel that begins in the middle of a cache line counts twice. oneDNN takes 2.7 to 4.1 "
     "times as long in the same process, but for images that the second cache does not hold: 2.3 for 96 channels at "
     "112 x 112, stride 2, N = 1, 2.1 for 144 at 56 x 56, stride 2, N = 8. Those take 93 us in a loop over one pair of"
     " buffers, 110 with six pairs in turn for 1 ms each, 214 with another pair for every call; the sums alone take "
