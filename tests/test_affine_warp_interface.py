@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # --- torch's machinery ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch 2.14's opcheck looks at one
 def test_opcheck() -> None:
     images = torch.rand(2, 3, 6, 7, requires_grad=True)
     matrix = rotation(2, 6, 7).float().requires_grad_()
