@@ -152,8 +152,8 @@ FIRST_LAYERS: list[dict[str, Any]] = [
     )
 ]
 FIRST_LAYERS += [
-    {"c": 3, "o": 20, "k": (3, 7), "dilation": (2, 1), "padding": ((4, 1), (2, 5)), "h": 6, "w": 8},
-    {"c": 3, "o": 20, "k": (3, 7), "dilation": (1, 2), "padding": ((1, 1), (6, 5)), "h": 6, "w": 8},
+    {"c": 3, "o": 64, "k": (3, 7), "dilation": (2, 1), "padding": ((4, 1), (2, 5)), "h": 6, "w": 8},
+    {"c": 3, "o": 64, "k": (3, 7), "dilation": (1, 2), "padding": ((1, 1), (6, 5)), "h": 6, "w": 8},
 ]
 
 

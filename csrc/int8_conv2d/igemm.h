@@ -241,11 +241,13 @@ struct LeftOperands {
         padding = reinterpret_cast<uint8_t*>(scratch + table_bytes);
         strip = reinterpret_cast<Product*>(padding + row_bytes);
         words = reinterpret_cast<Product*>(padding + row_bytes + strip_bytes);
-        for (int64_t m = 0; m < most; ++m) strip_rows[m] = reinterpret_cast<const uint8_t*>(strip + m * depth);
+        for (int64_t m = 0; reading == Reading::strip && m < most; ++m)
+            strip_rows[m] = reinterpret_cast<const uint8_t*>(strip + m * depth);
         memset(padding, p.input_zero_point ^ p.input_flip, static_cast<size_t>(row_bytes));
         if (widens)
             for (int64_t c = 0; c < channels; ++c)
                 reinterpret_cast<Product*>(padding)[c] = static_cast<Product>(p.input_zero_point);
+        if (copies) copied.pad(padding[0], reinterpret_cast<uint8_t*>(strip));
     }
 
     void fill(int64_t begin, int64_t end) {
@@ -321,8 +323,8 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
         tile.row_offset = left.reading == Reading::taps ? group * w.group_channels * product_bytes : 0;
         if (direct) tile.first = p.input + first_pixel * p.input_stride + tile.row_offset;
         if (left.copies) {
-            tile.first = reinterpret_cast<const uint8_t*>(left.strip);
-            tile.ends = tile.first + left.copied.ends_at();
+            tile.first = reinterpret_cast<const uint8_t*>(left.strip) + left.copied.first_at();
+            tile.ends = reinterpret_cast<const uint8_t*>(left.strip) + left.copied.ends_at();
         }
         tile.weight = p.packed + (group * panels.vectors + vector) * Isa::kLanes * left.depth * product_bytes;
         tile.channel = group * per_group + channel;

@@ -118,35 +118,41 @@ void fill_strip(const Int8Conv2d& p, const uint8_t* const* table, int64_t row_st
 
 // The input rows of one output row of a first layer with their padding, `pitch` bytes apart, so that the place of an
 // output pixel's bytes follows from its column. Behind them stand, for every output pixel, the last bytes of its kernel
-// rows, if there is one more than fills dwords; a row that does not exist meets weights of zero.
+// rows, if these stand apart; a row that does not exist meets weights of zero.
 struct CopiedRows {
-    int64_t rows, step, width, pitch, end, end_bytes, pixels;
+    int64_t rows, step, left, inside, pitch, end, end_bytes, pixels;
 
     // `row_depth` bytes of a kernel row are read from the copies.
     CopiedRows(const Int8Conv2d& p, int64_t row_depth)
         : rows(p.weight.kernel_h),
           step(p.stride_w * p.input_stride),
-          width((p.out_w - 1) * step + p.weight.kernel_w * p.input_stride),
-          pitch(round_up(width + 4, 64)),
           end(row_depth),
           end_bytes(row_depth < p.weight.kernel_w * p.input_stride ? round_up(rows, 4) : 0),
-          pixels(p.out_w) {}
+          pixels(p.out_w) {
+        const int64_t width = (p.out_w - 1) * step + p.weight.kernel_w * p.input_stride;
+        left = smaller(p.pad_left * p.input_stride, width);
+        inside = smaller(p.in_w * p.input_stride, width - left);
+        pitch = round_up(left, 64) + round_up(width - left + 4, 64);
+    }
 
+    int64_t first_at() const { return round_up(left, 64) - left; }  // what is copied is aligned
     int64_t ends_at() const { return round_up(rows, 4) * pitch; }
     int64_t bytes() const { return ends_at() + round_up(pixels * end_bytes, 64); }
 
+    // Before the first output row.
+    void pad(uint8_t padding, uint8_t* out) const { memset(out, padding, static_cast<size_t>(rows * pitch)); }
+
     // For the output row that begins with output pixel `first`.
     void fill(const Int8Conv2d& p, int64_t first, uint8_t padding, uint8_t* out) const {
-        const int64_t line = p.in_w * p.input_stride, left = smaller(p.pad_left * p.input_stride, width);
-        const int64_t inside = smaller(line, width - left), oy = first / p.out_w % p.out_h;
-        const int64_t n = first / p.out_w / p.out_h;
+        const int64_t oy = first / p.out_w % p.out_h, n = first / p.out_w / p.out_h;
+        const size_t bytes = static_cast<size_t>(inside);
         for (int64_t ky = 0; ky < rows; ++ky) {
             const int64_t y = oy * p.stride_h - p.pad_top + ky * p.dilation_h;
-            const int64_t real = y >= 0 && y < p.in_h ? inside : 0, from = real ? left : 0;
-            uint8_t* row = out + ky * pitch;
-            memset(row, padding, static_cast<size_t>(from));
-            if (real) memcpy(row + left, p.input + (n * p.in_h + y) * line, static_cast<size_t>(real));
-            memset(row + from + real, padding, static_cast<size_t>(width - from - real));
+            uint8_t* row = out + ky * pitch + round_up(left, 64);
+            if (y >= 0 && y < p.in_h)
+                memcpy(row, p.input + (n * p.in_h + y) * p.in_w * p.input_stride, bytes);
+            else
+                memset(row, padding, bytes);
         }
         int64_t ky = 0;
         for (; ky + 8 <= end_bytes; ky += 8) collect_ends<uint64_t>(out, ky);
@@ -157,7 +163,7 @@ struct CopiedRows {
     // The ends of as many kernel rows as a word has bytes, from `ky` on.
     template <class Word>
     void collect_ends(uint8_t* out, int64_t ky) const {
-        const uint8_t* from = out + ky * pitch + end;
+        const uint8_t* from = out + first_at() + ky * pitch + end;
         uint8_t* to = out + ends_at() + ky;
         for (int64_t x = 0; x < pixels; ++x, from += step, to += end_bytes) {
             Word word = 0;

@@ -33,16 +33,23 @@ NOTES = (
     "A call of its own costs 2.7 us: 1.1 the dispatcher with four arguments, 0.5 the output's memory, 1 Python, which "
     "finds the checked call again. 192->64 at 14 x 14 is 5.7 us of arithmetic in a call of 8.2.",
     "3 x 3: the loop runs at the measured vpdpbusd rate, as oneDNN's does. Taps that meet only padding are left out "
-    "where the zero point is 0, and the floor does not count them: 19 % of the products at 7 x 7 pixels, of which 16 % "
-    "go, and 9 % at 14 x 14; at 28 x 28 (5 %) sorting the pixels costs as much as it saves.",
-    "1 x 1 with K <= 64: 64->256 at 56 x 56 takes 240 cycles per tile of 6 x 64 sums, of which the products need 192; "
-    "rounding and packing overlap with the next tile only in part. With 24 filters a quarter of the lanes is empty. "
-    "Slower were tiles of half the height, to overlap more (by a quarter), the last 16 products of two rows at a time "
-    "before their rounding (by 12 to 40 %), and sums taken as floats (by 5 %: the fused multiplications meet the "
-    "products on two of the four pipes, the conversions they replace do not).",
-    "7 x 7 stem: the 21 bytes of a kernel row take 6 dwords, 42 instead of 37 for all rows, which bounds it at 276 us; "
-    "1.5 times oneDNN's 416 us would be 277. 353 us are the kernel's, the rest is the call and its output. Gathering "
-    "the last byte of all rows into two dwords would leave 37 and about 320 us.",
+    "where the zero point is 0, and the floor does not count them: 19 % of the products at 7 x 7 pixels, of which 16 "
+    "% go, and 9 % at 14 x 14; at 28 x 28 (5 %) sorting the pixels costs as much as it saves. 64 channels at 56 x 56 "
+    "take their products, those with padding among them, at 96 % of the rate; neither weights fetched into L1 ahead "
+    "nor copies of padded rows in place of the table change that.",
+    "1 x 1 with K <= 64: bound by instructions, not by memory: core and L3 exchange 120 GB/s, 8 images of 64->256 at "
+    "56 x 56 need 8. Rows are read without a table, their addresses follow from the first one. 64->256 takes 230 "
+    "cycles per tile of 6 x 64 sums, of which the products need 192, and the multiplications and half of the packing "
+    "20 more on the same two pipes. With 24 filters a quarter of the lanes is empty. Slower were tiles of half the "
+    "height, to overlap more (by a quarter), the last 16 products of two rows at a time before their rounding (by 12 "
+    "to 40 %), and sums taken as floats (by 5 %: the fused multiplications meet the products on two of the four "
+    "pipes, the conversions they replace do not). No faster were two dwords to a step of the loop (but for K = 16, by "
+    "3 %), and blocks of 24 to 192 pixels.",
+    "7 x 7 stem: 37 dwords a pixel bound it at 246 us; 1.5 times oneDNN's 406 us would be 271. Input rows are copied "
+    "with their padding, one output row at a time, so that a tile needs no table (15 us); the last of the 21 bytes of "
+    "each kernel row are collected into two dwords (15 us). Copies that served several output rows would save some 10 "
+    "us. Copying all 147 bytes of every pixel took 77 us in unaligned stores and gained nothing; an unrolled kernel "
+    "row did not either.",
     "Depthwise 3 x 3: 11 to 12 cycles per 64 outputs with stride 1 (28 x 28 and 56 x 56), 14 at 7 x 7, and 15 to 20 "
     "with stride 2, of which the 12 vpdpbusd and 4 multiplications need 8; the rest is instructions, 47 and 54, of "
     "which the core takes about 5 per cycle. Of 144 channels a ninth of the vectors collects four rows of 16 "
