@@ -9,6 +9,7 @@ from quantized_networks import decibels, network, quantized
 from torch import nn
 
 from imgopt_fast.compress import Int8Config, quantize
+from imgopt_fast.compress.quantize import rounding
 from imgopt_fast.compress.quantize.fuse import Operation
 from imgopt_fast.compress.quantize.prepare import make_plan
 from imgopt_fast.compress.quantize.rounding import round_to_grid, second_moment
@@ -98,6 +99,17 @@ def test_bias_correction_takes_out_the_mean_shift_of_any_rounding(rounding):
             simulation.rounded = lambda operation: False
             if not correct:
                 assert torch.allclose(simulation(images[:32]), expected, atol=1e-5), "its weights are not rounded"
+
+
+def test_second_order_rounding_leaves_wide_layers_alone(monkeypatch):
+    """The moment of a layer with 40,000 inputs would take 13 GB."""
+    monkeypatch.setattr(rounding, "MOST_INPUTS", 8)
+    model = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    images = torch.randn(64, 9)
+    nearest, chosen = (quantize(model, [images], Int8Config(rounding=how)) for how in ("nearest", "second_order"))
+    for name, same in (("0", True), ("2", False)):
+        one, other = (network.network.segment_0.get_submodule(name).weight_int8 for network in (nearest, chosen))
+        assert torch.equal(one, other) == same, name
 
 
 def test_second_order_rounding_reaches_the_kernels():

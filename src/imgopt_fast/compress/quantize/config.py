@@ -26,7 +26,8 @@ class Int8Config:
         rounding: "nearest" rounds each weight for itself; "second_order" chooses the directions for the least error of
             the layer's output on the first calibration batch (Frantar et al. 2022), which takes seconds and helps most
             where layers are small or scales are powers of two. None: "second_order" with `power_of_two`, "nearest"
-            without. `qat` trains the weights and does not use it.
+            without. `qat` trains the weights and does not use it; layers of more than 8192 inputs an output are rounded
+            to the nearest.
         exclude: qualified names of modules that stay float, each with all below it: "layer1" covers "layer1.0.conv1".
     """
 

@@ -17,16 +17,21 @@ from imgopt_fast.compress.quantize.weights import LEVELS, quantize_weight
 
 # Added to the diagonal, as a share of its mean: inputs that hardly vary would otherwise take up errors without limit.
 DAMPING = 0.01
+# Inputs of an output up to which it is done: the moment and its inverses then take 2 GB, with 40,000 it would be 50.
+MOST_INPUTS = 8192
 
 
 @torch.no_grad()
 def optimize_rounding(plan: Plan, images: Tensor) -> None:
-    """Round the weights of the plan's operations, in place, for the inputs that `images` cause."""
+    """Round the weights of the plan's operations, in place, for the inputs that `images` cause.
+
+    Operations of more than MOST_INPUTS inputs an output stay as they are: each weight is then rounded for itself.
+    """
     network = Simulation(plan)
     values: Values = {}
     for node in plan.order:
         operation = plan.fusion.operations.get(node)
-        if operation is not None and operation.weight is not None:
+        if operation is not None and operation.weight is not None and operation.weight[0].numel() <= MOST_INPUTS:
             step = plan.scale_of(operation.inputs[0]).scale
             _, scale = quantize_weight(operation.weight, operation.bias, step, plan.config)
             inputs = network.read(operation, operation.inputs[0], values)
