@@ -5,6 +5,9 @@ int8 operations alone make and read has units that nobody sees: the layer that m
 and those that read it divided, for ReLU, pools, adds and concats commute with that. So the constant is chosen that puts
 a power of two where the free scale was. What an add or a concat joins shares one constant. A clamp from above, as in
 ReLU6, becomes the end of the range.
+
+EfficientNet-Lite0 with its published weights has 20.0 dB of signal to noise in its logits with this and second-order
+rounding about the mean, 17.5 with rounding to the nearest, 16.8 with neither; free scales rounded to the nearest 21.1.
 """
 
 import math
