@@ -61,13 +61,14 @@ NOTES = (
     "Depthwise 5 x 5: 22 cycles per 64 outputs with stride 1 (64 channels at 28 x 28) and 29 at 14 x 14, of which 28 "
     "vpdpbusd and 4 multiplications need 16; weights and sums of 64 channels do not fit the registers, so a row is "
     "gone through twice and every byte is loaded twice. With stride 2 27 cycles (128 channels at 56 x 56) and 35 with"
-    " 144, whose last 16 take a seventh of the time and whose pixels mostly lie in two cache lines.",
+    " 144, whose last 16 take a seventh of the time and whose pixels mostly lie in two cache lines. oneDNN takes 3.0 "
+    "times as long at N = 1, 2.5 at N = 8.",
     "AVX2: two multiplications for 32 products bound fbgemm and ours at 32 products per cycle. fbgemm adds pairs of "
     "products in 16 bits, where they saturate, which is why torch halves the range of its activations for it "
     "(reduce_range). Here channels are paired when weights are packed so that no pair can, for all 8 bits: three "
     "vector instructions for 32 products where words take four. From registers bytes reach 31.7 products per cycle "
-    "and words 27.8. With fbgemm forced to AVX2 in the same process it takes 1.02 to 1.21 times as long as ours in 3 "
-    "x 3 layers, 1.01 in the first layer, which takes words, and 0.96 to 0.99 in 1 x 1 layers, whose pixels are "
+    "and words 27.8. With fbgemm forced to AVX2 in the same process it takes 1.06 to 1.18 times as long as ours in 3 "
+    "x 3 layers, 1.01 in the first layer, which takes words, and 0.97 to 1.02 in 1 x 1 layers, whose pixels are "
     "brought into the order of the pairs once for every 16 filters (nine layers of ResNet-50; 1.00 to 1.12 and 0.93 "
     "to 0.95 with 16 channels at a time). Weights with a deviation of 60 steps of 127 have too few pairs and take "
     "words.",
