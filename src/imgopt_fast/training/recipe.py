@@ -38,7 +38,7 @@ from imgopt_fast.training.memory import peak_memory
 from imgopt_fast.training.network import FILE as CARD
 from imgopt_fast.training.network import WEIGHTS, Card, last_float, load_network
 from imgopt_fast.training.reference_loop import reference_epoch
-from imgopt_fast.training.report import Report, StageRow, write_report, write_summary
+from imgopt_fast.training.report import EpochRow, Report, StageRow, write_report, write_summary
 from imgopt_fast.training.run_folder import RunFolder
 from imgopt_fast.training.stages import planned
 from imgopt_fast.training.teachers import Teacher
@@ -89,7 +89,7 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
         dataset = load_images(config)
     source = _source(config)
     mean, std = dataset.statistics() if source is None else (source.mean, source.std)
-    decoding = time.perf_counter() - began
+    times = {"data": {"decode": time.perf_counter() - began}}
     dataset = dataset.to(device)
     if process.main and dataset.skipped:
         logger.warning(f"{dataset.name}: left out {len(dataset.skipped)} images that cannot be read; see report.md")
@@ -105,17 +105,35 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
     shape = dataset.validation.shape  # of the network's input
     augment = Augmentation(config, Normalize(mean, std), len(dataset.class_names), shape[1:])
     events = Events(run.path if process.main else None)
-    fitting = Fitting(config, dataset, augment, prepare, run, process, events)
+    fitting = Fitting(config, dataset, augment, prepare, run, process, events, times)
     torch.manual_seed(config.seed + process.rank)  # dropout and sampled gradients differ between the processes
     teacher = load_network(Path(config.distill)).as_teacher(dataset) if config.distill is not None else None
-    stages, files = planned(config), _weight_files(config, given)
+    files = _weight_files(config, given)
+    networks, epochs = _networks(model, given, files, fitting, teacher, checkpoint)
+    card = Card(config.model, list(files)[-1], dataset.class_names, *shape, mean, std, config.quantize == "pow2")
+    run.write(CARD, card.save)
+    left_out = [skipped for part in process.gather(dataset.left_out()) for skipped in part]
+    fitting = dataclasses.replace(fitting, dataset=dataclasses.replace(dataset, skipped=tuple(dict.fromkeys(left_out))))
+    # The choices are made. Now, and only now, the test images; the first process measures, and alone.
+    return _tested(networks, files, epochs, fitting, began) if process.main else _untested(epochs, fitting, began)
+
+
+def _networks(
+    model: nn.Module,
+    given: str,
+    files: dict[str, str],
+    fitting: Fitting,
+    teacher: Teacher | None,
+    checkpoint: dict[str, Any] | None,
+) -> tuple[dict[str, nn.Module], list[EpochRow]]:
+    """What the stages make of `model`, by their names and each in its file, and the epochs that it took."""
+    config, dataset, run, stages = fitting.config, fitting.dataset, fitting.run, planned(fitting.config)
     at = checkpoint["position"] if checkpoint is not None else None
     epochs = at.epochs if at is not None else []
     networks: dict[str, nn.Module] = {}
     if given:
         run.write(files[given], partial(save_weights, model.state_dict()))
         networks[given] = copy.deepcopy(model).eval()
-
     for stage in stages:
         pruner = None
         if config.transfer != "finetune" and not stage.frozen:
@@ -130,7 +148,8 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
         else:
             taught_by = teacher
             if teacher is None and networks:  # the first network is the largest
-                taught_by = Teacher(next(iter(networks.values())), augment.normalize, shape[1:])
+                largest = next(iter(networks.values()))
+                taught_by = Teacher(largest, fitting.augment.normalize, dataset.validation.shape[1:])
             if stage.frozen and config.transfer == "features":
                 epochs = fit_head(stage, model, fitting)
                 run.write("summary.csv", partial(write_summary, epochs=epochs))
@@ -141,25 +160,28 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
                 run.write(files[stage.name], partial(save_weights, model.state_dict()))
         if stage.name in files:
             networks[stage.name] = copy.deepcopy(model).eval()
-    events.close()
-
+    fitting.events.close()
     if "int8" in files:
         float_model: Any = model.eval()
         aware = bool(stages) and stages[-1].name == "qat"
         int8 = float_model.convert() if aware else quantize(model, _calibration(config, fitting), _int8_config(config))
         networks["int8"] = int8
         run.write(files["int8"], partial(save_weights, int8.state_dict()))
-    card = Card(config.model, list(files)[-1], dataset.class_names, *shape, mean, std, config.quantize == "pow2")
-    run.write(CARD, card.save)
-    left_out = [skipped for part in process.gather(dataset.left_out()) for skipped in part]
-    dataset = dataclasses.replace(dataset, skipped=tuple(dict.fromkeys(left_out)))
-    if not process.main:  # the tests are measurements, and the first process makes them alone
-        empty = torch.empty(0, dtype=torch.int64)
-        return Report(
-            config, dataset, run.path, epochs, [], empty, None, time.perf_counter() - began, fitting.times, None
-        )
+    return networks, epochs
 
-    # The choices are made. Now, and only now, the test images.
+
+def _untested(epochs: list[EpochRow], fitting: Fitting, began: float) -> Report:
+    found, seconds = torch.empty(0, dtype=torch.int64), time.perf_counter() - began
+    return Report(
+        fitting.config, fitting.dataset, fitting.run.path, epochs, [], found, None, seconds, fitting.times, None
+    )
+
+
+def _tested(
+    networks: dict[str, nn.Module], files: dict[str, str], epochs: list[EpochRow], fitting: Fitting, began: float
+) -> Report:
+    """The report of all networks, written into the run folder."""
+    config, dataset, run, prepare = fitting.config, fitting.dataset, fitting.run, fitting.prepare
     memory = peak_memory(run.path, list(files)) if config.memory else {}
     images = prepare(dataset.test.first(config.batch_size).images)
     rows = [
@@ -179,14 +201,12 @@ def _train(config: TrainConfig, run: RunFolder, process: Process, checkpoint: di
         layers = int8_layers(last, images[:LAYER_IMAGES], before, power_of_two=shift)
     reference = None
     if config.reference_epoch and isinstance(dataset.train, Split) and config.crop_scale is None:
-        plain = _create(dataclasses.replace(config, channels_last=False), dataset)
-        reference = reference_epoch(config, plain, dataset.train, mean, std)
+        plain, normalize = _create(dataclasses.replace(config, channels_last=False), dataset), fitting.augment.normalize
+        reference = reference_epoch(config, plain, dataset.train, normalize.mean, normalize.std)
     found = predictions(last, dataset.test, prepare).cpu()
-    seconds = time.perf_counter() - began
-    times = {"data": {"decode": decoding}} | fitting.times
-    shown = dataset.to(torch.device("cpu"))
-    report = Report(config, shown, run.path, epochs, rows, found, reference, seconds, times, layers)
-    write_report(run, report, augment)
+    seconds, shown = time.perf_counter() - began, dataset.to(torch.device("cpu"))
+    report = Report(config, shown, run.path, epochs, rows, found, reference, seconds, fitting.times, layers)
+    write_report(run, report, fitting.augment)
     return report
 
 
