@@ -73,6 +73,19 @@ def test_packed_weight_of_another_isa_is_packed_anew(isa: str, rng: np.random.Ge
     assert torch.equal(imgopt_fast.int8_conv2d(x, truncated, **rest), expected)
 
 
+def test_equal_weights_are_packed_into_equal_bytes(isa: str, rng: np.random.Generator) -> None:
+    for geometry in [{"c": 32, "o": 48}, {"c": 64, "o": 16, "k": (1, 1)}, *GEOMETRIES]:
+        _, weight, bias, settings = layer(rng, **geometry)
+        own = {name: settings[name] for name in ("weight_scale", "input_scale", "input_zero_point", "groups")}
+        for some in (weight, weight // 8):  # of these, AVX2 multiplies bytes
+            found = []
+            for value in (0, 255):  # in the memory that is packed into next
+                size = imgopt_fast.pack_int8_weight(some, bias=bias, **own).packed.numel()
+                torch.full((size,), value, dtype=torch.uint8)
+                found.append(imgopt_fast.pack_int8_weight(some, bias=bias, **own).packed)
+            assert torch.equal(*found), geometry
+
+
 def test_opcheck_compile_and_export(rng: np.random.Generator) -> None:
     x, weight, bias, settings = layer(rng, c=8, o=16, with_residual=True)
     packed = imgopt_fast.pack_int8_weight(

@@ -29,7 +29,9 @@ bool is_paired(const Int8Conv2d& p) { return p.packed[kind_at(p.weight)] != 0; }
 
 int64_t weight_bytes(const Int8Weight& w) { return kind_at(w) + kKindBytes; }
 
+// Bytes that neither kind takes are zeros: equal weights are packed into equal bytes.
 void weight_pack(const Int8Weight& w, const int8_t* weight, uint8_t* packed) {
+    memset(packed, 0, weight_bytes(w));
     const bool paired = may_pair(w) && paired_weight_pack(w, weight, packed);
     if (!paired) Wide::weight_pack(w, weight, packed);
     memset(packed + kind_at(w), paired, kKindBytes);

@@ -41,6 +41,7 @@ GROUPS = {
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "train",
+        usage="imgopt-fast train [OPTION ...] [DATA]",  # an error is not to be looked for behind sixty options
         help="train, prune, quantize and test a classifier",
         description="Train a classifier, prune it, quantize it to int8, test each of them, and write a run folder.",
         epilog=EXAMPLES,
@@ -90,6 +91,7 @@ def add_following_parser(
     """The parser of a verb that goes on from a finished run, with all options of a training."""
     parser = subparsers.add_parser(
         verb,
+        usage=f"imgopt-fast {verb} RUN [OPTION ...] [DATA]",
         help=help,
         description=f"{about} Every option that is not given is that of the run.",
         epilog=examples,
