@@ -118,7 +118,7 @@ void sample_block(const AffineWarp& p, const Source<T>& source, const Points<R>&
 // turned image is read is one that no processor foresees.
 struct Ahead {
     const char *at, *end;  // the same: nothing is left
-    int64_t share;  // whole lines: as many every time, which the processor foresees
+    int64_t share;         // whole lines: as many every time, which the processor foresees
 
     IMGOPT_INLINE void row() {
         const char *stop = end - at < share ? end : at + share, *line = at;
