@@ -55,6 +55,22 @@ def test_numpy_face(rng: np.random.Generator) -> None:
         face.int8_conv2d(image.astype(np.int32), kernel, input_scale=1.0, weight_scale=1.0)
 
 
+def test_zero_points_and_scales_of_numpy_are_as_good_as_numbers(rng: np.random.Generator) -> None:
+    import imgopt_fast.numpy as face
+
+    x = torch.from_numpy(rng.integers(0, 256, (1, 8, 5, 5), dtype=np.uint8))
+    weight = torch.from_numpy(rng.integers(-127, 128, (8, 8, 1, 1), dtype=np.int8))
+    zero_points = {"input_zero_point": 200, "output_zero_point": 129, "residual_zero_point": 131}
+    scales = {"input_scale": 0.5, "weight_scale": 0.25, "output_scale": 64.0, "residual_scale": 8.0}
+    expected = imgopt_fast.int8_conv2d(x, weight, residual=x, **zero_points, **scales)
+    small: dict[str, Any] = {name: np.uint8(value) for name, value in zero_points.items()}
+    small |= {name: np.float32(value) for name, value in scales.items()}
+    assert torch.equal(imgopt_fast.int8_conv2d(x, weight, residual=x, **small), expected)
+    image = x.permute(0, 2, 3, 1).numpy()
+    found = face.int8_conv2d(image, weight.numpy(), residual=image, **small)
+    np.testing.assert_array_equal(found, expected.permute(0, 2, 3, 1).numpy())
+
+
 def test_packed_weight_of_another_isa_is_packed_anew(isa: str, rng: np.random.Generator) -> None:
     x, weight, bias, settings = layer(rng, c=32, o=48)
     expected = imgopt_fast.int8_conv2d(x, weight, bias, **settings)
@@ -211,6 +227,7 @@ GOOD: dict[str, Any] = {"input_scale": 0.5, "weight_scale": 0.5, "output_scale":
         (ValueError, "groups: expected a divisor of the 4", {"groups": 3}),
         (ValueError, "weight_scale: .* got -1.0 for output channel 2", {"weight_scale": torch.tensor([1.0, 1, -1, 1])}),
         (ValueError, "weight_scale: expected 1 or 4 numbers", {"weight_scale": torch.ones(3)}),
+        (TypeError, "weight_scale: expected a number or a tensor of floats, got list", {"weight_scale": [1.0] * 4}),
         (ValueError, "weight_scale: .* inf", {"weight_scale": torch.tensor([1.0, 1, 1, math.inf])}),
         (ValueError, "input_scale: expected a positive finite", {"input_scale": 0.0}),
         (ValueError, "input_scale: expected a positive finite", {"input_scale": math.nan}),

@@ -263,6 +263,32 @@ def test_errors_name_the_argument() -> None:
         shifted.quantize(channels=3, scale=0.3)
 
 
+@pytest.mark.skipif(BACKEND != "native", reason="the other backends raise what torch raises")
+def test_sizes_that_only_a_run_can_see_are_value_errors() -> None:
+    b = Int8GraphBuilder()
+    x = b.quantize(channels=4, scale=0.1)
+    head = b.build([b.linear(b.flatten(b.max_pool2d(x, 3)), weight(2, 4), 0.1)])
+    with pytest.raises(ValueError, match="^inputs: the image is too small for the network"):
+        int8_graph([torch.randn(1, 4, 2, 2)], head)
+    with pytest.raises(ValueError, match="^inputs: 8 channels where a layer takes 4: the image has another size"):
+        int8_graph([torch.randn(1, 4, 3, 6)], head)
+    b = Int8GraphBuilder()
+    x, y = b.quantize(channels=4, scale=0.1), b.quantize(channels=4, scale=0.1)
+    both = b.build([b.add(x, y, output_scale=0.1)])
+    with pytest.raises(ValueError, match="the terms of a sum differ"):
+        int8_graph([torch.randn(1, 4, 2, 2), torch.randn(1, 4, 3, 3)], both)
+
+
+def test_zero_points_of_numpy_are_as_good_as_integers() -> None:
+    programs = []
+    for kind in (int, np.uint8):
+        b = Int8GraphBuilder()
+        x = b.quantize(channels=4, scale=0.1, zero_point=kind(200))
+        y = b.conv2d(x, torch.ones(4, 4, 1, 1, dtype=torch.int8), 0.1, output_scale=0.1, output_zero_point=kind(129))
+        programs.append(b.build([y]))
+    assert torch.equal(programs[0].plan, programs[1].plan)
+
+
 @pytest.mark.skipif(BACKEND != "native", reason="the other backends read plans in Python")
 def test_broken_plans_are_refused(rng: np.random.Generator) -> None:
     """A plan is data: whatever stands in it, the runner raises or answers, and never reads out of bounds."""

@@ -112,10 +112,11 @@ def check_packed_alone(
         )
 
 
-def check_zero_point(name: str, zero_point: int, low: int, high: int) -> None:
-    """ValueError unless `zero_point` is an integer in [low, high]."""
-    if not (isinstance(zero_point, Integral) and low <= zero_point <= high):
-        raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {zero_point!r}")
+def check_zero_point(name: str, zero_point: int, low: int, high: int) -> int:
+    """`zero_point`, which has to be an integer in [low, high]. NumPy's small ones become Python's, which do not wrap."""
+    if isinstance(zero_point, Integral) and low <= int(zero_point) <= high:
+        return int(zero_point)
+    raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {zero_point!r}")
 
 
 def check_shift_scales(**scales: float | None) -> None:

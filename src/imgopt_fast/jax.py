@@ -75,7 +75,7 @@ def int8_conv2d(
         raise ValueError(f"input: expected {weight.shape[1] * groups} channels, got {input.shape[1]}")
     one_of("requantize", requantize, ("float", "shift"))
     check_scale("input_scale", input_scale)
-    check_zero_point("input_zero_point", input_zero_point, *RANGES[str(input.dtype)])
+    input_zero_point = check_zero_point("input_zero_point", input_zero_point, *RANGES[str(input.dtype)])
     check_clamp(output_min, output_max)
     scales = np.broadcast_to(np.asarray(weight_scale, np.float32), len(weight)).astype(np.float64)
     sums = _exact_sums(input, weight, input_zero_point, stride, padding, dilation, groups)
@@ -89,7 +89,7 @@ def int8_conv2d(
     if dtype not in RANGES:
         raise TypeError(f"output_dtype: expected uint8 or int8, got {dtype}")
     check_scale("output_scale", output_scale)
-    check_zero_point("output_zero_point", output_zero_point, *RANGES[dtype])
+    output_zero_point = check_zero_point("output_zero_point", output_zero_point, *RANGES[dtype])
     low, high = _range(dtype, output_scale, output_zero_point, output_min, output_max)
     if requantize == "shift":
         check_shift_scales(input_scale=input_scale, output_scale=output_scale, residual_scale=residual_scale)

@@ -53,7 +53,7 @@ def pack_int8_weight(
     groups: int = 1,
 ) -> PackedInt8Weight:
     """`imgopt_fast.pack_int8_weight` for arrays: checks and packs a layer once, with the same errors."""
-    check_zero_point("input_zero_point", input_zero_point, -128, 255)
+    input_zero_point = check_zero_point("input_zero_point", input_zero_point, -128, 255)
     layer = _int8_layer(weight, weight_scale, bias, input_scale, input_zero_point, groups)
     for values in _RANGES.values():
         if values[0] <= input_zero_point <= values[1]:
@@ -155,7 +155,7 @@ def _checked_layer(
     elif input_scale is None or weight_scale is None:
         raise ValueError("input_scale, weight_scale: expected positive numbers beside an unpacked weight, got None")
     else:
-        check_zero_point("input_zero_point", input_zero_point, *_RANGES[input.dtype.name])
+        input_zero_point = check_zero_point("input_zero_point", input_zero_point, *_RANGES[input.dtype.name])
         layer = _int8_layer(weight, weight_scale, bias, input_scale, input_zero_point, groups)
         _check_sums(layer.weight, layer.bias, input_zero_point, _RANGES[input.dtype.name])
     channels = layer.weight.shape[1] * layer.groups

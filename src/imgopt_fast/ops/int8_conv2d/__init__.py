@@ -145,7 +145,7 @@ def int8_conv2d(
         dtype = _output_dtype(output_dtype, output_scale)
     if output_scale is not None:
         check_scale("output_scale", output_scale)
-        check_zero_point("output_zero_point", output_zero_point, *INTEGER_RANGE[dtype])
+        output_zero_point = check_zero_point("output_zero_point", output_zero_point, *INTEGER_RANGE[dtype])
     elif output_zero_point:
         raise ValueError(f"output_zero_point: expected 0 without output_scale, got {output_zero_point}")
     if output_min is not None or output_max is not None:

@@ -4,6 +4,7 @@ Everything that depends on the weights alone is done once by `pack_int8_weight`;
 same checks and is packed again in every call.
 """
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -71,14 +72,14 @@ def pack_int8_weight(
     _check_weight(weight, groups)
     scale = _scale_tensor(weight_scale, weight)
     check_scale("input_scale", input_scale)
-    check_zero_point("input_zero_point", input_zero_point, -128, 255)
+    input_zero_point = check_zero_point("input_zero_point", input_zero_point, -128, 255)
     _check_scale_values(scale)
     _check_bias(bias, weight)
     bias_int32 = _quantize_bias(bias, scale, input_scale)
     _check_sums(weight, bias, scale, bias_int32, input_scale, input_zero_point)
     canonical = weight.detach().contiguous()
     return PackedInt8Weight(
-        canonical, bias_int32, scale, pack_bytes(canonical, groups), float(input_scale), int(input_zero_point), groups
+        canonical, bias_int32, scale, pack_bytes(canonical, groups), float(input_scale), input_zero_point, groups
     )
 
 
@@ -118,7 +119,7 @@ def unpacked_layer(
         raise ValueError("weight_scale: expected a positive number or a tensor beside an unpacked weight, got None")
     _check_weight(weight, groups)
     check_scale("input_scale", input_scale)
-    check_zero_point("input_zero_point", input_zero_point, -128, 255)
+    input_zero_point = check_zero_point("input_zero_point", input_zero_point, -128, 255)
     _check_bias(bias, weight)
     scale = _scale_tensor(weight_scale, weight)
     bias_int32 = _quantize_bias(bias, scale, input_scale)
@@ -139,6 +140,8 @@ def _scale_tensor(weight_scale: float | Tensor, weight: Tensor) -> Tensor:
         if weight_scale.device != weight.device:
             raise ValueError(f"weight_scale: expected on the weight's {weight.device}, got {weight_scale.device}")
         return weight_scale.detach().to(torch.float32).expand(channels).contiguous()
+    if not isinstance(weight_scale, Real):
+        raise TypeError(f"weight_scale: expected a number or a tensor of floats, got {type(weight_scale).__name__}")
     check_scale("weight_scale", weight_scale)
     return torch.full((channels,), weight_scale, dtype=torch.float32, device=weight.device)
 

@@ -97,7 +97,7 @@ def clamp_range(
     dtype: torch.dtype, scale: float, zero_point: int, output_min: float | None, output_max: float | None
 ) -> tuple[float, float]:
     """What y may be before the zero point is added: the dtype's range, narrowed by the real bounds, as float32."""
-    low, high = (float(limit - zero_point) for limit in INTEGER_RANGE[dtype])
+    low, high = (float(limit - int(zero_point)) for limit in INTEGER_RANGE[dtype])
     if output_min is not None:
         low = min(max(low, _f32(output_min / scale)), high)
     if output_max is not None:

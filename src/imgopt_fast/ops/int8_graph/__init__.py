@@ -33,8 +33,11 @@ def int8_graph(inputs: list[Tensor], program: Int8Program) -> list[Tensor]:
     _check_inputs(inputs, program)
     try:
         results: list[Tensor] = _op(inputs, program.plan, program.constants, program.packed, list(program.outputs))
-    except RuntimeError:
+    except RuntimeError as refusal:
         output_shapes(program.outputs, [x.shape for x in inputs])  # says it better, if it is the image size
+        _, ours, said = str(refusal).partition("runner.h:")  # what only a run can see
+        if ours:
+            raise ValueError(said.partition(", ")[2]) from refusal
         raise
     return results
 

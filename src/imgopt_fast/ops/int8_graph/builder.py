@@ -366,7 +366,7 @@ class Int8GraphBuilder:
         return self._step(AVG_POOL, value, [x], [*window, int(count_padding), ratio, right, f32(low), f32(high)])
 
     def _new(self, value: Value) -> int:
-        value.place = self._places
+        value.place, value.zero_point = self._places, int(value.zero_point)
         self._places += 1
         self._values.append(value)
         return len(self._values) - 1

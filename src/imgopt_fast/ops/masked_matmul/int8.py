@@ -118,7 +118,7 @@ def int8_masked_matmul(
         if dtype not in INTEGER_RANGE:
             raise TypeError(f"output_dtype: expected uint8 or int8 with output_scale, got {dtype}")
         check_scale("output_scale", output_scale)
-        check_zero_point("output_zero_point", output_zero_point, *INTEGER_RANGE[dtype])
+        output_zero_point = check_zero_point("output_zero_point", output_zero_point, *INTEGER_RANGE[dtype])
     check_clamp(output_min, output_max)
     output = _op(
         input, weight.values, weight.bias, weight.weight_scale, weight.weight_sum, weight.quads, weight.columns,
