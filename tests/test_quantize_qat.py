@@ -1,6 +1,7 @@
 """Quantization-aware training, and the simulation it trains through: what the kernels compute."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -53,6 +54,28 @@ def test_qat_state_restores_the_network():
     assert not torch.equal(trained(images), other(images))
     other.load_state_dict(trained.state_dict())
     assert torch.equal(trained(images), other(images))
+
+
+def test_qat_evaluates_the_weights_that_it_has():
+    """However they were written: `.data` changes neither the parameter nor its version."""
+    _, images = network("residual")
+    trained = QatModel(planned("residual")).eval()
+    before = trained(images)
+    for write in (lambda p: p.data.mul_(1.1), lambda p: setattr(p, "data", p.data * 1.1)):
+        for parameter in trained.parameters():
+            write(parameter)
+        after = trained(images)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, trained.convert()(images))
+        before = after
+    converted = trained._int8[1]
+    trained(images[:2])
+    assert trained._int8[1] is converted, "nothing changed, nothing is converted"
+
+
+def test_qat_says_how_to_save_it():
+    with pytest.raises(TypeError, match=r"does not pickle: save its state_dict\(\).* convert\(\)"):
+        pickle.dumps(QatModel(planned("residual")))
 
 
 def test_qat_gradient_is_straight_through_and_stops_at_saturation():

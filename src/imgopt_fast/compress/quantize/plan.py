@@ -27,6 +27,12 @@ class Plan:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
         return self
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a network in quantization-aware training does not pickle: save its state_dict(), which loads into that of "
+            "another qat() with the same calibration, or the network that convert() returns"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where its weights are; the CPU without any."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from imgopt_fast.compress.quantize.config import Int8Config
@@ -26,14 +27,15 @@ class QatModel(nn.Module):
         super().__init__()
         # Searching the weights' scales in every step would cost more than the step.
         self.simulation = Simulation(replace(plan, config=replace(plan.config, calibration="minmax")))
-        self._int8: tuple[list[tuple[int, int]], Int8Model] | None = None
+        self._int8: tuple[list[Tensor], Int8Model] | None = None  # the last conversion, and copies of what it read
 
     def forward(self, images: Tensor) -> Any:
         if self.training:
             return self.simulation(images)
-        state = [(id(tensor), tensor._version) for tensor in (*self.parameters(), *self.buffers())]
-        if self._int8 is None or self._int8[0] != state:
-            self._int8 = (state, self.convert())
+        state = [tensor.detach() for tensor in (*self.parameters(), *self.buffers())]
+        # By value: writing through `.data`, as moving averages do, leaves the tensors and their versions as they were.
+        if self._int8 is None or not all(map(_equal, self._int8[0], state)):
+            self._int8 = ([tensor.clone() for tensor in state], self.convert())
         return self._int8[1](images)
 
     def convert(self) -> Int8Model:
@@ -46,6 +48,10 @@ class QatModel(nn.Module):
                 operations[node] = replace(operation, weight=layer.weight.detach(), bias=layer.bias.detach())
         trained = replace(plan, fusion=replace(plan.fusion, operations=operations))
         return to_int8(trained, self.simulation.floats)
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    return left.device == right.device and torch.equal(left, right)
 
 
 def qat(model: nn.Module, calibration: Iterable[Any], config: Int8Config | None = None) -> QatModel:
