@@ -268,9 +268,9 @@ def test_sizes_that_only_a_run_can_see_are_value_errors() -> None:
     b = Int8GraphBuilder()
     x = b.quantize(channels=4, scale=0.1)
     head = b.build([b.linear(b.flatten(b.max_pool2d(x, 3)), weight(2, 4), 0.1)])
-    with pytest.raises(ValueError, match="^inputs: the image is too small for the network"):
+    with pytest.raises(ValueError, match=r"^inputs: the image is too small for the network"):
         int8_graph([torch.randn(1, 4, 2, 2)], head)
-    with pytest.raises(ValueError, match="^inputs: 8 channels where a layer takes 4: the image has another size"):
+    with pytest.raises(ValueError, match=r"^inputs: 8 channels where a layer takes 4: the image has another size"):
         int8_graph([torch.randn(1, 4, 3, 6)], head)
     b = Int8GraphBuilder()
     x, y = b.quantize(channels=4, scale=0.1), b.quantize(channels=4, scale=0.1)

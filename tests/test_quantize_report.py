@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from quantized_networks import decibels, network, quantized
+from torch import nn
 
-from imgopt_fast.compress import Int8Config
+from imgopt_fast.compress import Int8Config, quantize
 from imgopt_fast.compress.quantize import profile, sensitivity
+from imgopt_fast.compress.quantize import report as report_module
+from imgopt_fast.nn import Int8Conv2d
 
 
 @pytest.mark.parametrize(
@@ -33,14 +36,40 @@ def test_report_names_what_stays_float(name, float_parts):
     assert all(layer.name in str(report) for layer in report.layers)
 
 
-def test_slow_backend_is_logged_once(monkeypatch, caplog):
-    from imgopt_fast.compress.quantize import report
+class Parts(nn.Module):
+    """A layer that is int8 already, and an operation of several results."""
 
-    monkeypatch.setattr(report._native, "backend", lambda: "reference")
-    monkeypatch.setattr(report, "_logged", set())
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.own = Int8Conv2d(torch.ones(4, 4, 1, 1, dtype=torch.int8), torch.ones(4), input_scale=1.0)
+
+    def forward(self, x):
+        pooled, _ = F.adaptive_max_pool2d(self.conv(x), 2, return_indices=True)
+        return self.own(pooled.clamp(0, 255).to(torch.uint8))
+
+
+def test_report_names_what_gives_several_tensors_and_what_was_int8_before():
+    report = quantize(Parts().eval(), [torch.randn(4, 3, 6, 6)]).report
+    kinds = {layer.name: (layer.operation, layer.dtype) for layer in report.layers}
+    assert kinds["adaptive_max_pool2d"] == ("adaptive_max_pool2d", "float32")
+    assert kinds["own"] == ("int8_conv2d", "int8")
+    assert report.int8_layers == ["conv", "own"]
+
+
+def test_network_without_int8_says_so(caplog, monkeypatch):
+    monkeypatch.setattr(report_module, "_logged", set())
+    report = quantize(nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU()).eval(), [torch.randn(4, 3, 9)]).report
+    assert "note: no layer runs in int8" in str(report)
+    assert "no layer runs in int8" in caplog.text
+
+
+def test_slow_backend_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(report_module._native, "backend", lambda: "reference")
+    monkeypatch.setattr(report_module, "_logged", set())
     with caplog.at_level(logging.WARNING, "imgopt_fast"):
         for _ in range(2):
-            report.log_once(report.speed_note())
+            report_module.log_once(report_module.speed_note())
     assert len(caplog.records) == 1
 
 

@@ -113,7 +113,7 @@ def check_packed_alone(
 
 
 def check_zero_point(name: str, zero_point: int, low: int, high: int) -> int:
-    """`zero_point`, which has to be an integer in [low, high]. NumPy's small ones become Python's, which do not wrap."""
+    """`zero_point`, which has to be an integer in [low, high]; NumPy's small ones become Python's, which never wrap."""
     if isinstance(zero_point, Integral) and low <= int(zero_point) <= high:
         return int(zero_point)
     raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {zero_point!r}")

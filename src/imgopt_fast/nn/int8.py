@@ -6,7 +6,8 @@ after whatever changes the buffers (construction, load_state_dict, a move, unpic
 After writing into a buffer by hand call `repack()`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,16 +20,16 @@ Requantize = Literal["float", "shift"]
 
 
 class Float32Buffers(nn.Module):
-    """Keeps its floating buffers, scales and biases in real units, in their dtype when a model is cast to another."""
+    """Keeps its buffers, and those of its children, in their dtype when a model is cast to another: scales and biases
+    are in real units."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        exact = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in exact.items():
-            moved = self.get_buffer(name)
-            if moved.dtype != before.dtype:
-                self._buffers[name] = before.to(moved.device)
-        return self
+        return super()._apply(partial(_in_its_dtype, fn), recurse)  # type: ignore[no-untyped-call]
+
+
+def _in_its_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
 
 class _Int8Layer(Float32Buffers):

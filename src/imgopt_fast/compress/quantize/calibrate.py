@@ -130,7 +130,7 @@ def observe(
 
 
 def images_of(calibration: Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
-    """The image tensors of what a data loader yields: tensors, or tuples whose first element is one.
+    """The images of what a data loader yields (tensors, or tuples whose first element is one), in float32.
 
     Raises TypeError for anything else.
     """
@@ -138,7 +138,9 @@ def images_of(calibration: Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(calibration, Tensor):
         raise TypeError("calibration: expected batches, got one tensor; [images] is a list of one batch")
-    parameter = next(model.parameters(), None)
+    if not hasattr(calibration, "__iter__") and not hasattr(calibration, "__getitem__"):
+        raise TypeError(f"calibration: expected an iterable of batches, got {type(calibration).__name__}")
+    parameter = next(model.parameters(), torch.empty(0))
     for batch in calibration:
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(images, Tensor) or not images.is_floating_point():
@@ -147,7 +149,7 @@ def images_of(calibration: Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
                 f"starts with one), got {getattr(images, 'dtype', type(images).__name__)}"
             )
         if len(images):
-            yield images if parameter is None else images.to(parameter.device)
+            yield images.to(parameter.device, torch.float32)
 
 
 def choose_scale(histogram: Histogram, config: Int8Config) -> Scale:

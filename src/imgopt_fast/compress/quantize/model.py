@@ -6,19 +6,23 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from imgopt_fast._arguments import described
 from imgopt_fast.compress.quantize.config import Int8Config
 from imgopt_fast.compress.quantize.convert import convert
 from imgopt_fast.compress.quantize.plan import Plan
 from imgopt_fast.compress.quantize.prepare import make_plan
-from imgopt_fast.compress.quantize.report import QuantizationReport, describe, log_once, speed_note
+from imgopt_fast.compress.quantize.report import QuantizationReport, describe, log_once, notes
 from imgopt_fast.nn import Int8Segment
+from imgopt_fast.nn.int8 import Float32Buffers
 
 
-class Int8Model(nn.Module):
-    """A quantized network: float input, float output, int8 between them. Inference only.
+class Int8Model(Float32Buffers):
+    """A quantized network: floating input of any precision, float32 output, int8 between them. Inference only.
 
     `network` is an ordinary graph module of `nn.Int8Segment`s and float operations; print `report` for what runs how.
-    `input_shape` is that of the calibration's images, (C, H, W).
+    `input_shape` is that of the calibration's images, (C, H, W). What is not int8 is float32, also after `half()`.
+
+    Raises TypeError and ValueError, naming `images`, for ones that are not floating or of another shape.
     """
 
     def __init__(
@@ -36,21 +40,22 @@ class Int8Model(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Any:
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            raise TypeError(f"images: expected a floating tensor, as in calibration, got {described(images, Tensor)}")
+        if images.ndim != 1 + len(self.input_shape) or images.shape[1:2] != self.input_shape[:1]:
+            raise ValueError(
+                f"images: expected a batch of {self.input_shape} each, as in calibration, got {tuple(images.shape)}"
+            )
         if self.image_size is not None and tuple(images.shape[2:]) != self.image_size:
             raise ValueError(
                 f"images: expected size {self.image_size}, which the padding was computed for at calibration, "
                 f"got {tuple(images.shape[2:])}"
             )
-        return self.network(images)
+        return self.network(images.float())
 
     def train(self, mode: bool = True) -> "Int8Model":
-        """Raises RuntimeError when `mode` is set: an int8 network has nothing to train."""
-        if mode:
-            raise RuntimeError(
-                "an int8 network does not train; train the float network, with `qat` if int8 costs accuracy"
-            )
-        super().train(False)
-        return self
+        """Stays as it is: nothing here trains, and a network around it may."""
+        return super().train(False)
 
 
 def quantize(model: nn.Module, calibration: Iterable[Any], config: Int8Config | None = None) -> Int8Model:
@@ -58,10 +63,12 @@ def quantize(model: nn.Module, calibration: Iterable[Any], config: Int8Config | 
 
     Args:
         model: any module that torch.export can trace, with one image tensor (N, C, H, W) as input and anything as
-            output. It is not changed. Masked layers count as dense ones whose masked weights are zero; where
-            skipping zeros is faster than int8 dot products over them, they are skipped, and `report` says where.
+            output; of any precision, device, memory format and mode. It is not changed. Masked layers count as dense
+            ones whose masked weights are zero; where skipping zeros is faster than int8 dot products over them, they
+            are skipped, and `report` says where.
         calibration: batches of real input, as the model takes them: floating tensors, or tuples whose first element is
-            one, as data loaders give. 100 to 500 images are enough; memory does not grow with their number.
+            one, as data loaders give; computed in float32. 100 to 500 images are enough; memory does not grow with
+            their number.
         config: see `Int8Config`.
 
     Returns a module with float input and output and a plain state_dict. Convolutions and linear layers with constant
@@ -71,7 +78,7 @@ def quantize(model: nn.Module, calibration: Iterable[Any], config: Int8Config | 
     Raises:
         ValueError: no calibration batch, values that are not finite, an unknown name in `config.exclude`, a model that
             cannot be traced, or a layer whose sums could overflow; the message names the layer and the way out.
-        TypeError: batches that are not floating tensors.
+        TypeError: batches that are not floating tensors, a model or a config that is none.
     """
     return to_int8(make_plan(model, calibration, config or Int8Config()))
 
@@ -81,8 +88,7 @@ def to_int8(plan: Plan, attributes: nn.Module | None = None) -> Int8Model:
     network = convert(plan, attributes).to(plan.device)
     segments = [part for part in network.children() if isinstance(part, Int8Segment)]
     report = describe(plan.graph, plan.fusion, segments)
-    note = speed_note()
-    if note is not None:
-        report.notes.append(note)
+    report.notes += notes(report)
+    for note in report.notes:
         log_once(note)
     return Int8Model(network, report, plan.image_size, plan.input_shape)

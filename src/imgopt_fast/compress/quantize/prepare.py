@@ -25,6 +25,8 @@ SAMPLE = 32
 
 def make_plan(model: nn.Module, calibration: Iterable[Any], config: Int8Config) -> Plan:
     """Trace and calibrate `model`; arguments and errors are those of `quantize`."""
+    if not isinstance(config, Int8Config):
+        raise TypeError(f"config: expected an Int8Config, got {type(config).__name__}")
     batches = images_of(calibration, model)
     first = next(batches, None)
     if first is None:
@@ -32,6 +34,7 @@ def make_plan(model: nn.Module, calibration: Iterable[Any], config: Int8Config) 
     graph, image_size = trace(model, first)
     fold(graph)
     fusion = fuse(graph, config.exclude)
+    _check_finite(fusion)
     names = {node: operation.name for node, operation in fusion.operations.items()}
     if config.equalize:
         equalize(graph, fusion, first[:SAMPLE])
@@ -47,6 +50,16 @@ def make_plan(model: nn.Module, calibration: Iterable[Any], config: Int8Config) 
     if config.bias_correction:
         correct_bias(plan, first[:SAMPLE])
     return plan
+
+
+def _check_finite(fusion: Fusion) -> None:
+    """Calibration would blame the first layer that sees the value, which equalization may move."""
+    for operation in fusion.operations.values():
+        for name, value in (("weight", operation.weight), ("bias", operation.bias)):
+            if value is not None and not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"model: the {name} of {operation.name}, batch norm folded in, is not finite; load other weights"
+                )
 
 
 def _share_concat_scales(fusion: Fusion, scales: dict[Node, Scale]) -> None:

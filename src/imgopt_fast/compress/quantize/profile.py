@@ -56,7 +56,12 @@ class NetworkProfile(NamedTuple):
 
 @torch.no_grad()
 def profile(model: Int8Model, images: Tensor) -> NetworkProfile:
-    """Time every int8 step and float operation of `model` on `images`, each alone and as the fastest of five runs."""
+    """Time every int8 step and float operation of `model` on `images`, each alone and as the fastest of five runs.
+
+    Raises TypeError when `model` is not what `quantize` returned.
+    """
+    if not isinstance(model, Int8Model):
+        raise TypeError(f"model: expected an Int8Model, as quantize returns, got {type(model).__name__}")
     rows: list[tuple[str, str, str, float, int]] = []
 
     class Watch(Interpreter):
@@ -84,7 +89,7 @@ def profile(model: Int8Model, images: Tensor) -> NetworkProfile:
             segment.run_stepwise([self.env[source] for source in n.args if isinstance(source, Node)], self.run_step)
             return super().run_node(n)
 
-    Watch(model.network).run(images)
+    Watch(model.network).run(images.float())
     total = sum(row[3] for row in rows)
     seconds, _ = _fastest(lambda: model(images))
     steps = [StepProfile(*row[:4], row[3] / total, row[4]) for row in rows]

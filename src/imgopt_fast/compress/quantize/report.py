@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from imgopt_fast import _native
 from imgopt_fast.compress.quantize.convert import key
@@ -108,9 +109,14 @@ def describe(graph: GraphModule, fusion: Fusion, segments: Sequence[Int8Segment]
             weights = 0 if operation.weight is None else operation.weight.numel()
             text = zeros.get(key(operation.name), "")
             layers.append(LayerReport(operation.name, operation.kind, "int8", "", weights, zeros=text))
-        elif node in fusion.reasons and node.target not in SILENT and isinstance(node.meta.get("val"), Tensor):
+        elif node in fusion.reasons and node.target not in SILENT and _computes(node):
             layers.append(_float_row(graph, node, fusion.reasons[node]))
     return QuantizationReport(layers, len(segments))
+
+
+def _computes(node: Node) -> bool:
+    """Whether `node` gives tensors, one or several, and not sizes."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta.get("val")))
 
 
 def _float_row(graph: GraphModule, node: Node, reason: str) -> LayerReport:
@@ -118,7 +124,17 @@ def _float_row(graph: GraphModule, node: Node, reason: str) -> LayerReport:
     operation = str(node.target).removeprefix("aten.").removesuffix(".default")
     constants = [constant(graph, source) for source in node.all_input_nodes]
     weights = sum(value.numel() for value in constants if value is not None and value.ndim > 1)
+    if operation.startswith("imgopt_fast.int8"):  # the model's own `nn.Int8Conv2d`, or a part that is quantized already
+        return LayerReport(name, operation.removeprefix("imgopt_fast."), "int8", "", weights)
     return LayerReport(name, operation, "float32", reason, weights)
+
+
+def notes(report: QuantizationReport) -> list[str]:
+    """What a user should know before relying on the network."""
+    if not report.int8_layers:
+        return ["no layer runs in int8, the report has the reasons; the network is the float one"]
+    slow = speed_note()
+    return [] if slow is None else [slow]
 
 
 def speed_note() -> str | None:

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -40,9 +41,10 @@ def sensitivity(
         score: called once per layer with the network in which that layer alone is int8; a higher result is better, such
             as the accuracy on a validation set. The ranking then follows it, and the noise among equals.
     """
-    batches = list(images_of(calibration, model))
-    simulation = Simulation(make_plan(model, batches, config or Int8Config()))
-    images = batches[0]
+    batches = images_of(calibration, model)
+    first = list(islice(batches, 1))
+    simulation = Simulation(make_plan(model, chain(first, batches), config or Int8Config()))
+    images = first[0]
     simulation.rounded = lambda operation: False
     exact = _flat(simulation(images))
     ranked = []

@@ -66,7 +66,7 @@ class Simulation(nn.Module):
     def forward(self, images: Tensor) -> Any:
         values: Values = {}
         for node in self.plan.order:
-            self.step(node, values, images)
+            self.step(node, values, images.float())
         return map_arg(self.plan.output.args[0], values.__getitem__)
 
     def step(self, node: Node, values: Values, images: Tensor) -> None:

@@ -41,10 +41,10 @@ VIEWS |= {"expand", "squeeze", "unsqueeze", "flatten", "unbind", "t", "diagonal"
 def trace(model: nn.Module, sample: Tensor) -> tuple[GraphModule, tuple[int, ...] | None]:
     """The inference graph of `model`, and the image size that it is bound to (None: any).
 
-    `sample` is a batch of real input; only its shape counts. The graph owns copies of the parameters. Raises
-    ValueError, which names the layer and its line, when torch.export cannot follow the model.
+    `sample` is a batch of real input; only its shape counts. The graph owns float32 copies of the parameters.
+    Raises ValueError, which names the layer and its line, when torch.export cannot follow the model.
     """
-    model = dense(_copy(model)).eval()
+    model = dense(_copy(_unwrapped(model))).eval().float()
     images = sample[:1].expand(2, *sample.shape[1:])  # a batch of 1 would be traced as a constant
     spatial = range(2, sample.ndim)
     program, size = None, None
@@ -121,6 +121,17 @@ def dense(model: nn.Module) -> nn.Module:
             return twin
         model.set_submodule(name, twin)
     return model
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network that torch.compile's wrapper, or those of data-parallel training, runs."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
 
 
 def _copy(model: nn.Module) -> nn.Module:
