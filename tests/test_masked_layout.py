@@ -58,7 +58,20 @@ def test_other_structures() -> None:
     assert mask_layout(torch.ones(16, 16, dtype=torch.bool)).structure_name == "dense"
     for mask in (torch.zeros(16, 16, dtype=torch.bool), torch.eye(16, dtype=torch.bool), random_mask(64, 64, 0.5)):
         assert mask_layout(mask).structure_name == "free"
-    assert mask_layout(structured_mask("4x1", 0.5, (62, 40))).structure_name == "free"  # the last block is cut off
+
+
+@pytest.mark.parametrize("name", ["4x1", "8x1", "16x1", "4x4", "16x16", "2:4", "1:4"])
+def test_structures_whose_last_blocks_are_cut_off(name: str) -> None:
+    """As pruning leaves them in layers of odd sizes, such as a classifier of ten classes."""
+    mask = structured_mask(name, 0.3, (64, 96))[:-2, :-2]
+    if ":" in name:
+        mask[:, -2] = True  # the rest of the last neighbours has as many as it can
+        mask[:, -1] = name == "2:4"
+    assert mask_layout(mask).structure_name == name
+    spoilt = mask.clone()
+    spoilt[-1, -1] = ~spoilt[-1, -1]
+    assert mask_layout(spoilt).structure_name == "free"
+    assert mask_layout(torch.ones(1, 8, dtype=torch.bool).tril()).structure_name == "free", "less than one block"
 
 
 def test_layouts_are_tensors_and_ints_that_a_compiled_function_takes() -> None:

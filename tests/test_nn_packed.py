@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from imgopt_fast.compress import PruneConfig, prune
 from imgopt_fast.nn import MaskedConv2d, MaskedLinear, PackedMaskedConv2d, PackedMaskedLinear, pack
 from imgopt_fast.ops.masked_matmul import layout
 
@@ -98,6 +99,18 @@ def test_takes_little_memory(sparsity: float, share: float) -> None:
         assert isinstance(packed, (PackedMaskedLinear, PackedMaskedConv2d))
         held = sum(t.nbytes for t in [*packed.parameters(), *packed.buffers()]) - (512 if dense == 2**20 else 128) * 4
         assert held + packed.nbytes() < share * dense
+
+
+def test_a_packed_network_asks_for_no_gradient() -> None:
+    """So that it runs, and exports, without `torch.no_grad()`; what is put behind it learns."""
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(32 * 4, 16))
+    prune(model, PruneConfig(sparsity=0.9))
+    body, x = pack(model.eval()), torch.randn(2, 3, 6, 6)
+    exported = torch.export.export(body, (x,)).module()
+    torch.testing.assert_close(exported(x), body(x))
+    head = nn.Linear(16, 3)
+    head(body(x)).sum().backward()
+    assert head.weight.grad is not None
 
 
 def test_packs_a_network_in_place() -> None:

@@ -106,11 +106,11 @@ def test_the_smallest_channels_go() -> None:
 
 def test_names_what_it_cannot_do_and_the_way_out() -> None:
     x = torch.randn(2, 3, 8, 8)
-    grouped = Wrapped(lambda m, x: m.second(m.first(x)))
-    with pytest.raises(ValueError, match=r"(?s)first: .*second has 4 groups.*exclude=\('first', 'second'\)"):
-        prune(grouped, PruneConfig(structure="channels"), example=x)
-    assert grouped.first.weight.shape[0] == 8
-    prune(grouped, PruneConfig(structure="channels", exclude=("first", "second")), example=x)
+    shuffled = Wrapped(lambda m, x: m.second(nn.functional.channel_shuffle(m.first(x), 4)))
+    with pytest.raises(ValueError, match=r"(?s)first: .*channel_shuffle.*exclude=\('first',"):
+        prune(shuffled, PruneConfig(structure="channels"), example=x)
+    assert shuffled.first.weight.shape[0] == 8
+    prune(shuffled, PruneConfig(structure="channels", exclude=("first",)), example=x)
     with pytest.raises(ValueError, match=r"first: .*channel_shuffle|first: .*native_group_norm|first: .*group_norm"):
         prune(
             Wrapped(lambda m, x: nn.functional.group_norm(m.first(x), 2)), PruneConfig(structure="channels"), example=x
@@ -124,6 +124,57 @@ def test_names_what_it_cannot_do_and_the_way_out() -> None:
     prune(masked, PruneConfig())
     with pytest.raises(ValueError, match=r"^model: .*masks"):
         prune(masked, PruneConfig(structure="channels"), example=torch.randn(1, 8, 4, 4))
+
+
+def test_nothing_to_remove_is_an_error() -> None:
+    for model, x in (
+        (nn.Sequential(nn.Conv1d(3, 8, 3), nn.Conv1d(8, 4, 1)), torch.randn(1, 3, 9)),
+        (nn.Sequential(nn.Conv2d(3, 4, 1)), torch.randn(1, 3, 4, 4)),
+    ):
+        with pytest.raises(ValueError, match=r"^model: no channel can be removed"):
+            prune(model, PruneConfig(structure="channels"), example=x)
+
+
+class Groups(nn.Module):
+    """ResNeXt's block, one whose groups are called twice, and what has a number of its own for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.PReLU(16))
+        self.block = nn.Sequential(
+            nn.Conv2d(16, 16, 1), nn.InstanceNorm2d(16, affine=True), nn.PReLU(),
+            nn.Conv2d(16, 24, 3, padding=1, groups=4), nn.ReLU(), nn.Conv2d(24, 16, 1),
+        )  # fmt: skip
+        self.twice = nn.Conv2d(16, 16, 3, padding=1, groups=2)
+        self.last = nn.Conv2d(16, 32, 3, groups=8)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.block(x)
+        x = self.twice(self.twice(x).relu()).relu()
+        result: Tensor = self.head(self.last(x).mean((2, 3)))
+        return result
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_groups_lose_the_same_channels_each(scope: Any) -> None:
+    model, x = Groups().eval(), torch.randn(2, 3, 8, 8)
+    whole = copy.deepcopy(model)
+    pruner = prune(model, PruneConfig(sparsity=0.5, structure="channels", scope=scope), example=x)
+    assert isinstance(pruner, ChannelPruner)
+    groups = [module.groups for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert groups == [1, 1, 4, 1, 2, 8]
+    if scope == "layer":
+        assert [model.block[3].in_channels, model.block[3].out_channels] == [8, 12]
+        assert model.stem[1].num_parameters == model.block[1].num_features == 8
+    tensors = dict(whole.named_parameters())
+    with torch.no_grad():
+        for index in pruner.removed:
+            for piece in pruner.groups[index].slices:
+                if piece.axis == 0:
+                    tensors[piece.tensor][piece.at] = 0  # what is made of nothing, without bias and scale, is nothing
+        torch.testing.assert_close(model(x), whole(x), rtol=1e-4, atol=1e-5)
 
 
 def train(model: nn.Module, optimizer: Any, pruner: ChannelPruner, steps: int, seed: int) -> None:

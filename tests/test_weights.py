@@ -115,6 +115,52 @@ def small(channels: int = 16, classes: int = 10) -> nn.Sequential:
     )  # fmt: skip
 
 
+def test_what_is_shared_is_stored_once(tmp_path: Path) -> None:
+    dense, path = nn.Linear(40, 40), tmp_path / "shared.safetensors"
+    model = nn.Sequential(dense, nn.ReLU(), dense)
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    for change, share in ((lambda: None, 1.0), (lambda: prune(model, PruneConfig(sparsity=0.9)), 0.2)):
+        change()
+        save_weights(model.state_dict(), path)
+        assert path.stat().st_size < share * 4 * (1600 + 40) + 1000
+        loaded = load_weights(path)
+        assert same_bits(loaded, model.state_dict())
+        assert loaded["0.weight"] is loaded["2.weight"]
+    again = nn.Linear(40, 40)
+    twice = nn.Sequential(again, nn.ReLU(), again)
+    load_into(twice, path)
+    assert twice[0] is twice[2]
+    assert same_bits(twice.state_dict(), model.state_dict())
+    whole = torch.randn(100)
+    views = {"first": whole[:50], "last": whole[50:], "whole": whole, "same": whole, "square": whole.view(10, 10)}
+    save_weights(views, path)
+    assert same_bits(load_weights(path), views)
+
+
+def test_refuses_what_is_no_state_dict(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^weights: expected a state_dict, got Sequential"):
+        save_weights(network(), tmp_path / "file")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^weights: expected tensors, got dict as 'state'"):
+        save_weights(torch.optim.SGD(network().parameters()).state_dict(), tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_network_without_memory_takes_the_tensors_of_a_file(tmp_path: Path, pruned: bool) -> None:
+    model, path = network(), tmp_path / "file.safetensors"
+    if pruned:
+        prune(model, PruneConfig(sparsity=0.9))
+    save_weights(model.state_dict(), path)
+    with torch.device("meta"):
+        empty = network()
+    load_into(empty, path)
+    assert same_bits(empty.state_dict(), model.state_dict())
+    x = torch.randn(2, 32, 6, 6)
+    for mode in (True, False):
+        assert torch.equal(empty.train(mode)(x), model.train(mode)(x))
+    assert all(parameter.requires_grad for parameter in empty.parameters())
+
+
 @pytest.mark.parametrize("also_masked", [False, True])
 def test_a_fresh_network_takes_the_structure_of_a_file(tmp_path: Path, also_masked: bool) -> None:
     model, images, path = small(), torch.randn(4, 3, 8, 8), tmp_path / "small.safetensors"

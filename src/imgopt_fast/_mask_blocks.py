@@ -103,16 +103,26 @@ def _is(mask: NDArray[np.bool_], name: str) -> bool:
         rows, columns = map(int, name.split("x"))
         return consists_of(mask, rows, columns)
     kept, of = map(int, name.split(":"))
-    if mask.shape[1] % of:
+    if mask.shape[1] < of:
         return False
+    full = _counts_alike(mask[:, : mask.shape[1] // of * of], kept, of)
+    rest = mask.shape[1] % of
+    return full and (rest == 0 or _counts_alike(mask[:, -rest:], min(kept, rest), rest))
+
+
+def _counts_alike(mask: NDArray[np.bool_], kept: int, of: int) -> bool:
+    """Whether `kept` of every `of` neighbours are set."""
     groups = mask.reshape(len(mask), -1, of)
     return all(bool((part.sum(2) == kept).all()) for part in (groups[:1], groups))  # most masks fail in their first row
 
 
 def consists_of(mask: NDArray[np.bool_], rows: int, columns: int) -> bool:
-    """Whether a mask is made of aligned blocks that are set as a whole or not at all."""
-    if mask.shape[0] % rows or mask.shape[1] % columns:
+    """Whether a mask is made of aligned blocks, the last ones cut off, that are set as a whole or not at all."""
+    out, inputs = mask.shape
+    if out < rows or inputs < columns:
         return False
+    if out % rows or inputs % columns:
+        mask = np.pad(mask, ((0, -out % rows), (0, -inputs % columns)), mode="edge")
     blocks = mask.reshape(mask.shape[0] // rows, rows, mask.shape[1] // columns, columns)
     return all(bool((part == part[:, :1, :, :1]).all()) for part in (blocks[:1], blocks))  # most fail in the first row
 

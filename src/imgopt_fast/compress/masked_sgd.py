@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
 from imgopt_fast.nn import MaskedConv2d, MaskedLinear
+from imgopt_fast.nn.masked import Seen
 from imgopt_fast.ops.masked_matmul import MaskLayout
 from imgopt_fast.ops.masked_sgd import KeptBits, Ordered, kept_bits, masked_sgd
 from imgopt_fast.ops.masked_sgd.reference import kept_positions
@@ -59,7 +60,7 @@ class MaskedSGD(Optimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
         self.model = model
-        self._kept: dict[Tensor, tuple[KeptBits, tuple[int, int]]] = {}
+        self._kept: dict[Tensor, tuple[KeptBits, Seen | None]] = {}  # of the mask that was seen
         self._orders: dict[Tensor, tuple[MaskLayout, tuple[Ordered | None, Ordered | None]]] = {}
 
     @torch.no_grad()
@@ -89,7 +90,8 @@ class MaskedSGD(Optimizer):
         return state
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"model": self.model, "_kept": self._kept, "_orders": {}}
+        kept = {weight: (bits, None) for weight, (bits, _) in self._kept.items()}
+        return super().__getstate__() | {"model": self.model, "_kept": kept, "_orders": {}}
 
     def _step_dense(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         buffers = [self.state[p].get(DENSE) for p in parameters]
@@ -137,11 +139,11 @@ class MaskedSGD(Optimizer):
 
     def _follow(self, weight: Tensor, mask: Tensor) -> KeptBits:
         """The bits of the present mask; a velocity of an earlier one, or of a loaded state, is brought to it."""
-        known, key = self._kept.get(weight), (id(mask), mask._version)
-        if known is None or known[1] != key:
+        known = self._kept.get(weight)
+        if known is None or known[1] is None or not known[1].are(mask):
             state, bits = self.state[weight], kept_bits(_flat(mask, weight))
             dense = self._spread(weight) if VELOCITY in state else state.get(DENSE)
-            self._kept[weight] = known = (bits, key)
+            self._kept[weight] = known = (bits, Seen(mask))
             if dense is not None:
                 state[VELOCITY] = _flat(dense, weight)[kept_positions(bits.bits)]
         elif DENSE in self.state[weight]:

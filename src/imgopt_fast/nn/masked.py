@@ -7,6 +7,7 @@ deepcopy. In training the values are gathered from the weight in every product, 
 besides (MaskedSGD does), which saves a fifth of a forward at 90 % sparsity.
 """
 
+import math
 import weakref
 from typing import Any, Self, cast
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from imgopt_fast import _native
 from imgopt_fast._mask_blocks import trains_sparse
+from imgopt_fast.nn.replace import take_hooks
 from imgopt_fast.ops.masked_matmul import (
     MaskLayout,
     PackedMaskedWeight,
@@ -26,7 +28,7 @@ from imgopt_fast.ops.masked_matmul import (
 )
 
 
-class _Seen:
+class Seen:
     """Which tensors something was made from, and which version of each. Keeps none of them alive.
 
     What `id` gives is no name for a tensor: `torch.func.functional_call` puts one after the other in the same memory.
@@ -58,11 +60,11 @@ class _Masked(nn.Module):
 
     def _forget(self) -> None:
         self._layout: MaskLayout | None = None
-        self._layout_of: _Seen | None = None
+        self._layout_of: Seen | None = None
         self._packed: PackedMaskedWeight | None = None
-        self._packed_of: _Seen | None = None
+        self._packed_of: Seen | None = None
         self._ordered: MaskLayout | None = None
-        self._ordered_of: _Seen | None = None
+        self._ordered_of: Seen | None = None
         # Whether a gradient of the input was ever asked for; None before the first forward that could use `_ordered`.
         self._input_learns: bool | None = None
 
@@ -85,14 +87,14 @@ class _Masked(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self.weight_mask if self._layout is None else self._layout
-        # Changes of a mask that was made in inference mode are not counted.
-        return self.weight_mask if self.weight_mask.is_inference() else self.layout()
+        # Changes of a mask that was made in inference mode are not counted; one on the meta device has no positions.
+        return self.weight_mask if self.weight_mask.is_inference() or self.weight_mask.is_meta else self.layout()
 
     def layout(self) -> MaskLayout:
         """The layout of the present mask, analysed again if the mask has changed."""
         mask = self.weight_mask
         if self._layout is None or self._layout_of is None or not self._layout_of.are(mask):
-            self._layout, self._layout_of = mask_layout(mask, groups=self.groups), _Seen(mask)
+            self._layout, self._layout_of = mask_layout(mask, groups=self.groups), Seen(mask)
         return self._layout
 
     def ordered(self) -> MaskLayout | None:
@@ -116,7 +118,7 @@ class _Masked(nn.Module):
 
     def keep_ordered(self) -> None:
         """Take note that `ordered` has the values of the weight as it is now."""
-        self._ordered_of = _Seen(self.weight, self.weight_mask)
+        self._ordered_of = Seen(self.weight, self.weight_mask)
 
     def _has_ordered(self) -> bool:
         if self._ordered is None or self._ordered_of is None or not self._ordered_of.are(self.weight, self.weight_mask):
@@ -131,7 +133,7 @@ class _Masked(nn.Module):
         weight, mask = self.weight, self.weight_mask
         if self._packed is None or self._packed_of is None or not self._packed_of.are(weight, mask):
             self._packed = pack_masked_weight(weight.detach(), mask, groups=self.groups)
-            self._packed_of = _Seen(weight, mask)
+            self._packed_of = Seen(weight, mask)
         return self._packed
 
     def _weight_and_mask(self, input: Tensor) -> tuple[Tensor | PackedMaskedWeight, Tensor | MaskLayout | None]:
@@ -140,10 +142,11 @@ class _Masked(nn.Module):
             # Zero off the mask, and with the gradient 1 there.
             return torch.where(self.weight_mask, self.weight, self.weight - self.weight.detach()), None
         inference = not self.training and not torch.is_grad_enabled()
-        if inference and not torch.compiler.is_compiling() and not self.weight.is_inference():
+        compiling = torch.compiler.is_compiling()
+        if inference and not compiling and not (self.weight.is_inference() or self.weight.is_meta):
             return self.packed(), None
         found = self.mask_or_layout()
-        if isinstance(found, Tensor) or torch.compiler.is_compiling():
+        if isinstance(found, Tensor) or compiling:
             return self.weight, found
         self._input_learns = bool(self._input_learns) or input.requires_grad
         return self.weight, self._ordered if self._has_ordered() else found
@@ -162,7 +165,9 @@ class _Masked(nn.Module):
         self._follow()
 
     def density(self) -> float:
-        """Share of the weights that exist."""
+        """Share of the weights that exist; NaN on the meta device, where nobody knows."""
+        if self.weight_mask.is_meta:
+            return math.nan
         return float(self.weight_mask.float().mean()) if self.weight_mask.numel() else 1.0
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -198,6 +203,7 @@ class MaskedLinear(_Masked):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt(module)
+        take_hooks(layer, module)
         return layer.train(module.training)
 
     def _adopt(self, module: nn.Linear) -> None:
@@ -252,6 +258,7 @@ class MaskedConv2d(_Masked):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt(module)
+        take_hooks(layer, module)
         return layer.train(module.training)
 
     def _adopt(self, module: nn.Conv2d) -> None:
@@ -295,12 +302,22 @@ class MaskedConv2d(_Masked):
         )
 
 
+def pads_alike(module: nn.Conv2d) -> bool:
+    """Whether it pads with zeros, and as many on both sides, so that a masked layer can take its place."""
+    uneven = module.padding == "same" and any(p % 2 for p in _whole_padding(module))
+    return module.padding_mode == "zeros" and not uneven
+
+
 def _explicit_padding(module: nn.Conv2d) -> tuple[int, int]:
     if module.padding == "valid":
         return (0, 0)
     if module.padding == "same":
-        whole = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        if any(p % 2 for p in whole):
+        if not pads_alike(module):
             raise ValueError(f"module: expected padding that is the same on both sides, got 'same' for {module}")
-        return (whole[0] // 2, whole[1] // 2)
+        return cast(tuple[int, int], tuple(p // 2 for p in _whole_padding(module)))
     return cast(tuple[int, int], module.padding)
+
+
+def _whole_padding(module: nn.Conv2d) -> list[int]:
+    """Along each axis on both sides together, of padding 'same'."""
+    return [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]

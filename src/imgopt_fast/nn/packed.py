@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from imgopt_fast.nn.masked import MaskedConv2d, MaskedLinear
 from imgopt_fast.nn.packed_clamp import ClampedLayer, fold_clamps
+from imgopt_fast.nn.replace import replace_module, take_hooks
 from imgopt_fast.ops.masked_matmul import PackedMaskedWeight, masked_conv2d, masked_matmul, pack_masked_weight
 
 
@@ -29,6 +30,7 @@ class _Packed(ClampedLayer):
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
         self.groups = layer.groups
         self._pack(layer.weight.detach(), layer.weight_mask)
+        take_hooks(self, layer)
         self.eval()
 
     def _limits(self) -> Any:
@@ -128,7 +130,8 @@ class PackedMaskedConv2d(_Packed):
 def pack(model: nn.Module) -> nn.Module:
     """Replace the masked layers of `model`, in place, by packed ones; returns it, or its replacement if it is one.
 
-    For inference: the dense weights are released. The state_dict stays what it was. A clamp that alone uses the result
+    For inference: the dense weights are released, and no parameter of the model asks for a gradient any more, which
+    packed layers do not pass. The state_dict stays what it was. A clamp that alone uses the result
     of such a layer is folded into it, see `packed_clamp`: `nn.ReLU`, `nn.ReLU6` and `nn.Hardtanh` in any model that
     torch.fx can trace, and `relu`, `relu6` and `clamp` as functions and methods too where `model` is a graph of it.
     """
@@ -141,9 +144,9 @@ def pack(model: nn.Module) -> nn.Module:
             continue
         if not name:
             return packed
-        model.set_submodule(name, packed)
+        replace_module(model, layer, packed)
     fold_clamps(model)
-    return model
+    return model.requires_grad_(False)
 
 
 def _described(layer: _Packed) -> str:

@@ -13,6 +13,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from imgopt_fast.nn.replace import replace_module
+
 Limits = tuple[float | None, float | None]
 
 RELU: Collection[object] = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
@@ -43,9 +45,7 @@ def fold_clamps(model: nn.Module) -> None:
         if not isinstance(module, ClampedLayer) and all(call in found for call in calls):
             for call in calls:
                 layer, (layer.output_min, layer.output_max) = found[call]
-            for name, each in list(model.named_modules(remove_duplicate=False)):
-                if each is module:
-                    model.set_submodule(name, nn.Identity())
+            replace_module(model, module, nn.Identity())
 
 
 class _Tracer(fx.Tracer):

@@ -7,6 +7,7 @@ optimizer made before goes on to work, its state cut with them.
 """
 
 import copy
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,11 @@ class ChannelPruner(Pruner):
             raise ValueError("model: expected one without masks; remove channels first, then prune what is left")
         images = example[0] if isinstance(example, (tuple, list)) else example
         self.groups = channel_groups(model, images, config.exclude)
+        if not self.groups:
+            raise ValueError(
+                "model: no channel can be removed: those of nn.Conv2d and nn.Linear layers can, but for what `exclude` "
+                "names and what the network gives out"
+            )
         self.removed: set[int] = set()
         # What is left of each tensor along each axis, as indices of the original.
         self._left: dict[tuple[str, int], list[int]] = {}
@@ -184,12 +190,14 @@ def describe_size(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | MaskedLinear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.Conv2d | MaskedConv2d):
-        if module.groups > 1:  # depthwise
+        if module.groups > 1 and module.groups == module.in_channels:  # depthwise
             module.groups = module.weight.shape[0] // (module.out_channels // module.groups)
         module.out_channels = module.weight.shape[0]
         module.in_channels = module.weight.shape[1] * module.groups
-    elif isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
-        module.num_features = len(module.running_mean)
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = len(next(chain(module.parameters(), module.buffers())))
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
 
 
 __all__ = ["ChannelGroup", "ChannelPruner", "ChannelReport"]

@@ -2,8 +2,9 @@
 
 Every tensor of the graph carries a list of channels along its second axis. A convolution or linear layer makes new
 ones and reads others; a batch norm, an activation or a pool hands them on; an addition ties those of its operands
-together, as the residual connections of a ResNet do for a whole stage; flattening repeats a channel for each of its
-pixels. What remains are groups: the slices of parameters that one channel owns, wherever it goes.
+together, as the residual connections of a ResNet do for a whole stage; a convolution in groups ties the channels that
+have the same place in their group, so that its groups stay alike; flattening repeats a channel for each of its pixels.
+What remains are groups: the slices of parameters that one channel owns, wherever it goes.
 
 Channels that meet something this analysis does not know are fixed, with the reason; so are those of the network's
 input and output.
@@ -28,6 +29,8 @@ PASSING = {
     "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d",
 }  # fmt: skip
 LAYERS = (nn.Conv2d, nn.Linear)
+# One channel in, the same channel out, with a number or more of its own.
+PER_CHANNEL = {*BATCH_NORMS, aten.instance_norm.default, aten.prelu.default}
 
 
 class Slice(NamedTuple):
@@ -151,8 +154,8 @@ class _Walk:
         first = node.all_input_nodes[0]
         if node.target in CONVOLUTIONS or node.target is aten.linear.default:
             self._layer(node)
-        elif node.target in BATCH_NORMS:
-            self._batch_norm(node)
+        elif node.target in PER_CHANNEL:
+            self._per_channel(node)
         elif node.target in ARITHMETIC:
             self._arithmetic(node)
         elif node.target is aten.cat.default and arguments(node)["dim"] in (1, 1 - _rank(node)):
@@ -168,19 +171,16 @@ class _Walk:
         values = arguments(node)
         source, weight, groups = values["input"], str(values["weight"].target), values.get("groups", 1)
         layer, read = weight.rpartition(".")[0], self.channels.get(source, [])
-        depthwise = groups > 1 and groups == len(read)
         if not self._is_layer(layer):
             self._unknown(node)
         elif any(layer == name or layer.startswith(name + ".") for name in self.exclude):
             self._keep(node, read, layer, "it is excluded", silent=True)
         elif node.target is aten.linear.default and _rank(node) != 2:
             self._keep(node, read, layer, f"{layer} is a linear layer over more than one axis")
-        elif groups > 1 and not depthwise:
-            self._keep(node, read, layer, f"{layer} has {groups} groups")
         else:
-            self._make(node, read, weight, values["bias"], depthwise=depthwise)
+            self._make(node, read, weight, values["bias"], groups)
 
-    def _make(self, node: Node, read: list[int], weight: str, bias: Node | None, *, depthwise: bool) -> None:
+    def _make(self, node: Node, read: list[int], weight: str, bias: Node | None, groups: int) -> None:
         """The channels that a layer makes of those it reads; a layer that is used twice makes the same."""
         coupling, again = self.coupling, weight in self.outputs
         if not again:
@@ -190,18 +190,22 @@ class _Walk:
             if bias is not None:
                 coupling.own(self.outputs[weight], str(bias.target), 0)
         made = self.outputs[weight]
-        if depthwise:
+        self.channels[node] = made
+        if groups > 1 and groups == len(read):  # depthwise
             coupling.join([channel for channel in read for _ in range(len(made) // len(read))], made)
-        elif again:
+            return
+        for channels in (read, made):
+            size = len(channels) // groups
+            coupling.join(channels[size:], channels[:-size])  # each with its like in the group before
+        if again:
             self._tie_readers(weight, read)
         else:
-            coupling.own(read, weight, 1)
-        self.channels[node] = made
+            coupling.own(read[: len(read) // groups], weight, 1)
 
     def _tie_readers(self, weight: str, read: list[int]) -> None:
         first = {s.at: channel for channel, owned in self.coupling.slices.items() for s in owned
                  if s.tensor == weight and s.axis == 1}  # fmt: skip
-        self.coupling.join([first[index] for index in range(len(read))], read)
+        self.coupling.join([first[index] for index in range(len(first))], read[: len(first)])
 
     def _is_layer(self, layer: str) -> bool:
         """Whether `layer` owns its weight as a plain parameter, so that a slice of it can be taken away."""
@@ -215,13 +219,14 @@ class _Walk:
         self._fixed(node, reason, silent=silent)
         self.coupling.make(self.channels[node], layer)
 
-    def _batch_norm(self, node: Node) -> None:
+    def _per_channel(self, node: Node) -> None:
         channels, tensors = self.channels.get(node.all_input_nodes[0]), node.all_input_nodes[1:]
         if channels is None or any(str(source.target) not in self.known for source in tensors):
             self._unknown(node)
             return
         for source in tensors:
-            self.coupling.own(channels, str(source.target), 0)
+            if len(self.known[str(source.target)]) > 1:  # nn.PReLU may have one number for all channels
+                self.coupling.own(channels, str(source.target), 0)
         self.channels[node] = channels
 
     def _arithmetic(self, node: Node) -> None:

@@ -35,20 +35,22 @@ class Pruner:
     @property
     def sparsity(self) -> float:
         """Share of the weights of the pruned layers that are removed now."""
-        total = sum(layer.weight.numel() for layer in self.layers.values())
-        kept = sum(int(layer.weight_mask.sum()) for layer in self.layers.values())
+        layers = [layers[0] for layers in self._by_weight().values()]
+        total = sum(layer.weight.numel() for layer in layers)
+        kept = sum(int(layer.weight_mask.sum()) for layer in layers)
         return 1 - kept / total if total else 0.0
 
     def step(self) -> None:
         """Advance by one step: change the masks when they are due, and zero what is pruned."""
         self.steps += 1
         config = self.config
-        if not config.due_at(self.steps):
-            self._zero()
-        elif config.regrow is None or self.steps == config.start_step:
+        due = config.due_at(self.steps)
+        if due and (config.regrow is None or self.steps == config.start_step):
             self._prune_to(config.sparsity_at(self.steps))
-        elif self.steps < config.end_step:
+        elif due and self.steps < config.end_step:
             self._move(config.moving_at(self.steps))
+        else:
+            self._zero()
         self._announce()
 
     def report(self, example: Any = None) -> PruningReport:
@@ -79,8 +81,8 @@ class Pruner:
 
     def _prune_to(self, sparsity: float) -> None:
         """Masks of this sparsity; what is pruned already stays so."""
-        structure = self.config.structure
-        scores = {name: self._worth(name, layer) for name, layer in self.layers.items()}
+        structure, by_weight = self.config.structure, self._by_weight()
+        scores = {name: self._worth(name, layers[0]) for name, layers in by_weight.items()}
         if self.config.n_of_m:
             kept = {name: keep_n_of_m(score, structure) for name, score in scores.items()}
         elif self.config.scope == "global" and scores:
@@ -88,8 +90,11 @@ class Pruner:
             kept = dict(zip(scores, flat.split([score.numel() for score in scores.values()]), strict=True))
         else:
             kept = {name: keep_best(score.flatten(), sparsity) for name, score in scores.items()}
-        for name, layer in self.layers.items():
-            layer.set_mask(spread(kept[name].view(scores[name].shape), structure, layer.weight.shape))
+        for name, layers in by_weight.items():
+            mask = spread(kept[name].view(scores[name].shape), structure, layers[0].weight.shape)
+            mask = mask & layers[0].weight_mask
+            for layer in layers:
+                layer.set_mask(mask)
         self._zero()
 
     @torch.no_grad()
@@ -97,7 +102,8 @@ class Pruner:
         """Drop this share of each layer's kept blocks, the smallest, and regrow as many of those that were absent."""
         structure = self.config.structure
         self._zero()  # the step of the dense gradient moved what is about to grow
-        for name, layer in self.layers.items():
+        for name, layers in self._by_weight().items():
+            layer = layers[0]
             present = block_scores(layer.weight_mask.float(), structure) > 0
             kept = int(present.sum())
             count = min(round(share * kept), present.numel() - kept)
@@ -105,9 +111,17 @@ class Pruner:
             stays = keep_count(size, kept - count)
             growth = self._growth(name, layer).masked_fill(present, -1).flatten()
             grows = keep_count(growth, count)
-            mask = (stays | grows).view(present.shape)
-            layer.set_mask(spread(mask, structure, layer.weight.shape))
+            mask = spread((stays | grows).view(present.shape), structure, layer.weight.shape)
+            for each in layers:
+                each.set_mask(mask)
         self._zero()
+
+    def _by_weight(self) -> dict[str, list[MaskedLayer]]:
+        """The layers of each weight, which share its mask too, by the name of the first."""
+        names, found = dict[Tensor, str](), dict[str, list[MaskedLayer]]()
+        for name, layer in self.layers.items():
+            found.setdefault(names.setdefault(layer.weight, name), []).append(layer)
+        return found
 
     def _worth(self, name: str, layer: MaskedLayer) -> Tensor:
         """What each block is worth; those that are pruned the least."""
@@ -132,10 +146,12 @@ class Pruner:
 
     @torch.no_grad()
     def _zero(self) -> None:
-        """No weight and no memory of the optimizer where the mask is not set; MaskedSGD has none there."""
-        if isinstance(self.optimizer, MaskedSGD):
-            return
-        for layer in self.layers.values():
+        """No weight and no memory of the optimizer where the mask is not set; MaskedSGD leaves none there."""
+        groups = self.optimizer.param_groups if isinstance(self.optimizer, MaskedSGD) else []
+        left_alone = {parameter for group in groups for parameter in group["params"]}
+        for layer, *_ in self._by_weight().values():
+            if layer.weight in left_alone:
+                continue
             absent = ~layer.weight_mask
             layer.weight.masked_fill_(absent, 0)
             state = self.optimizer.state.get(layer.weight, {}) if self.optimizer is not None else {}

@@ -171,8 +171,12 @@ def _matmul(
 
 
 def _multiplied_dtype(input: Tensor) -> torch.dtype:
-    lowered = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
-    return torch.get_autocast_dtype(input.device.type) if lowered else input.dtype
+    return torch.get_autocast_dtype(input.device.type) if _is_lowered(input) else input.dtype
+
+
+def _is_lowered(input: Tensor) -> bool:
+    """Whether autocast brings the operands to one lower dtype. It leaves float64 alone, and knows no meta device."""
+    return not input.is_meta and input.dtype != torch.float64 and torch.is_autocast_enabled(input.device.type)
 
 
 def _clamped(output: Tensor, output_min: float | None, output_max: float | None) -> Tensor:
@@ -222,9 +226,7 @@ def _check(
         raise ValueError(f"groups: expected {made_for}, which the mask was analysed with, got {groups}")
     if not isinstance(groups, int) or groups < 1 or shape[0] % groups:
         raise ValueError(f"groups: expected a divisor of the {shape[0]} outputs, got {groups!r}")
-    # Autocast brings them to one dtype, but for float64 input, which it leaves alone.
-    cast_alike = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
-    if held.dtype != input.dtype and not cast_alike:
+    if held.dtype != input.dtype and not _is_lowered(input):
         raise TypeError(f"weight: expected the input's dtype {input.dtype}, got {held.dtype}")
     if held.device != input.device:
         raise ValueError(f"weight: expected the input's device {input.device}, got {held.device}")
