@@ -7,6 +7,7 @@ import pytest
 import torch
 from quantized_networks import decibels, network, quantized
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from imgopt_fast.compress import Int8Config, quantize
 from imgopt_fast.compress.quantize import profile, sensitivity
@@ -100,6 +101,11 @@ def spoiled(value):
         ({"model": spoiled(torch.nan)}, ValueError, "model: the weight of conv2, .* is not finite"),
         ({"model": spoiled(-torch.inf)}, ValueError, "model: the weight of conv2, .* is not finite"),
         ({"calibration": None}, TypeError, "calibration: expected an iterable of batches, got NoneType"),
+        (
+            {"calibration": TensorDataset(torch.zeros(2, 3, 32, 30))},
+            TypeError,
+            "calibration: .* a dataset .*DataLoader",
+        ),
         ({"config": {"exclude": ()}}, TypeError, "config: expected an Int8Config, got dict"),
     ],
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from imgopt_fast.augment import Compose, Normalize
 from imgopt_fast.compress import Int8Config, PruneConfig, load_weights, prune, quantize
 from imgopt_fast.compress.quantize import Int8Model
-from imgopt_fast.compress.quantize.convert import key
+from imgopt_fast.compress.quantize.names import key
 from imgopt_fast.data import Dataset, Split
 from imgopt_fast.models import create_model
 from imgopt_fast.nn import Int8Segment

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils.data import Dataset, IterableDataset
 
 from imgopt_fast.compress.quantize.config import Int8Config
 
@@ -140,6 +141,8 @@ def images_of(calibration: Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
         raise TypeError("calibration: expected batches, got one tensor; [images] is a list of one batch")
     if not hasattr(calibration, "__iter__") and not hasattr(calibration, "__getitem__"):
         raise TypeError(f"calibration: expected an iterable of batches, got {type(calibration).__name__}")
+    if isinstance(calibration, Dataset) and not isinstance(calibration, IterableDataset):
+        raise TypeError("calibration: expected batches, got a dataset of images; DataLoader(dataset, 32) has them")
     parameter = next(model.parameters(), torch.empty(0))
     for batch in calibration:
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch

@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from imgopt_fast.compress.quantize.calibrate import Scale
 from imgopt_fast.compress.quantize.fuse import PASSING, Operation
+from imgopt_fast.compress.quantize.names import key
 from imgopt_fast.compress.quantize.plan import Plan
 from imgopt_fast.compress.quantize.weights import quantize_weight
 from imgopt_fast.nn.int8 import Int8Conv2d, Int8Linear, Requantize
@@ -58,11 +59,6 @@ def copy_attribute(source: nn.Module, root: nn.Module, path: str, *, trainable: 
         root.register_buffer(leaf, value.detach().clone())
     else:
         setattr(root, leaf, value)
-
-
-def key(name: str) -> str:
-    """A layer's name as an attribute of its segment."""
-    return name.replace(".", "_")
 
 
 def _levels(plan: Plan) -> dict[Node, int]:

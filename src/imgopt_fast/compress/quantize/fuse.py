@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from imgopt_fast.compress.quantize.fold import CONVOLUTIONS, absorbed_pad, padding_of, pair
+from imgopt_fast.compress.quantize.names import key, unique
 from imgopt_fast.compress.quantize.trace import arguments, aten, constant, layer_name
 
 Kind = Literal[
@@ -296,11 +297,14 @@ def _drop_unprofitable(graph: GraphModule, operations: dict[Node, Operation], re
 
 
 def _make_names_unique(operations: dict[Node, Operation]) -> None:
-    seen: dict[str, int] = {}
+    first: dict[str, Operation] = {}
     for operation in operations.values():
-        base = operation.name or operation.kind
-        count = seen[base] = seen.get(base, 0) + 1
-        operation.name = base if count == 1 else f"{base}_{count}"
+        operation.name = operation.name or operation.kind
+        first.setdefault(key(operation.name), operation)
+    taken = set(first)  # a layer that is used twice, or that only differs in its dots, leaves others their names
+    for operation in operations.values():
+        if first[key(operation.name)] is not operation:
+            operation.name = unique(operation.name, taken)
 
 
 def _check_exclude(graph: GraphModule, exclude: tuple[str, ...]) -> None:

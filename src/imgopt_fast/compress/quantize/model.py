@@ -12,7 +12,6 @@ from imgopt_fast.compress.quantize.convert import convert
 from imgopt_fast.compress.quantize.plan import Plan
 from imgopt_fast.compress.quantize.prepare import make_plan
 from imgopt_fast.compress.quantize.report import QuantizationReport, describe, log_once, notes
-from imgopt_fast.nn import Int8Segment
 from imgopt_fast.nn.int8 import Float32Buffers
 
 
@@ -86,8 +85,7 @@ def quantize(model: nn.Module, calibration: Iterable[Any], config: Int8Config | 
 def to_int8(plan: Plan, attributes: nn.Module | None = None) -> Int8Model:
     """The network of a plan, with its report; `attributes` as for `convert`."""
     network = convert(plan, attributes).to(plan.device)
-    segments = [part for part in network.children() if isinstance(part, Int8Segment)]
-    report = describe(plan.graph, plan.fusion, segments)
+    report = describe(plan.graph, plan.fusion, network)
     report.notes += notes(report)
     for note in report.notes:
         log_once(note)

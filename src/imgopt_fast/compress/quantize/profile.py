@@ -1,6 +1,5 @@
 """Where an int8 network spends its time and memory."""
 
-import operator
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from imgopt_fast.compress.quantize.model import Int8Model
+from imgopt_fast.compress.quantize.report import float_operations
 from imgopt_fast.nn import Int8Segment, Step
 
 T = TypeVar("T")
@@ -62,6 +62,7 @@ def profile(model: Int8Model, images: Tensor) -> NetworkProfile:
     """
     if not isinstance(model, Int8Model):
         raise TypeError(f"model: expected an Int8Model, as quantize returns, got {type(model).__name__}")
+    names = dict(zip(float_operations(model.network), model.report.floats, strict=True))
     rows: list[tuple[str, str, str, float, int]] = []
 
     class Watch(Interpreter):
@@ -80,9 +81,11 @@ def profile(model: Int8Model, images: Tensor) -> NetworkProfile:
                 return super().run_node(n)
             if n.op == "call_function":
                 seconds, result = _fastest(partial(super().run_node, n))
-                if isinstance(result, Tensor) and n.target is not operator.getitem:
+                made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+                if made and n in names:
                     operation = str(n.target).removeprefix("aten.").removesuffix(".default")
-                    rows.append((n.name, operation, str(result.dtype)[6:], seconds, self.held() + result.nbytes))
+                    held = self.held() + sum(tensor.nbytes for tensor in made)
+                    rows.append((names[n], operation, str(made[0].dtype)[6:], seconds, held))
                 return result
             segment = model.network.get_submodule(str(n.target))
             assert isinstance(segment, Int8Segment)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from imgopt_fast.compress.quantize.config import Int8Config
-from imgopt_fast.compress.quantize.convert import key
 from imgopt_fast.compress.quantize.model import Int8Model, to_int8
+from imgopt_fast.compress.quantize.names import key
 from imgopt_fast.compress.quantize.plan import Plan
 from imgopt_fast.compress.quantize.prepare import make_plan
 from imgopt_fast.compress.quantize.simulate import Simulation

@@ -1,7 +1,8 @@
 """What became of each layer."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,8 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from imgopt_fast import _native
-from imgopt_fast.compress.quantize.convert import key
 from imgopt_fast.compress.quantize.fuse import SILENT, Fusion
+from imgopt_fast.compress.quantize.names import key, unique
 from imgopt_fast.compress.quantize.sensitivity import LayerSensitivity
 from imgopt_fast.compress.quantize.trace import constant, layer_name
 from imgopt_fast.nn import Int8Segment
@@ -52,11 +53,15 @@ _MEASURED: list[tuple[str, str, Callable[[Any], str]]] = [
 
 @dataclass
 class QuantizationReport:
-    """Rows in the order of execution; `segments` counts the calls that run int8 parts, `notes` are warnings."""
+    """Rows in the order of execution; `segments` counts the calls that run int8 parts, `notes` are warnings.
+
+    `floats` names the network's float operations in the order of its graph, also those that only change shapes.
+    """
 
     layers: list[LayerReport]
     segments: int
     notes: list[str] = field(default_factory=list)
+    floats: list[str] = field(default_factory=list)
 
     @property
     def int8_layers(self) -> list[str]:
@@ -99,8 +104,10 @@ class QuantizationReport:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def describe(graph: GraphModule, fusion: Fusion, segments: Sequence[Int8Segment]) -> QuantizationReport:
-    """The report of a graph's int8 operations and of everything that stays float beside them."""
+def describe(graph: GraphModule, fusion: Fusion, network: GraphModule) -> QuantizationReport:
+    """The report of a graph's int8 operations and of everything that stays float beside them in `network`."""
+    segments = [part for part in network.children() if isinstance(part, Int8Segment)]
+    names = _float_names(fusion)
     zeros = {name: text for segment in segments for name, text in segment.zeros().items()}
     layers = []
     for node in graph.graph.nodes:
@@ -110,8 +117,21 @@ def describe(graph: GraphModule, fusion: Fusion, segments: Sequence[Int8Segment]
             text = zeros.get(key(operation.name), "")
             layers.append(LayerReport(operation.name, operation.kind, "int8", "", weights, zeros=text))
         elif node in fusion.reasons and node.target not in SILENT and _computes(node):
-            layers.append(_float_row(graph, node, fusion.reasons[node]))
-    return QuantizationReport(layers, len(segments))
+            layers.append(_float_row(graph, node, names[node.name], fusion.reasons[node]))
+    floats = [names.get(node.name, node.name) for node in float_operations(network)]
+    return QuantizationReport(layers, len(segments), floats=floats)
+
+
+def float_operations(network: GraphModule) -> list[Node]:
+    """What a quantized network computes outside of its segments. Their order survives pickling, their names do not."""
+    return [node for node in network.graph.nodes if node.op == "call_function" and node.target is not operator.getitem]
+
+
+def _float_names(fusion: Fusion) -> dict[str, str]:
+    """The unique name of every float operation, its module's where it is in one, by the name of its node."""
+    taken = {key(operation.name) for operation in fusion.operations.values()}
+    shown_first = sorted(fusion.reasons, key=lambda node: node.target in SILENT)
+    return {node.name: unique(layer_name(node) or node.name, taken) for node in shown_first}
 
 
 def _computes(node: Node) -> bool:
@@ -119,8 +139,7 @@ def _computes(node: Node) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta.get("val")))
 
 
-def _float_row(graph: GraphModule, node: Node, reason: str) -> LayerReport:
-    name = layer_name(node) or node.name
+def _float_row(graph: GraphModule, node: Node, name: str, reason: str) -> LayerReport:
     operation = str(node.target).removeprefix("aten.").removesuffix(".default")
     constants = [constant(graph, source) for source in node.all_input_nodes]
     weights = sum(value.numel() for value in constants if value is not None and value.ndim > 1)

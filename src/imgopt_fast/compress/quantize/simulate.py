@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.fx import Node, map_arg
 
 from imgopt_fast.compress.quantize.calibrate import LEVELS, Scale
-from imgopt_fast.compress.quantize.convert import copy_attribute, key
+from imgopt_fast.compress.quantize.convert import copy_attribute
 from imgopt_fast.compress.quantize.fuse import PASSING, Operation
+from imgopt_fast.compress.quantize.names import key
 from imgopt_fast.compress.quantize.plan import Plan
 from imgopt_fast.compress.quantize.weights import quantize_weight
 
