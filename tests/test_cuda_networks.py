@@ -134,7 +134,7 @@ def test_pruned_layers_learn(model: nn.Module, images: torch.Tensor) -> None:
 
 def test_the_whole_recipe(tmp_path: Path) -> None:
     """Dense, pruned, quantization-aware and int8; the int8 network must still know the classes."""
-    config = TrainConfig(  # as many updates as on a CPU, where seeds 0 and 1 end at 76.5 %: a GPU would take batches of 256
+    config = TrainConfig(  # a GPU would choose batches of 256; with the updates of a CPU seeds 0 and 1 end at 76.5 %
         epochs=3, warmup_epochs=0.5, prune_epochs=2, sparsity=0.8, qat_epochs=1, reference_epoch=False, memory=False,
         batch_size=128, device="cuda", output=str(tmp_path), experiment="gpu",
     )  # fmt: skip
