@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BACKEND
-from conv_problems import DTYPES, GEOMETRIES, check, layer, operation_arguments, oracle
+from conv_problems import DTYPES, GEOMETRIES, check, layer, operation_arguments, oracle, random_bytes
 
 import imgopt_fast
 from imgopt_fast.ops import int8_conv2d as op
@@ -173,11 +173,8 @@ def test_first_layers(isa: str, rng: np.random.Generator, geometry: dict[str, An
         check(*layer(rng, input_dtype=input_dtype, **geometry))
 
 
-@pytest.mark.skipif(not hasattr(mmap, "PROT_READ"), reason="needs mprotect")
-@pytest.mark.parametrize("geometry", [*FIRST_LAYERS, *GEOMETRIES[1:6], *GEOMETRIES[12:16], *DEPTHWISE_LAYERS], ids=str)
-def test_nothing_is_read_behind_the_images(isa: str, rng: np.random.Generator, geometry: dict[str, Any]) -> None:
-    """Images that end where a page without access begins: one byte more ends the process."""
-    x, weight, bias, settings = layer(rng, **geometry)
+def before_a_gap(x: torch.Tensor) -> torch.Tensor:
+    """A copy of `x`, channels_last, that ends where a page without access begins: one byte more ends the process."""
     page = mmap.PAGESIZE
     size = -(-x.numel() // page) * page
     memory = mmap.mmap(-1, size + page)
@@ -186,9 +183,31 @@ def test_nothing_is_read_behind_the_images(isa: str, rng: np.random.Generator, g
     assert libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0) == 0
     flat = np.frombuffer(memory, np.uint8, x.numel(), size - x.numel())
     n, c, h, w = x.shape
-    guarded = torch.from_numpy(flat).view(n, h, w, c).permute(0, 3, 1, 2)
-    guarded.copy_(x)
-    check(guarded, weight, bias, settings)
+    return torch.from_numpy(flat).view(n, h, w, c).permute(0, 3, 1, 2).copy_(x)
+
+
+needs_mprotect = pytest.mark.skipif(not hasattr(mmap, "PROT_READ"), reason="needs mprotect")
+
+
+@needs_mprotect
+@pytest.mark.parametrize("geometry", [*FIRST_LAYERS, *GEOMETRIES[1:6], *GEOMETRIES[12:16], *DEPTHWISE_LAYERS], ids=str)
+def test_nothing_is_read_behind_the_images(isa: str, rng: np.random.Generator, geometry: dict[str, Any]) -> None:
+    x, weight, bias, settings = layer(rng, **geometry)
+    check(before_a_gap(x), weight, bias, settings)
+
+
+@needs_mprotect
+@pytest.mark.parametrize("channels", [16, 20, 40, 48, 64, 72, 96, 256])
+def test_residuals_behind_a_relu(isa: str, rng: np.random.Generator, channels: int) -> None:
+    """uint8 with zero point 0, as in residual networks, in 1 x 1 and 3 x 3 layers; nothing is read behind them."""
+    for k, zero_point in (((1, 1), 113), ((3, 3), 113), ((3, 3), 0)):
+        edge = k[0] // 2
+        x, weight, bias, settings = layer(
+            rng, n=1, c=12, o=channels, k=k, padding=((edge, edge), (edge, edge)), output_zero_point=0, output_min=0.0,
+            input_zero_point=zero_point,
+        )  # fmt: skip
+        residual = before_a_gap(random_bytes(rng, (1, channels, 7, 9), torch.uint8))
+        check(x, weight, bias, settings | {"residual": residual, "residual_scale": 0.057})
 
 
 @pytest.mark.parametrize("requantize", ["float", "shift"])

@@ -13,11 +13,17 @@
 namespace imgopt::avx512 {
 namespace {
 
+// A plain residual is read in whole vectors.
+template <int NV>
+bool has_plain_epilogue(const Tile& t) {
+    return is_plain(*t.conv, t.range) && (!t.conv->residual || t.channels == NV * 16);
+}
+
 // Rows whose epilogue is not worth a place in the loop of the tiles: rare ones, and those of sorted pixels, which lie
 // apart and have hundreds of products to every sum. `sums` holds `rows` of NV * 16.
 template <int NV>
 [[gnu::noinline]] void store_apart(const Tile& t, int64_t m, const int32_t* sums, int64_t rows) {
-    const bool plain = is_plain(*t.conv, t.range);
+    const bool plain = has_plain_epilogue<NV>(t);
     for (int64_t i = m; i < m + rows; ++i, sums += NV * 16) {
         const int64_t pixel = t.at ? t.at[i] : t.pixel + i;
         if (t.rare) {
@@ -196,6 +202,7 @@ template <int MR, int NV, bool RESIDUAL, bool PLAIN>
     const uint8_t* next = t.next;
     for (int64_t m = 0; m < t.pixels; m += MR) {
         __m512i sums[MR][NV];
+        to.template fetch<MR>(t.pixel + m);
         sum_tile<false, !PLAIN>(t, t.rows + m, next, sums);
         store_tile(to, t.pixel + m, sums);
     }
@@ -212,6 +219,7 @@ template <int MR, int NV, bool RESIDUAL, bool PLAIN>
     for (int64_t m = 0; m < pixels; m += MR, ahead += ahead_bytes) {
         __m512i sums[MR][NV];
         prefetch(ahead, ahead_bytes);
+        to.template fetch<MR>(pixel + m);
         sum_consecutive<!PLAIN>(from, m, next, sums);
         store_tile(to, pixel + m, sums);
     }
@@ -224,7 +232,7 @@ void run(const Tile& t) {
 
 template <int MR, int NV>
 void tiles(const Tile& t) {
-    const bool plain = is_plain(*t.conv, t.range) && t.conv->input_flip == 0;
+    const bool plain = has_plain_epilogue<NV>(t) && t.conv->input_flip == 0;
     if (t.at || t.rare) return apart_tiles<MR, NV>(t);
     if (t.conv->residual) return plain ? run<MR, NV, true, true>(t) : run<MR, NV, true, false>(t);
     plain ? run<MR, NV, false, true>(t) : run<MR, NV, false, false>(t);

@@ -53,8 +53,9 @@ struct ResidualTerm {
           multiplier(_mm512_set1_ps(p.residual_multiplier)) {}
 
     __m512 operator()(const uint8_t* residual, __mmask16 mask) const {
-        const __m128i bytes = _mm_maskz_loadu_epi8(mask, residual);
-        const __m512i r = _mm512_cvtepu8_epi32(PLAIN ? bytes : _mm_xor_si128(bytes, flip));
+        const __m128i bytes = PLAIN ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(residual))
+                                    : _mm_xor_si128(_mm_maskz_loadu_epi8(mask, residual), flip);
+        const __m512i r = _mm512_cvtepu8_epi32(bytes);
         return _mm512_mul_ps(_mm512_cvtepi32_ps(PLAIN ? r : _mm512_sub_epi32(r, zero_point)), multiplier);
     }
 };
@@ -147,6 +148,16 @@ struct Rows {
         for (int j = 0; j < NV; ++j) {
             const int64_t left = channels - 16 * j;
             mask[j] = static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : -1);
+        }
+    }
+
+    // Asks for the residual of a tile whose sums are yet to be made.
+    template <int MR>
+    [[gnu::always_inline]] void fetch(int64_t pixel) const {
+        if constexpr (RESIDUAL) {
+            const uint8_t* row = residual + pixel * residual_stride;
+#pragma GCC unroll 16
+            for (int i = 0; i < MR; ++i, row += residual_stride) __builtin_prefetch(row, 0, 3);
         }
     }
 };
