@@ -29,6 +29,15 @@ constexpr int64_t kLargePage = 2 << 20;
 constexpr int64_t kMostBytes = 256 << 20;  // kept, over all blocks
 constexpr int kMostBlocks = 8;
 
+// Fresh memory for std::free, null if there is none; `bytes`: a multiple of kLargePage.
+inline void* large_pages(int64_t bytes) {
+    void* fresh = std::aligned_alloc(kLargePage, static_cast<size_t>(bytes));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (fresh) madvise(fresh, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+#endif
+    return fresh;
+}
+
 // Blocks that nobody uses, the longest unused first. A lock that is taken (another thread's, or one that a fork has
 // frozen) is not waited for: the block then comes from the system, or goes back to it.
 class SpareBlocks {
@@ -42,11 +51,7 @@ class SpareBlocks {
                     *bytes = blocks_[i].bytes;
                     return removed(i);
                 }
-        void* fresh = std::aligned_alloc(kLargePage, static_cast<size_t>(*bytes));
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-        if (fresh) madvise(fresh, static_cast<size_t>(*bytes), MADV_HUGEPAGE);
-#endif
-        return fresh;
+        return large_pages(*bytes);
     }
 
     void give(void* block, int64_t bytes) {
