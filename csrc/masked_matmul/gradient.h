@@ -17,10 +17,10 @@ struct WeightGradKernel : Panels<Lanes> {
 
     // What the values of a step collect from one panel: lane i is value i % 4, of a quarter of the samples. Sample by
     // sample, so that four sums run side by side: value by value took 1.3 times as long.
-    template <int P, int kDistinct, class Column>
-    static IMGOPT_INLINE Reg step_sums(const Reg (&grad)[4][P], const float* x, const Column* columns) {
+    template <int P, int kDistinct, class Columns>
+    static IMGOPT_INLINE Reg step_sums(const Reg (&grad)[4][P], const float* x, const Columns& columns, int first) {
         const float* column[4];
-        Steps::template find<P, kDistinct>(x, columns, column);
+        Steps::template find<P, kDistinct>(x, columns, first, column);
         Reg sum[4];
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) sum[r] = Lanes::mul(grad[r][0], Lanes::load(column[r]));
@@ -33,14 +33,14 @@ struct WeightGradKernel : Panels<Lanes> {
     }
 
     // The same of kSteps steps: lane i is value i % (4 * kSteps).
-    template <int P, int kDistinct, int kSteps, class Column>
-    static IMGOPT_INLINE Reg tree(const Reg (&grad)[4][P], const float* x, const Column* columns) {
+    template <int P, int kDistinct, int kSteps, class Columns>
+    static IMGOPT_INLINE Reg tree(const Reg (&grad)[4][P], const float* x, const Columns& columns, int first = 0) {
         if constexpr (kSteps == 1)
-            return step_sums<P, kDistinct>(grad, x, columns);
+            return step_sums<P, kDistinct>(grad, x, columns, first);
         else
             return Lanes::template join<4 * kSteps>(
-                tree<P, kDistinct, kSteps / 2>(grad, x, columns),
-                tree<P, kDistinct, kSteps / 2>(grad, x, columns + kSteps / 2 * kDistinct));
+                tree<P, kDistinct, kSteps / 2>(grad, x, columns, first),
+                tree<P, kDistinct, kSteps / 2>(grad, x, columns, first + kSteps / 2 * kDistinct));
     }
 
     // The value gradients of `steps` steps, stored or added to what the panels before have left. Inlined, so that the
@@ -49,13 +49,18 @@ struct WeightGradKernel : Panels<Lanes> {
     static IMGOPT_INLINE void grad_steps(const Reg (&grad)[4][P], const float* x, const Column*& columns, float*& sums,
                                          int64_t steps, bool add) {
         constexpr int kAtOnce = kWidth / 4;
-        for (; steps >= kAtOnce; steps -= kAtOnce, columns += kAtOnce * kDistinct, sums += kWidth) {
-            const Reg total = tree<P, kDistinct, kAtOnce>(grad, x, columns);
-            Lanes::store(sums, add ? Lanes::add(Lanes::load(sums), total) : total);
+        if (const int64_t trees = steps / kAtOnce; trees > 0) {
+            ColumnsInTurn<kAtOnce * kDistinct, Column> turns(columns, trees);
+            for (int64_t t = 0; t < trees; ++t, sums += kWidth) {
+                const Reg total = tree<P, kDistinct, kAtOnce>(grad, x, turns.take());
+                Lanes::store(sums, add ? Lanes::add(Lanes::load(sums), total) : total);
+            }
+            columns += trees * kAtOnce * kDistinct;
+            steps -= trees * kAtOnce;
         }
         for (; steps > 0; --steps, columns += kDistinct, sums += 4) {  // fewer than a register holds
             float total[4];
-            Lanes::sum_steps(step_sums<P, kDistinct>(grad, x, columns), total);
+            Lanes::sum_steps(step_sums<P, kDistinct>(grad, x, Columns<kDistinct, Column>(columns), 0), total);
             for (int r = 0; r < 4; ++r) sums[r] = add ? sums[r] + total[r] : total[r];
         }
     }
