@@ -181,6 +181,8 @@ def test_parameters_replay_and_print():
     assert "RandomAffine(angle=" in line
     assert "Normalize" not in line
     assert str(params).count("\n") == 5
+    still = RandomAffine(0, translate=(0.001, 0.001)).make_params(images, key=(0, 1, range(6)))
+    assert [still.describe(i) for i in range(6)] == ["RandomAffine(angle=0, translate=(0, 0))"] * 6, "never -0"
     assert len(params) == 6
     with pytest.raises(IndexError):
         params.sample(6)

@@ -335,7 +335,7 @@ def _first(result: torch.Tensor) -> torch.Tensor:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.3g}"
+        return f"{value:.3g}" if value else "0"  # never -0
     if isinstance(value, list):
         return f"({', '.join(_shown(v) for v in value)})"
     return str(value)
