@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 BACKEND = _native.backend()
 
 
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of this test's own for decoded images."""
+    monkeypatch.setenv("IMGOPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def require(condition: bool, reason: str) -> None:
     """Skip with `reason`; in CI fail instead: a machine that should have it and does not is a broken machine."""
     if condition:
