@@ -84,7 +84,7 @@ CALIBRATIONS = {  # with --calibrations
 class Subject:
     """A network and what to test it on; `views` images in a row show the same thing.
 
-    `aware`: the networks that int8-aware training made of it.
+    `aware`: what int8-aware training makes of it.
     """
 
     title: str
@@ -93,7 +93,7 @@ class Subject:
     images: Tensor
     labels: Tensor
     views: int = 1
-    aware: dict[str, nn.Module] = field(default_factory=dict)
+    aware: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
 
 def main() -> int:
@@ -158,8 +158,8 @@ def _networks(subject: Subject, configs: dict[str, Int8Config]) -> Iterator[tupl
         began = time.perf_counter()
         network = subject.quantized(config)
         yield name, network, f"{time.perf_counter() - began:.0f}"
-    for name, network in subject.aware.items():
-        yield name, network, ""
+    for name, trained in subject.aware.items():
+        yield name, trained(), ""
 
 
 def _standard_error(values: Tensor, views: int) -> float:
@@ -207,11 +207,11 @@ def _trained(arguments: argparse.Namespace) -> Iterator[Subject]:
             device=arguments.device,
             output=str(arguments.runs),
             experiment=f"{data}-{short}-{arguments.epochs}-{seed}",
+            quantize="none",
             reference_epoch=False,
             memory=False,
         )
         run = _finished(config)
-        shifts = replace(config, experiment=f"{config.experiment}-pow2", pretrained=str(run), epochs=0, quantize="pow2")
         floating = last_float(run)
         assert floating is not None
         test = test_images(run)
@@ -223,10 +223,18 @@ def _trained(arguments: argparse.Namespace) -> Iterator[Subject]:
             images.to(arguments.device),
             test.labels,
             aware={
-                "int8-aware training": load_network(run).module,
-                "powers of two, int8-aware training": load_network(_finished(shifts)).module,
+                "int8-aware training": partial(_aware, config, run, "int8"),
+                "powers of two, int8-aware training": partial(_aware, config, run, "pow2"),
             },
         )
+
+
+def _aware(config: TrainConfig, run: Path, quantization: str) -> nn.Module:
+    """The network of `run` after an epoch of int8-aware training."""
+    name = f"{config.experiment}-{quantization}"
+    return load_network(
+        _finished(replace(config, pretrained=str(run), epochs=0, quantize=quantization, experiment=name))
+    ).module
 
 
 def _finished(config: TrainConfig) -> Path:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from imgopt_fast.augment import Compose, Normalize
+from imgopt_fast.compress import qat
 from imgopt_fast.data import Dataset, load_dataset
 from imgopt_fast.models import create_model
 from imgopt_fast.training import TrainConfig, step
@@ -49,18 +50,21 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def trained(
-    config: TrainConfig, data: Dataset, folder: Path, teacher: nn.Module | None = None
+    config: TrainConfig, data: Dataset, folder: Path, teacher: nn.Module | None = None, *, aware: bool = False
 ) -> tuple[list[EpochRow], nn.Module, dict[str, float]]:
     device = torch.device(config.device)
     torch.manual_seed(0)
     model: Any = create_model("resnet8", num_classes=10, in_channels=1)
     model = model.to(device, memory_format=torch.channels_last)
     normalize = Normalize((0.3,), (0.3,))
+    if aware:
+        model = qat(model.eval(), [normalize(data.train.first(64).images.to(device))])
     augment = Augmentation(config, normalize, 10)
     with RunFolder.create(folder / config.opt, writes=True) as run:
         fitting = Fitting(config, data.to(device), augment, Compose([normalize]), run, Process(), Events(None))
         taught_by = None if teacher is None else Teacher(teacher.to(device).eval(), normalize, (28, 28))
-        rows = fit(Stage("dense", 0, config.epochs, config.lr, 0.5), model, fitting, [], teacher=taught_by)
+        stage = Stage("dense", 0, config.epochs, config.lr, 0.5, clip_grad=1.0 if aware else None)
+        rows = fit(stage, model, fitting, [], teacher=taught_by)
     return rows, model, fitting.times["dense"]
 
 
@@ -94,6 +98,24 @@ def test_recorded_steps_train_as_eager_ones(
     if device == "cpu":
         for name, tensor in other.state_dict().items():
             torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_int8_aware_steps_are_recorded(
+    data: Dataset, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is evaluated behind each epoch is the int8 network of the weights that the replays left."""
+    config = dataclasses.replace(CONFIG, device=device, lr=0.01)
+    eager, _, _ = trained(dataclasses.replace(config, cuda_graphs=False), data, tmp_path / "eager", aware=True)
+    if device == "cpu":
+        played(monkeypatch)
+    recorded, model, times = trained(config, data, tmp_path / "recorded", aware=True)
+    assert times["recorded"] > 0
+    for ours, expected in zip(recorded, eager, strict=True):
+        assert ours.train_loss == pytest.approx(expected.train_loss, rel=1e-3 if device == "cpu" else 0.02)
+        assert ours.eval_top1 == pytest.approx(expected.eval_top1, abs=0.02 if device == "cpu" else 0.1)
+    images = torch.rand(8, 1, 28, 28, device=device)
+    assert torch.equal(model.eval()(images), model.convert()(images))
 
 
 @pytest.mark.parametrize("recorded", [False, True])
@@ -135,8 +157,6 @@ def test_a_step_that_cannot_be_recorded_goes_on_eagerly(
     ],
 )
 def test_what_the_processor_has_to_see_is_not_recorded(changes: dict[str, Any]) -> None:
-    stage = Stage("dense", 0, 1, 0.1, 0.0)
-
     class OnGpu:  # as far as the question goes
         class model:
             @staticmethod
@@ -147,8 +167,7 @@ def test_what_the_processor_has_to_see_is_not_recorded(changes: dict[str, Any]) 
         scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     updates: Any = OnGpu
-    assert step.recordable(CONFIG, stage, updates, Process(), 1)
+    assert step.recordable(CONFIG, updates, Process(), 1)
     config = dataclasses.replace(CONFIG, **changes)
-    assert not step.recordable(config, stage, updates, Process(), config.grad_accum_steps)
-    assert not step.recordable(CONFIG, dataclasses.replace(stage, amp=False), updates, Process(), 1)
-    assert not step.recordable(CONFIG, stage, updates, Process(0, 2), 1)
+    assert not step.recordable(config, updates, Process(), config.grad_accum_steps)
+    assert not step.recordable(CONFIG, updates, Process(0, 2), 1)

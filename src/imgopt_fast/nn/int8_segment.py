@@ -72,7 +72,7 @@ class Int8Segment(Float32Buffers):
         if self._program is None:
             self.rebuild()
         assert self._program is not None
-        if self._sparse and len(inputs[0]) >= FEWEST_IMAGES and not torch.compiler.is_compiling():
+        if self._sparse and not torch.compiler.is_compiling() and len(inputs[0]) >= FEWEST_IMAGES:
             return self._run_around_sparse(inputs)
         return tuple(int8_graph(list(inputs), self._program))
 

@@ -82,7 +82,9 @@ class TrainConfig:
         2.0, "epochs over which the learning rate rises to --lr; a quarter of the stage's epochs at most"
     )
     smoothing: float = option(0.1, "label smoothing")
-    clip_grad: float | None = option(None, "largest norm of the gradient; default: as it comes")
+    clip_grad: float | None = option(
+        None, "largest norm of the gradient; default: as it comes, in int8-aware training 1"
+    )
     l1: float = option(0.0, "strength of the L1 norm, whose proximal step makes weights exactly zero")
     grad_sampling: int = option(1, "take the weights' gradients from one of N parts of each batch (unbiased); 1: all")
     model_ema_decay: float = option(0.0, "decay of a moving average of the weights, which then is the result; 0: none")

@@ -99,7 +99,7 @@ def fit(
     loss_sum = torch.tensor(at.loss_sum / process.world, dtype=torch.float64, device=device)
     autocast = stage.amp and config.uses_amp()
     step = EagerStep(network, objective, updates, autocast, loss_sum)
-    recorded = recordable(config, stage, updates, process, per_update)
+    recorded = recordable(config, updates, process, per_update)
     learn: Learner = RecordedStep(step) if recorded else step
     halo = fitting.augment.halo if process.world > 1 else 0
     clock = Clock(device)

@@ -38,6 +38,7 @@ class Updates:
         pruner: Pruner | None = None,
     ) -> None:
         self.model, self.config, self.process, self.pruner = model, config, process, pruner
+        self.clip_grad = stage.clip_grad if config.clip_grad is None else config.clip_grad
         self.optimizer = make_optimizer(model, helpers, config, stage.lr)
         self.schedule = LambdaLR(self.optimizer, lambda step: learning_rate(step, stage, updates_per_epoch, config))
         device = next(model.parameters()).device
@@ -70,9 +71,9 @@ class Updates:
 
     def apply(self) -> None:
         """The gradients move the weights, and are gone."""
-        if self.config.clip_grad is not None:
+        if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         torch.autograd.graph.increment_version(self.parameters)  # which fused optimizers forget

@@ -21,7 +21,6 @@ from imgopt_fast.training.config import TrainConfig
 from imgopt_fast.training.distributed import Process
 from imgopt_fast.training.optimizers import Updates
 from imgopt_fast.training.sampled_gradients import SampledGradients
-from imgopt_fast.training.stages import Stage
 from imgopt_fast.training.teachers import Objective
 
 EAGER_STEPS = 3  # before the recording
@@ -133,13 +132,12 @@ def record(function: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
-def recordable(config: TrainConfig, stage: Stage, updates: Updates, process: Process, per_update: int) -> bool:
-    """Whether a step of `stage` is the same launches every time, and the processor need not see any result of them.
+def recordable(config: TrainConfig, updates: Updates, process: Process, per_update: int) -> bool:
+    """Whether a step is the same launches every time, and the processor need not see any result of them.
 
-    Masks that tighten, int8 networks made of the present weights, and gradients summed over batches or processes are
-    the processor's business.
+    Masks that tighten and gradients summed over batches or processes are the processor's business.
     """
-    varying = updates.pruner is not None or not stage.amp or config.grad_sampling > 1 or config.kd_hint_weight > 0
+    varying = updates.pruner is not None or config.grad_sampling > 1 or config.kd_hint_weight > 0
     outside = updates.scaler.is_enabled() or config.l1 > 0 or per_update > 1 or process.world > 1
     on_gpu = next(updates.model.parameters()).is_cuda
     return config.cuda_graphs and on_gpu and not config.torchcompile and not (varying or outside)

@@ -57,8 +57,9 @@ def _equal(left: Tensor, right: Tensor) -> bool:
 def qat(model: nn.Module, calibration: Iterable[Any], config: Int8Config | None = None) -> QatModel:
     """Prepare `model` for quantization-aware training; arguments and errors are those of `quantize`.
 
-    Train the result as any network, with a tenth or less of the original learning rate and for a few epochs; dropout
-    and the batch norms' statistics are those of inference. Its `convert()` gives the int8 network, whose output is
-    that of the trained module in evaluation mode.
+    Train the result as any network, with a tenth or less of the original learning rate, gradients clipped to a norm
+    near 1 (folded batch norms do not keep steps small any more) and for a few epochs; dropout and the batch norms'
+    statistics are those of inference. Its `convert()` gives the int8 network, whose output is that of the trained
+    module in evaluation mode.
     """
     return QatModel(make_plan(model, calibration, replace(config or Int8Config(), rounding="nearest")))

@@ -4,7 +4,8 @@ torch.export rather than torch.fx: it runs Python control flow on shapes ("same"
 stops at the first comparison of a size, and it spells every relu, add or flatten (module, function, method, operator,
 in place) as one operation, so that a pattern is written once. Batch and image size stay dynamic where the model lets
 them; padding that is computed from the image size is worth a fixed size, because only then a convolution can absorb
-it. ResNet-50 traces in 1 to 4 s on one core.
+it. ResNet-50 traces in 1 to 4 s on one core. Sizes behind such padding are nested expressions, which took 200 s to
+follow through tf_efficientnet_b0, so the first of them ends the attempt.
 """
 
 import copy
@@ -13,9 +14,11 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from imgopt_fast.compress.quantize.untraceable import silent_failure, untraceable
@@ -33,9 +36,6 @@ IDENTITIES = {
     aten.feature_dropout.default,
     aten.lift_fresh_copy.default,
 }
-# Operations whose result shares memory with their first argument: writing into such a result writes into both.
-VIEWS = {"view", "reshape", "slice", "select", "narrow", "chunk", "split", "split_with_sizes", "permute", "transpose"}
-VIEWS |= {"expand", "squeeze", "unsqueeze", "flatten", "unbind", "t", "diagonal", "alias", "detach", "contiguous"}
 
 
 def trace(model: nn.Module, sample: Tensor) -> tuple[GraphModule, tuple[int, ...] | None]:
@@ -49,10 +49,11 @@ def trace(model: nn.Module, sample: Tensor) -> tuple[GraphModule, tuple[int, ...
     spatial = range(2, sample.ndim)
     program, size = None, None
     try:
-        program = _export(model, images, (0, *spatial))
+        with _SizesUnused():
+            program = _export(model, images, (0, *spatial))
     except Exception as refusal:  # the tracer raises what the model's own code raises, too
         first = refusal
-    if program is None or (spatial and _computes_with_sizes(program)):
+    if program is None or (spatial and _passes_sizes_on(program)):
         try:
             program, size = _export(model, images, (0,)), tuple(sample.shape[2:])
         except Exception as refusal:
@@ -149,7 +150,8 @@ def _export(model: nn.Module, images: Tensor, dynamic: tuple[int, ...]) -> torch
     shapes = (dict.fromkeys(dynamic, torch.export.Dim.AUTO),)
     with torch.no_grad(), silent_failure():
         program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
-    if any(_writes_into_view(node) for node in program.graph.nodes):
+    order = {node: position for position, node in enumerate(program.graph.nodes)}
+    if any(_writes_into_view(node, order) for node in order):
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's own, about its own trees
             program = program.run_decompositions({})  # exact for any aliasing, and slower than the rest of the trace
     return program
@@ -165,20 +167,45 @@ def _in_place(node: Node) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-def _writes_into_view(node: Node) -> bool:
+def _writes_into_view(node: Node, order: dict[Node, int]) -> bool:
+    """Whether `node` writes in place into memory that is read later under another name than its first argument's."""
     if not _in_place(node):
         return False
-    target = node.args[0]
-    return not isinstance(target, Node) or target.op != "call_function" or _name(target) in VIEWS
+    written = root = node.args[0]
+    while isinstance(root, Node) and _may_share_memory(root):
+        root = root.args[0]
+    if not isinstance(root, Node) or root.op != "call_function":
+        return True  # the model's input or its parameters
+    names = [root]
+    for name in names:
+        names += [user for user in name.users if _may_share_memory(user) and order[user] < order[node]]
+    return any(order[user] > order[node] for name in names if name is not written for user in name.users)
 
 
-def _computes_with_sizes(program: torch.export.ExportedProgram) -> bool:
-    """Whether padding depends on the image size, or sizes go through functions that fx cannot trace again."""
+def _may_share_memory(node: Node) -> bool:
+    """Whether the result may be memory of the first argument: views, items of a list of them, in-place operations."""
+    schema = getattr(node.target, "_schema", None)
+    aliases = schema is not None and any(result.alias_info is not None for result in schema.returns)
+    return aliases or node.target is operator.getitem
+
+
+class _SizesUnused(TorchFunctionMode):
+    """Ends a trace at padding that depends on the image size."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.pad:
+            amounts = args[1] if len(args) > 1 else kwargs["pad"]
+            if any(isinstance(amount, torch.SymInt) for amount in amounts):
+                raise ValueError("padding is computed from the image size")
+        return function(*args, **(kwargs or {}))
+
+
+def _passes_sizes_on(program: torch.export.ExportedProgram) -> bool:
+    """Whether sizes go through functions that fx cannot trace again."""
     for node in program.graph.nodes:
         if node.op != "call_function" or isinstance(node.meta.get("val"), Tensor):
-            if _name(node) in ("pad", "constant_pad_nd") and any(isinstance(n, Node) for n in node.args[1]):
-                return True
-        elif node.target is not aten.sym_size.int and node.target not in vars(operator).values():
+            continue
+        if node.target is not aten.sym_size.int and node.target not in vars(operator).values():
             return True
     return False
 
@@ -221,13 +248,21 @@ def _make_functional(graph: GraphModule) -> None:
 
 def _drop_identities(graph: GraphModule) -> None:
     for node in list(graph.graph.nodes):
-        if node.target in IDENTITIES:
+        if node.target in IDENTITIES or _takes_all(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
         elif node.target is aten.view.default:  # its input may be in another layout now: channels_last, not contiguous
             node.target = aten.reshape.default
         elif node.op == "call_function" and not node.users and _name(node).startswith(("_assert", "sym_constrain")):
             graph.graph.erase_node(node)
+
+
+def _takes_all(node: Node) -> bool:
+    """Whether `node` is a slice of everything, as networks write that trim what may be too long."""
+    if node.target is not aten.slice.Tensor:
+        return False
+    taken, source = node.meta["val"].shape, node.args[0].meta["val"].shape
+    return arguments(node)["step"] == 1 and [str(size) for size in taken] == [str(size) for size in source]
 
 
 def _fold_constants(graph: GraphModule) -> None:

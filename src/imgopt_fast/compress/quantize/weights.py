@@ -41,7 +41,7 @@ def _choose_scale(rows: Tensor, bias: Tensor | None, input_scale: float, config:
     elif config.calibration == "mse":
         candidates = scale * SHRINK.to(scale.device)[:, None]
     else:
-        candidates = scale[None]
+        return scale.float()
     if bias is not None:
         fits = bias.detach().double().abs() / (input_scale * candidates) <= BIAS_STEPS * (1 + 1e-9)
     else:
