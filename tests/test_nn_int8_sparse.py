@@ -80,6 +80,13 @@ def test_travels_like_any_int8_network() -> None:
         assert skipped(copied) == skipped(model)
 
 
+def test_exports_with_any_number_of_images() -> None:
+    """Skipping zeros asks for the number of images, an exported program must not."""
+    model, x = quantized()
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("images")},))
+    assert torch.equal(program.module()(x[:5]), model(x[:5]))
+
+
 def test_report_says_what_happens_to_zeros() -> None:
     model, _ = quantized()
     zeros = {layer.name: layer.zeros for layer in model.report.layers}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -198,7 +199,7 @@ def _match_add(node: Node, made: dict[Node, Operation]) -> Operation | str:
         return "no int8 form"
     if left not in made or right not in made:
         return _float_input(node)
-    if _shape(left) != _shape(right) or left is right:
+    if not _same_shape(left, right) or left is right:
         return "only tensors of one shape are added in int8"
     for source, other in ((right, left), (left, right)):
         producer = made[source]
@@ -320,6 +321,23 @@ def _excluded(layer: str, exclude: tuple[str, ...]) -> bool:
 
 def _float_input(node: Node) -> str:
     return "its input is float"
+
+
+def _same_shape(left: Node, right: Node) -> bool:
+    """Whether two tensors have one shape for all image sizes that the model takes.
+
+    A strided convolution and a pool beside it give sizes that are equal where the model runs, as expressions they
+    differ; only a size of one could also be broadcast.
+    """
+    if _rank(left) != _rank(right):
+        return False
+    pairs = zip(left.meta["val"].shape, right.meta["val"].shape, strict=True)
+    return all(str(a) == str(b) or _at_calibration(a) == _at_calibration(b) != 1 for a, b in pairs)
+
+
+def _at_calibration(size: int | torch.SymInt) -> Any:
+    """A size of the traced batch, whose images are as large as those of the calibration."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _shape(node: Any) -> tuple[str, ...]:

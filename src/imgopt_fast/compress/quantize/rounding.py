@@ -101,4 +101,5 @@ def _factor(moment: Tensor) -> Tensor:
     diagonal = moment.diagonal(dim1=1, dim2=2)
     damped = moment + torch.diag_embed((DAMPING * diagonal.mean(1, keepdim=True)).expand_as(diagonal).clamp(min=1e-12))
     upper = torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2)
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper[0])).to(upper), upper=True)
+    factor: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper[0])).to(upper), upper=True)
+    return factor

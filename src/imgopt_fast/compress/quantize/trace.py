@@ -261,8 +261,9 @@ def _takes_all(node: Node) -> bool:
     """Whether `node` is a slice of everything, as networks write that trim what may be too long."""
     if node.target is not aten.slice.Tensor:
         return False
-    taken, source = node.meta["val"].shape, node.args[0].meta["val"].shape
-    return arguments(node)["step"] == 1 and [str(size) for size in taken] == [str(size) for size in source]
+    values = arguments(node)
+    taken, given = ([str(size) for size in value.meta["val"].shape] for value in (node, values["self"]))
+    return values["step"] == 1 and taken == given
 
 
 def _fold_constants(graph: GraphModule) -> None:
