@@ -77,7 +77,7 @@ class QuantizationReport:
     ) -> "QuantizationReport":
         """This report with the columns that `profile` and `sensitivity` measured; layers without a measurement keep
         theirs empty."""
-        steps = {} if profile is None else {step.name: step for step in profile.steps}
+        steps = {} if profile is None else {key(step.name): step for step in profile.steps}
         noise = {layer.name: layer for layer in sensitivity}
         layers = []
         for layer in self.layers:
