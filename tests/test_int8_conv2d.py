@@ -137,7 +137,8 @@ DEPTHWISE_LAYERS: list[dict[str, Any]] = [
 ]
 
 
-# First layers: windows that hang over either side, images narrower than a window, rows of 1 to 5 dwords and a rest.
+# First layers: windows that hang over either side, images narrower than a window, rows of 1 to 5 dwords and a rest,
+# images of several bands of rows, pixels 1 to 12 bytes apart.
 FIRST_LAYERS: list[dict[str, Any]] = [
     {"c": c, "o": o, "k": (k, k), "stride": (s, s), "padding": ((p, p), (p, q)), "h": h, "w": w, "n": n}
     for c, o, k, s, p, q, h, w, n in (
@@ -149,6 +150,9 @@ FIRST_LAYERS: list[dict[str, Any]] = [
         (2, 70, 3, 3, 0, 0, 10, 31, 1),
         (5, 8, 1, 1, 0, 0, 6, 5, 1),
         (3, 20, 11, 4, 2, 5, 19, 9, 2),
+        (3, 24, 7, 2, 3, 3, 61, 99, 2),
+        (3, 64, 7, 3, 3, 0, 40, 130, 2),
+        (1, 17, 9, 2, 4, 4, 30, 70, 1),
     )
 ]
 FIRST_LAYERS += [

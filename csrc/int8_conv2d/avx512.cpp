@@ -75,6 +75,24 @@ struct ConsecutiveRows {
     }
 };
 
+// Adds the products of a dword of every row.
+template <bool FLIPPED, int MR, int NV, class Row>
+[[gnu::always_inline]] inline void sum_dword(const Row& row, const uint8_t* weight, __m512i flip,
+                                             __m512i (&sums)[MR][NV]) {
+    __m512i w[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) w[j] = _mm512_loadu_si512(weight + 64 * j);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+        int32_t four;
+        memcpy(&four, row.at(i), 4);
+        __m512i x = _mm512_set1_epi32(four);
+        if constexpr (FLIPPED) x = _mm512_xor_si512(x, flip);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], x, w[j]);
+    }
+}
+
 // Adds the products of `inner` bytes of every row. FLIPPED: bytes of int8; FETCH: with every dword, a part of the next
 // weights is fetched.
 template <bool FLIPPED, bool FETCH, int MR, int NV, class Row>
@@ -85,18 +103,7 @@ template <bool FLIPPED, bool FETCH, int MR, int NV, class Row>
             __builtin_prefetch(next, 0, 2);
             next += next_bytes;
         }
-        __m512i w[NV];
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) w[j] = _mm512_loadu_si512(weight + 64 * j);
-#pragma GCC unroll 16
-        for (int i = 0; i < MR; ++i) {
-            int32_t four;
-            memcpy(&four, row.at(i), 4);
-            __m512i x = _mm512_set1_epi32(four);
-            if constexpr (FLIPPED) x = _mm512_xor_si512(x, flip);
-#pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], x, w[j]);
-        }
+        sum_dword<FLIPPED>(row, weight, flip, sums);
         row.advance();
     }
 }
@@ -144,7 +151,7 @@ template <int MR, int NV>
 struct ConsecutiveTile {
     const int32_t* offset;
     const uint8_t *first, *ends, *weight;
-    int64_t stride, taps, tap_stride, inner, end_bytes, next_bytes;
+    int64_t stride, taps, tap_stride, inner, end_dwords, end_pitch, next_bytes;
     __m512i flip;
 
     explicit ConsecutiveTile(const Tile& t)
@@ -156,7 +163,8 @@ struct ConsecutiveTile {
           taps(t.taps),
           tap_stride(t.tap_stride),
           inner(t.inner),
-          end_bytes(t.end_bytes),
+          end_dwords(t.end_dwords),
+          end_pitch(t.end_pitch),
           next_bytes(t.next_bytes),
           flip(_mm512_set1_epi8(static_cast<char>(t.conv->input_flip))) {}
 };
@@ -174,10 +182,9 @@ template <bool FLIPPED, int MR, int NV>
         else
             sum_dwords<FLIPPED, false>(row, t.inner, weight, t.flip, next, 0, sums);
     }
-    if (t.end_bytes) {
-        const ConsecutiveRows<MR> row(t.ends + m * t.end_bytes, t.end_bytes);
-        sum_dwords<FLIPPED, false>(row, t.end_bytes, weight, t.flip, next, 0, sums);
-    }
+    const uint8_t* ends = t.ends + 4 * m;
+    for (int64_t i = 0; i < t.end_dwords; ++i, ends += t.end_pitch, weight += 64 * NV)
+        sum_dword<FLIPPED>(ConsecutiveRows<MR>(ends, 4), weight, t.flip, sums);
 }
 
 template <int MR, int NV>
@@ -246,12 +253,49 @@ void tiles(const Tile& t) {
 namespace imgopt::avx512 {
 namespace {
 
+// Pixels that are further apart do not lie in a vector by eights.
+constexpr int64_t kMostStep = 63 / 7;
+
+// The last bytes of four kernel rows of a first layer, for 16 pixels at a time, of which a vector that is loaded holds
+// eight.
+void collect_dwords(const uint8_t* row, int64_t pitch, int64_t step, int64_t pixels, uint8_t* out) {
+    alignas(64) uint8_t places[64];
+    for (int64_t i = 0; i < 64; ++i) places[i] = static_cast<uint8_t>(i / 4 % 8 * step + i / 32 * 64);
+    const __m512i place = _mm512_load_si512(places);
+    for (int64_t x = 0; x < pixels; x += 16) {
+        __m512i dwords = _mm512_setzero_si512();
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const uint8_t* at = row + i * pitch + x * step;
+            const __m512i low = _mm512_loadu_si512(at), high = _mm512_loadu_si512(at + 8 * step);
+            const __m512i found = _mm512_maskz_permutex2var_epi8(0x1111111111111111u << i, low, place, high);
+            dwords = _mm512_or_si512(dwords, found);
+        }
+        _mm512_store_si512(out + 4 * x, dwords);
+    }
+}
+
+void collect_ends(const CopiedRows& from, int64_t pixels) {
+    for (int64_t d = 0; d < from.end_dwords; ++d) {
+        const uint8_t* row = from.rows + from.end + 4 * d * from.pitch;
+        uint8_t* out = from.ends + d * from.end_pitch;
+        if (from.step <= kMostStep)
+            collect_dwords(row, from.pitch, from.step, pixels, out);
+        else
+            for (int64_t x = 0; x < pixels; ++x, row += from.step, out += 4) {
+                const uint8_t dword[] = {row[0], row[from.pitch], row[2 * from.pitch], row[3 * from.pitch]};
+                memcpy(out, dword, 4);
+            }
+    }
+}
+
 struct Vnni {
     using Product = int8_t;
     static constexpr int64_t kLanes = 16, kMaxVectors = 4;
     static constexpr int64_t kBlockPixels = 96;  // 9 taps of 96 pointers are 7 KB
     static constexpr int64_t kConsecutiveRows = 24;
     static constexpr int64_t kSortedPixels = 98;  // divides 14 x 14 and the larger maps of networks for 224 x 224
+    static void collect_ends(const CopiedRows& from, int64_t pixels) { avx512::collect_ends(from, pixels); }
     static int64_t rows(int64_t vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
     static TileFunction tiles(int64_t rows, int64_t vectors) {
         static constexpr TileFunction one[] = {avx512::tiles<1, 1>,  avx512::tiles<2, 1>,  avx512::tiles<3, 1>,

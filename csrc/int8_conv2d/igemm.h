@@ -16,7 +16,8 @@
 //   rows(vectors)       output pixels of the tallest tile of that width
 //   tiles(rows, vectors) the function that computes tiles of that size
 //   kSortedPixels       if it is there: of a block whose pixels are sorted; the tiles then heed `tap` and `at`
-//   kConsecutiveRows    if it is there: a multiple of all tallest tiles; the tiles then heed `first`
+//   kConsecutiveRows    if it is there: a multiple of all tallest tiles; the tiles then heed `first` and `ends`
+//   collect_ends(copies, pixels)  with it: brings the last bytes of kernel rows to their planes
 #pragma once
 
 #include "panels.h"
@@ -66,11 +67,11 @@ struct Tile {
     int64_t pixel, pixels, channel, channels;
     const int64_t* at;  // output pixel of every row; null: from `pixel` on
     // Of rows that follow each other, `first_stride` bytes apart, with taps `tap_stride` bytes apart; null: they are in
-    // the table. Behind the taps come `end_bytes` of `ends` for every pixel.
+    // the table. Behind the taps come `end_dwords` of every pixel, in planes that are `end_pitch` bytes apart.
     const uint8_t* first;
     int64_t first_stride, tap_stride;
     const uint8_t* ends;
-    int64_t end_bytes;
+    int64_t end_dwords, end_pitch;
     ByteRange range;
     bool rare;             // to be stored a sum at a time
     const uint8_t* ahead;  // to be fetched meanwhile, so many bytes per pixel: a part of the next block's input
@@ -95,7 +96,9 @@ Reading reading_of(const Int8Conv2d& p) {
     const Int8Weight& w = p.weight;
     if (kGroup<Isa> == 2 && (w.kernel_h <= p.stride_h || w.kernel_w <= p.stride_w)) return Reading::strip;
     if (w.group_channels % kGroup<Isa> == 0) return Reading::taps;
-    return p.dilation_w == 1 && w.groups == 1 && w.group_channels == p.input_stride ? Reading::rows : Reading::strip;
+    return p.dilation_h == 1 && p.dilation_w == 1 && w.groups == 1 && w.group_channels == p.input_stride
+               ? Reading::rows
+               : Reading::strip;
 }
 
 template <class Isa>
@@ -172,7 +175,7 @@ void run_tiles(Tile& tile, int64_t pixels, int64_t vectors) {
         tile.pixel += tile.pixels;
         if (tile.at) tile.at += tile.pixels;
         if (tile.first) tile.first += tile.pixels * tile.first_stride;
-        if (tile.ends) tile.ends += tile.pixels * tile.end_bytes;
+        if (tile.ends) tile.ends += tile.pixels * 4;
         tile.ahead += tile.pixels * tile.ahead_bytes;
         tile.next += tile.pixels / rows * tile.taps * (tile.inner / 4) * tile.next_bytes;
     }
@@ -204,7 +207,7 @@ struct LeftOperands {
     const Reading reading;
     const bool skips, widens, copies;
     const int64_t most, row_depth, depth;  // pixels of a block; products
-    const CopiedRows copied;               // where `copies`
+    CopiedRows copied;                     // where `copies`
     const uint8_t **table, **sorted, **strip_rows;
     uint8_t* padding;
     Product *strip, *words;
@@ -223,7 +226,7 @@ struct LeftOperands {
           depth(depth_of<Isa>(conv.weight)),
           copied(conv, row_depth) {
         const int64_t table_entries = taps_of(p.weight) * most, channels = p.weight.groups * p.weight.group_channels;
-        const int64_t table_bytes = ((skips ? 2 : 1) * table_entries + most) * 8;
+        const int64_t table_bytes = round_up(((skips ? 2 : 1) * table_entries + most) * 8, 64);
         const int64_t row_bytes = round_up(channels * kProductBytes, 64);
         const int64_t strip_bytes = copies                     ? copied.bytes()
                                     : reading == Reading::taps ? 0
@@ -247,11 +250,15 @@ struct LeftOperands {
         if (widens)
             for (int64_t c = 0; c < channels; ++c)
                 reinterpret_cast<Product*>(padding)[c] = static_cast<Product>(p.input_zero_point);
-        if (copies) copied.pad(padding[0], reinterpret_cast<uint8_t*>(strip));
+        if (copies) copied.start(padding[0], reinterpret_cast<uint8_t*>(strip));
     }
 
     void fill(int64_t begin, int64_t end) {
-        if (copies) return copied.fill(p, begin, padding[0], reinterpret_cast<uint8_t*>(strip));
+        if constexpr (consecutive_rows<Isa>() > 0)
+            if (copies) {
+                copied.find(p, begin / p.out_w, padding[0]);
+                return Isa::collect_ends(copied, p.out_w);
+            }
         Int8Conv2d widened;
         if constexpr (kProductBytes > 1)
             if (widens) widened = WidenedRows(p, begin, end).fill(p, words);
@@ -307,7 +314,8 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
     const bool direct = reads_directly<Isa>(p);
     tile.first_stride = left.copies ? left.copied.step : p.input_stride;
     tile.tap_stride = left.copied.pitch;
-    tile.end_bytes = left.copies ? left.copied.end_bytes : 0;
+    tile.end_dwords = left.copies ? left.copied.end_dwords : 0;
+    tile.end_pitch = left.copied.end_pitch;
     tile.ahead_bytes = streams ? ceil_div(p.input_stride, panels.panels) : 0;
     const bool weights_come = blocks.blocks == 1 || igemm_weight_bytes<Isa>(w) > kWeightsKept;
     int64_t block_done = -1;
@@ -323,8 +331,8 @@ void igemm(const Int8Conv2d& p, int64_t begin, int64_t end) {
         tile.row_offset = left.reading == Reading::taps ? group * w.group_channels * product_bytes : 0;
         if (direct) tile.first = p.input + first_pixel * p.input_stride + tile.row_offset;
         if (left.copies) {
-            tile.first = reinterpret_cast<const uint8_t*>(left.strip) + left.copied.first_at();
-            tile.ends = reinterpret_cast<const uint8_t*>(left.strip) + left.copied.ends_at();
+            tile.first = left.copied.rows;
+            tile.ends = left.copied.ends;
         }
         tile.weight = p.packed + (group * panels.vectors + vector) * Isa::kLanes * left.depth * product_bytes;
         tile.channel = group * per_group + channel;

@@ -16,7 +16,7 @@ struct PackedHeader {
     Int8Weight weight;
 };
 constexpr int64_t kPackedHeaderBytes = 128;
-constexpr int64_t kPackedVersion = 3;
+constexpr int64_t kPackedVersion = 4;
 static_assert(sizeof(PackedHeader) <= kPackedHeaderBytes);
 
 inline PackedHeader packed_header(const Int8Weight& weight) {

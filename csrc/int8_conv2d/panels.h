@@ -31,11 +31,11 @@ constexpr int64_t consecutive_rows() {
 
 // A kernel row of a first layer, 21 bytes of 7 x 3 or 9 of 3 x 3, leaves one for its last dword. Where tiles read
 // consecutive rows, these bytes of all kernel rows come last, together: 37 dwords of 7 x 7 instead of 42. To collect
-// them takes 3 cycles a pixel, in which 6 vectors of sums meet a dword.
+// them takes half a cycle a pixel, as long as a vector of sums takes to meet a dword.
 template <class Isa>
 bool row_ends_apart(const Int8Weight& w) {
     const bool rest = consecutive_rows<Isa>() > 0 && w.groups == 1 && w.kernel_w * w.group_channels % 4 == 1;
-    return rest && (w.kernel_h - ceil_div(w.kernel_h, 4)) * Panels<Isa>(w).vectors > 6;
+    return rest && (w.kernel_h - ceil_div(w.kernel_h, 4)) * Panels<Isa>(w).vectors > 1;
 }
 
 // Products of one kernel row of an output value, in whole dwords but for an end that stands apart, and of all of them.
