@@ -155,7 +155,11 @@ class Int8GraphBuilder:
         output_min: float | None = None,
         output_max: float | None = None,
     ) -> int:
-        """f32(a - za) * f32(sa / s) + f32(b - zb) * f32(sb / s), clamped, rounded; or in integer shifts."""
+        """f32(a - za) * f32(sa / s) + f32(b - zb) * f32(sb / s), clamped, rounded.
+
+        With shifts a - za and b - zb are shifted left to the finer of their scales, added, and requantized as the sum
+        of `int8_conv2d` is.
+        """
         left, right = self._quantized("a", a), self._quantized("b", b)
         if (left.rank, left.channels) != (right.rank, right.channels):
             raise ValueError(f"b: expected rank {left.rank} with {left.channels} channels, got {right}")
@@ -199,7 +203,7 @@ class Int8GraphBuilder:
     ) -> int:
         """Mean over each window, f32(sum(x - z)) * f32(f64(scale / output_scale) / count); default: x's quantization.
 
-        With shifts, the quotient is exact and rounds half up.
+        With shifts, floor(sum(x - z) * 2^p / count + 1/2) in integers, 2^p = scale / output_scale.
         """
         window = pool_window(kernel_size, stride, padding)
         return self._average(x, window, count_include_pad, output_scale, output_zero_point, output_dtype)
@@ -223,7 +227,7 @@ class Int8GraphBuilder:
         output_zero_point: int = 0,
         output_dtype: torch.dtype = torch.uint8,
     ) -> int:
-        """Along the channels; every input is requantized, f32(x - z) * f32(scale / output_scale)."""
+        """Along the channels; every input is requantized, f32(x - z) * f32(scale / output_scale), or by a shift."""
         given = [self._quantized("xs", x) for x in xs]
         if not given or any(v.rank != given[0].rank or v.channels is None for v in given):
             raise ValueError("xs: expected one or more values of one rank and known channels")
