@@ -14,9 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from imgopt_fast._arguments import as_pair, check_clamp, described
+from imgopt_fast._arguments import as_pair, check_clamp
 from imgopt_fast.ops import registration
 from imgopt_fast.ops.masked_matmul import cuda, reference
+from imgopt_fast.ops.masked_matmul.arguments import check_product, is_lowered
 from imgopt_fast.ops.masked_matmul.int8 import (
     PackedInt8MaskedWeight,
     int8_masked_matmul,
@@ -35,8 +36,6 @@ __all__ = [
     "pack_int8_masked_weight",
     "pack_masked_weight",
 ]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def masked_matmul(
@@ -60,7 +59,7 @@ def masked_matmul(
     Masked means absent: off the mask, weights have no effect whatever they hold, and their gradient is zero. The
     result for non-finite `input` is unspecified. Raises TypeError and ValueError for anything else.
     """
-    weight_shape = _check(input, weight, mask, bias, groups=1, dims=2)
+    weight_shape = check_product(input, weight, mask, bias, groups=1, dims=2)
     check_clamp(output_min, output_max)
     if input.dim() == 0 or input.shape[-1] != weight_shape[1]:
         raise ValueError(
@@ -108,7 +107,7 @@ def masked_conv2d(
     channels_last memory. Clamping, dtypes, gradients and errors as in `masked_matmul`. On CUDA torch's own convolution
     serves most masks, in float32 with TF32 unless `torch.backends.cudnn.allow_tf32` is off.
     """
-    weight_shape = _check(input, weight, mask, bias, groups=groups, dims=4)
+    weight_shape = check_product(input, weight, mask, bias, groups=groups, dims=4)
     check_clamp(output_min, output_max)
     step, offset = as_pair("stride", stride, 1), as_pair("padding", padding, 0)
     per_tap = as_pair("dilation", dilation, 1)
@@ -171,75 +170,11 @@ def _matmul(
 
 
 def _multiplied_dtype(input: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype(input.device.type) if _is_lowered(input) else input.dtype
-
-
-def _is_lowered(input: Tensor) -> bool:
-    """Whether autocast brings the operands to one lower dtype. It leaves float64 alone, and knows no meta device."""
-    return not input.is_meta and input.dtype != torch.float64 and torch.is_autocast_enabled(input.device.type)
+    return torch.get_autocast_dtype(input.device.type) if is_lowered(input) else input.dtype
 
 
 def _clamped(output: Tensor, output_min: float | None, output_max: float | None) -> Tensor:
     return output if output_min is None and output_max is None else output.clamp(output_min, output_max)
-
-
-def _check(
-    input: Tensor,
-    weight: Tensor | PackedMaskedWeight,
-    mask: Tensor | MaskLayout | None,
-    bias: Tensor | None,
-    groups: int,
-    dims: int,
-) -> tuple[int, ...]:
-    """Check what both functions have in common; returns the shape of the weight."""
-    if not isinstance(input, Tensor) or input.dtype not in DTYPES:
-        raise TypeError(
-            f"input: expected a tensor of float32, bfloat16, float16 or float64, got {described(input, Tensor)}"
-        )
-    if isinstance(weight, PackedMaskedWeight):
-        if mask is not None:
-            raise ValueError("mask: expected None with a PackedMaskedWeight, which holds its own")
-        held, made_for, shape = weight.values, weight.groups, weight.shape
-        if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
-            raise ValueError(
-                "input: expected no gradient through a PackedMaskedWeight: call it under torch.no_grad(), "
-                "or train with a MaskLayout"
-            )
-    else:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight: expected a tensor or a PackedMaskedWeight, got {described(weight, Tensor)}")
-        held, made_for, shape = weight, groups, tuple(weight.shape)
-        if isinstance(mask, MaskLayout):
-            made_for, masked_shape, masked_device = mask.groups, tuple(mask.mask.shape), mask.mask.device
-        elif isinstance(mask, Tensor) and mask.dtype == torch.bool:
-            masked_shape, masked_device = tuple(mask.shape), mask.device
-        else:
-            raise TypeError(f"mask: expected a bool tensor or a MaskLayout, got {described(mask, Tensor)}")
-        if masked_shape != shape:
-            raise ValueError(f"mask: expected the weight's shape {shape}, got {masked_shape}")
-        if masked_device != weight.device:
-            raise ValueError(f"mask: expected the weight's device {weight.device}, got {masked_device}")
-    if len(shape) != dims:
-        expected = "(O, K)" if dims == 2 else "(O, C / groups, kH, kW)"
-        raise ValueError(f"weight: expected {expected}, got shape {shape}")
-    if made_for != groups:
-        raise ValueError(f"groups: expected {made_for}, which the mask was analysed with, got {groups}")
-    if not isinstance(groups, int) or groups < 1 or shape[0] % groups:
-        raise ValueError(f"groups: expected a divisor of the {shape[0]} outputs, got {groups!r}")
-    if held.dtype != input.dtype and not _is_lowered(input):
-        raise TypeError(f"weight: expected the input's dtype {input.dtype}, got {held.dtype}")
-    if held.device != input.device:
-        raise ValueError(f"weight: expected the input's device {input.device}, got {held.device}")
-    if bias is not None:
-        if not isinstance(bias, Tensor) or bias.dtype != held.dtype:
-            raise TypeError(
-                f"bias: expected a tensor of the weight's dtype {held.dtype}, got {described(bias, Tensor)}"
-            )
-        if tuple(bias.shape) != shape[:1]:
-            raise ValueError(f"bias: expected shape ({shape[0]},), got {tuple(bias.shape)}")
-        if bias.device != input.device:
-            raise ValueError(f"bias: expected the input's device {input.device}, got {bias.device}")
-    return shape
 
 
 # --- the operations -------------------------------------------------------------------------------------------------
