@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,6 +123,22 @@ def test_race_alternates_and_gives_slow_contestants_fewer_rounds(monkeypatch: py
     assert len(timings["slow"].samples) == 5
     timed = order[4:]  # two calls each find out how long they take
     assert timed.index("slow") < len(timed) - 1 - timed[::-1].index("ours"), "one after the other, not in turns"
+
+
+def test_race_warms_short_calls_and_no_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], Counter[str]()
+    monkeypatch.setattr("time.process_time", lambda: now[0])
+
+    def contestant(name: str, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            now[0] += seconds
+            calls[name] += 1
+
+        return call
+
+    timings = race({"short": contestant("short", 1e-3), "long": contestant("long", 2e-2)}, seconds=0.1)
+    assert calls["short"] == 2 + (3 + 1) * len(timings["short"].samples)  # two find out how long they take
+    assert calls["long"] == 2 + len(timings["long"].samples)
 
 
 def test_result_survives_json_and_reads_well() -> None:

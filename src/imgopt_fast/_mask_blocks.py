@@ -65,8 +65,8 @@ DENSE_BFLOAT16: dict[str | None, float] = {
 # both gradients, by the fewer of its input and output channels per group: the row of the largest number that is not
 # above it. Few channels do not pay for finding the windows. In bfloat16 where the processor has instructions for it.
 SPARSE_TRAINING: dict[tuple[str | None, str], tuple[tuple[int, float], ...]] = {
-    ("avx512", "float32"): ((0, 0.0), (32, 0.4), (64, 0.5), (128, 0.6)),
-    ("avx512", "bfloat16"): ((0, 0.0), (64, 0.1), (128, 0.2), (256, 0.3), (512, 0.4)),
+    ("avx512", "float32"): ((0, 0.0), (16, 0.4), (32, 0.5), (128, 0.6)),
+    ("avx512", "bfloat16"): ((0, 0.0), (64, 0.1), (128, 0.3), (512, 0.4)),
 }
 
 # The same for the packed weight of a convolution at inference, in float32.
@@ -74,7 +74,7 @@ AVX2_SPARSE_CONVOLUTIONS = ((0, 0.0), (32, 0.1), (64, 0.2), (128, 0.3))
 SPARSE_CONVOLUTIONS: dict[str | None, tuple[tuple[int, float], ...]] = {
     "avx2": AVX2_SPARSE_CONVOLUTIONS,
     "avxvnni": AVX2_SPARSE_CONVOLUTIONS,
-    "avx512": ((0, 0.0), (32, 0.2), (64, 0.5), (128, 0.7), (512, 0.85)),
+    "avx512": ((0, 0.0), (32, 0.4), (64, 0.6), (128, 0.7)),
 }
 
 ALWAYS = ((0, 1.0),)

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 # Fewest inputs of a layer, and the largest share of its groups of four neighbouring weights that may be there, from 16
 # images on; benchmarks/tune_masked_matmul.py measures and prints it. One Zen 5 core with AVX-512. At random 5 % of the
-# weights are 19 % of the groups, 10 % are 34 %: the sparse kernel is then 1.3 and 1.0 times as fast as int8_conv2d for
-# 1024 inputs and 256 images, 1.8 and 1.2 times for 2048, 2.2 and 1.4 times for 4096. A single image is slower. Where a
+# weights are 19 % of the groups, 10 % are 34 %: the sparse kernel is then 1.2 and 0.8 times as fast as int8_conv2d for
+# 1024 inputs and 256 images, 1.7 and 1.1 times for 2048, 2.0 and 1.3 times for 4096. A single image is slower. Where a
 # set is not named the dense kernel knows instructions that the sparse one does not use, and nothing is skipped.
 LARGEST_SHARE: dict[str | None, tuple[tuple[int, float], ...]] = {
     "avx2": ((512, 0.48), (256, 0.34)),
-    "avx512": ((2048, 0.34), (1024, 0.25)),
+    "avx512": ((2048, 0.34), (1024, 0.2)),
     "neon": ((2048, 0.34), (1024, 0.25)),  # which has dot products too, unlike AVX2; not measured
 }
 FEWEST_IMAGES = 16
