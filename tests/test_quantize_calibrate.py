@@ -1,6 +1,7 @@
 """The choice of scales: histograms and what each calibration clips, weights, biases."""
 
 import dataclasses
+import math
 import weakref
 
 import pytest
@@ -8,7 +9,14 @@ import torch
 from quantized_networks import decibels, network, planned
 
 from imgopt_fast.compress import Int8Config, quantize
-from imgopt_fast.compress.quantize.calibrate import Histogram, choose_scale, observe
+from imgopt_fast.compress.quantize.calibrate import (
+    BINS,
+    CANDIDATES,
+    Histogram,
+    choose_range,
+    choose_scale,
+    observe,
+)
 from imgopt_fast.compress.quantize.model import to_int8
 from imgopt_fast.compress.quantize.weights import quantize_weight
 
@@ -82,6 +90,45 @@ def test_entropy_clips_an_outlier():
     values = torch.cat([torch.randn(20000).abs(), torch.tensor([400.0])])[:, None]
     chosen = choose_scale(histogram_of(values), Int8Config(calibration="entropy"))
     assert 255 * chosen.scale < 100
+
+
+def divergence(counts, begin, end):
+    """Of the talk's algorithm, bin by bin: clip into the outermost bins, merge into levels, spread over full bins."""
+    kept, bins = counts[begin:end], end - begin
+    clipped = list(kept)
+    clipped[0] += sum(counts[:begin])
+    clipped[-1] += sum(counts[end:])
+    rendered = [0.0] * bins
+    for level in range(255):
+        members = [i for i in range(-(-level * bins // 255), -(-(level + 1) * bins // 255)) if kept[i] > 0]
+        for i in members:
+            rendered[i] = sum(kept[j] for j in members) / len(members)
+    total, shown = sum(clipped), sum(rendered)
+    return sum(
+        p / total * math.log(p / total / max(q / shown, 1e-9)) for p, q in zip(clipped, rendered, strict=True) if p
+    )
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_entropy_is_the_least_divergence_of_all_ranges_that_clip_little(two_sided):
+    torch.manual_seed(0)
+    values = torch.distributions.Laplace(0.0, 1.0).sample((20000,)).clamp(-1.5)
+    values = values if two_sided else values.abs()
+    histogram = histogram_of(values[:, None])
+    counts, width = histogram.counts.tolist(), 2 * histogram.range / BINS
+    below, widest = -math.floor(min(float(values.min()), 0.0) / width), math.ceil(float(values.max()) / width)
+    counts, middle = counts[BINS // 2 - below : BINS // 2 + widest], below
+    found = {}
+    for candidate in range(40):
+        threshold = round(widest * (1 - candidate / CANDIDATES))
+        begin, end = max(0, middle - threshold), middle + threshold
+        if sum(counts[:begin]) + sum(counts[end:]) <= 0.001 * sum(counts):
+            found[threshold * width] = divergence(counts, begin, end)
+    low, high = choose_range(histogram, Int8Config(calibration="entropy"))
+    expected = min(found, key=found.get)
+    assert len(found) > 5
+    assert expected < float(values.max())
+    assert (low, high) == pytest.approx((max(float(values.min()), -expected) if two_sided else 0.0, expected))
 
 
 @pytest.mark.parametrize("calibration", ["minmax", "percentile", "mse", "entropy"])
