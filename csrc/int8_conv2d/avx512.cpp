@@ -211,7 +211,7 @@ template <int MR, int NV, bool RESIDUAL, bool PLAIN>
         __m512i sums[MR][NV];
         to.template fetch<MR>(t.pixel + m);
         sum_tile<false, !PLAIN>(t, t.rows + m, next, sums);
-        store_tile(to, t.pixel + m, sums);
+        store_tile(reloaded(to), t.pixel + m, sums);
     }
 }
 

@@ -134,6 +134,7 @@ struct Rows {
     uint8_t* out;
     const uint8_t* residual;
     int64_t out_stride, residual_stride, channels;
+    __m512i order;  // dword 4L + j to 4j + L
     __mmask16 mask[NV];
 
     explicit Rows(const Tile& t)
@@ -144,7 +145,8 @@ struct Rows {
           residual(t.conv->residual + t.channel),
           out_stride(t.conv->output_stride),
           residual_stride(t.conv->residual_stride),
-          channels(t.channels) {
+          channels(t.channels),
+          order(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)) {
         for (int j = 0; j < NV; ++j) {
             const int64_t left = channels - 16 * j;
             mask[j] = static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : -1);
@@ -161,6 +163,15 @@ struct Rows {
         }
     }
 };
+
+// `to` as loaded anew. But for the plain ones, constants that stay in registers while sums are made leave too few: gcc
+// then stored a vector of weights in every step of that loop, 3 % of a 3 x 3 layer with a residual.
+template <int NV, bool RESIDUAL, bool PLAIN>
+[[gnu::always_inline]] inline Rows<NV, RESIDUAL, PLAIN> reloaded(const Rows<NV, RESIDUAL, PLAIN>& to) {
+    const Rows<NV, RESIDUAL, PLAIN>* at = &to;
+    if constexpr (RESIDUAL || !PLAIN) asm("" : "+r"(at));
+    return *at;
+}
 
 // The epilogue of rows FIRST.. of a tile, in registers; `out` and `residual` point to the first of them.
 template <int FIRST, int MR, int NV, bool RESIDUAL, bool PLAIN>
@@ -179,10 +190,8 @@ template <int FIRST, int MR, int NV, bool RESIDUAL, bool PLAIN>
         }
         if constexpr (RESIDUAL) residual += to.residual_stride;
     }
-    // Dword 4L + j to 4j + L.
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i bytes = to.to_bytes.bytes(to.to_bytes.words(q[0], q[1]), to.to_bytes.words(q[2], q[3]));
-    store_rows<NV, rows>(out, to.out_stride, _mm512_permutexvar_epi32(order, bytes), to.channels);
+    store_rows<NV, rows>(out, to.out_stride, _mm512_permutexvar_epi32(to.order, bytes), to.channels);
     if constexpr (FIRST + rows < MR)
         store_from<FIRST + rows>(to, out + rows * to.out_stride, residual, multiplier, sums);
 }
