@@ -20,7 +20,7 @@ from imgopt_fast import _native
 from imgopt_fast.benchmarks import SUBJECTS, cases, machine, networks, results
 from imgopt_fast.benchmarks.case import Agreement, Case, Disagreement, Runner, Work, assemble
 from imgopt_fast.benchmarks.machine import Rates
-from imgopt_fast.benchmarks.timing import race
+from imgopt_fast.benchmarks.timing import Timing, race
 from imgopt_fast.cli import bench
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +103,28 @@ def test_floor_is_the_slowest_of_arithmetic_and_memory() -> None:
     assert Work(bytes_read=2e9, bytes_written=1e9).floor(RATES, 1) == pytest.approx(2e9 / 10e9 + 1e9 / 20e9)
     assert Work(flops=1.0, bytes_written=1e9).floor(RATES, 1) == pytest.approx(1e9 / 10e9)
     assert Work(bytes_read=1e4).floor(RATES, 1) == pytest.approx(1e4 / 200e9)  # within L2
+
+
+class Products(Sum):
+    """A case that is to reach a share of the int8 rate."""
+
+    floor_goal = 0.5
+
+    def work(self) -> Work:
+        return Work(int8_ops=1000.0)
+
+
+def test_a_goal_of_the_int8_rate_takes_turns_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretend(calls: Mapping[str, Callable[[], object]], seconds: float, *, threads: int) -> dict[str, Timing]:
+        return {name: Timing((2.0 if name == results.INT8_LOOP else 3.0,), (1.0,)) for name in calls}
+
+    monkeypatch.setattr(machine, "measure", lambda isa: RATES)
+    monkeypatch.setattr(machine, "int8_loop", lambda: (lambda: 0, 100.0))
+    monkeypatch.setattr(results, "race", pretend)
+    found = results.run(Products(), threads=1, seconds=0.01)
+    assert found.floor == pytest.approx(1000.0 / (100.0 / 2.0))
+    assert {row.name for row in found.peers} == {"torch", "near", "ideal"}
+    assert results.run(Sum(), threads=1, seconds=0.01).floor == pytest.approx(8 / RATES.fma)
 
 
 def test_race_alternates_and_gives_slow_contestants_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,18 @@ def test_the_probe_is_short() -> None:
     assert time.process_time() - begin < 2.0
 
 
+def test_the_loop_behind_the_int8_rate_counts_its_products(isa: str) -> None:
+    core = _native.core()
+    require(core is not None, "compiled kernels")
+    assert core is not None
+    once = core.int8_products(1)
+    assert once > 0
+    assert core.int8_products(1000) == 1000 * once
+    for rounds in (0, 2**18 + 1):
+        with pytest.raises(ValueError, match="rounds"):
+            core.int8_products(rounds)
+
+
 @pytest.mark.parametrize("sizes", [(0, 1 << 20), (1 << 20, 1 << 10)])
 def test_impossible_caches_are_refused(sizes: tuple[int, int]) -> None:
     core = _native.core()

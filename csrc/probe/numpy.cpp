@@ -125,9 +125,18 @@ std::map<std::string, double> measure_rates(int64_t l2_bytes, int64_t l3_bytes) 
     return rates;
 }
 
+int64_t int8_products(int64_t rounds) {
+    if (rounds < 1 || rounds > kRounds) throw py::value_error("rounds: expected 1 <= rounds <= 2^18");
+    const py::gil_scoped_release release;
+    return kernels().probe.int8_dot(rounds, Probe::Operands());
+}
+
 }  // namespace
 
 void register_probe(py::module_& m) {
+    m.def("int8_products", &int8_products, py::arg("rounds"),
+          "The loop behind `int8_dot` of measure_rates, to be timed in turns with what its rate is compared with; "
+          "returns how many multiply-adds it did.");
     m.def("measure_rates", &measure_rates, py::arg("l2_bytes"), py::arg("l3_bytes"),
           "Rates of one core under the active instruction set, measured now: `fma` (flop/s) and `int8_dot` (op/s), a "
           "multiply-add being two; `read_*` and `copy_*` (bytes/s; a copy counts what it reads and what it writes) in "

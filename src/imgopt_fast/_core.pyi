@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['active_isa', 'affine_warp', 'int8_conv2d', 'int8_conv2d_pack', 'int8_conv2d_packed_bytes', 'int8_conv2d_prepare', 'mask_structure', 'masked_matmul', 'measure_rates', 'philox_uniforms', 'set_isa', 'supported_isas']
+__all__: list[str] = ['active_isa', 'affine_warp', 'int8_conv2d', 'int8_conv2d_pack', 'int8_conv2d_packed_bytes', 'int8_conv2d_prepare', 'int8_products', 'mask_structure', 'masked_matmul', 'measure_rates', 'philox_uniforms', 'set_isa', 'supported_isas']
 def active_isa() -> str:
     """
     Name of the instruction set in use.
@@ -30,6 +30,10 @@ def int8_conv2d_packed_bytes(shape: collections.abc.Sequence[typing.SupportsInt 
 def int8_conv2d_prepare(shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], groups: typing.SupportsInt | typing.SupportsIndex, packed: numpy.typing.NDArray[numpy.uint8], bias: numpy.typing.NDArray[numpy.int32], weight_scale: numpy.typing.NDArray[numpy.float32], input_signed: bool, residual_signed: bool | None, output_signed: bool, input_scale: typing.SupportsFloat | typing.SupportsIndex, input_zero_point: typing.SupportsInt | typing.SupportsIndex, output_scale: typing.SupportsFloat | typing.SupportsIndex | None, output_zero_point: typing.SupportsInt | typing.SupportsIndex, stride: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], padding: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], dilation: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], output_min: typing.SupportsFloat | typing.SupportsIndex | None, output_max: typing.SupportsFloat | typing.SupportsIndex | None, residual_scale: typing.SupportsFloat | typing.SupportsIndex, residual_zero_point: typing.SupportsInt | typing.SupportsIndex, shift: bool) -> numpy.ndarray | None:
     """
     All of a call but its images, as bytes; None where `packed` is not for the active instruction set.
+    """
+def int8_products(rounds: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    The loop behind `int8_dot` of measure_rates, to be timed in turns with what its rate is compared with; returns how many multiply-adds it did.
     """
 def mask_structure(mask: typing.Annotated[numpy.typing.ArrayLike, numpy.bool], block: typing.SupportsInt | typing.SupportsIndex) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
     """
