@@ -35,18 +35,20 @@ STRUCTURES: tuple[tuple[float, tuple[int, int] | str], ...] = (
 )  # fmt: skip
 
 # Why goals are missed, measured in a C++ program that calls the kernels (one Zen 5 core, 1024 x 1024 at batch 256).
-# With the host's other guests at rest they reach 1.04, 1.6, 3.1, 5.3, 8.3 and 20 times ideal dense at 0, 50, 80, 90, 95
-# and 99 %, 4 x 1 blocks 1.94, 4.55, 8.3 and 13.5 at 50, 80, 90 and 95 %, weight gradients 2.05, 3.6 and 6.1 at 80, 90
+# With the host's other guests at rest they reach 0.96, 1.55, 3.0, 5.2, 8.3 and 20 times ideal dense at 0, 50, 80, 90,
+# 95 and 99 %, 4 x 1 blocks 1.9, 4.5, 8.3 and 13.8 at 50, 80, 90 and 95 %, weight gradients 2.3, 4.2 and 6.9 at 80, 90
 # and 95 %; minutes later the same program was 1.3 times slower, at an unchanged rate of multiply-adds in registers,
 # which is what ideal dense is counted in: the caches are shared, registers are not.
 PACKED_NOTE = (
-    "beside the multiply-adds, 16 of which take 12 cycles where no column is shared (their 18 loads 9; two steps at a "
-    "time 10 by themselves, but here the odd steps cost more than that), the activations are brought "
+    "beside the multiply-adds, 16 of which take 9.5 cycles where no column is shared and all is at hand (their 18 "
+    "loads 9; 10.7 before the columns were read two steps ahead), the activations are brought "
     "into panels and back, 40 to 50 us at any sparsity, and each of 6144 visits of four rows to a block (at 90 %) "
-    "costs some 70 cycles: sums from and to a cache, a mispredicted end of a loop. Passing over all blocks with 64 to "
-    "512 rows at a time, panels of two registers, large pages, quads without a call of their own, asking for sums or "
-    "inputs ahead, or asking for less changed nothing; then 6 us of the call, no page faults; then the host's caches, "
-    "which other guests share: up to a third of the time"
+    "costs 40 to 70 cycles: sums from and to a cache, a mispredicted end of a loop. Rows sorted over 256 or 1024 "
+    "instead of 64, tiles transposed by their loads, columns of 4 x 1 blocks asked for ahead, passing over all blocks "
+    "with 64 to 512 rows at a time, panels of two registers, large pages, quads without a call of their own, asking "
+    "for sums or inputs ahead, or asking for less changed nothing; then 6 us of the call, no page faults; then the "
+    "caches: the first call after another program's is 50 to 100 us slower (reading 1 MB takes 40 us instead of 9.5), "
+    "and the host's other guests share them: up to a third of the time"
 )
 TRAINING_NOTE = (
     "with the values in order, as MaskedSGD writes them, the product is the packed one, and the dispatcher takes 9 us "
@@ -54,8 +56,10 @@ TRAINING_NOTE = (
     "300 us at 50 % and 80 at 90 % (190 of a cold weight): four of five of its lines hold a kept value even then"
 )
 GRADIENT_NOTE = (
-    "a value's products with 64 samples are four multiply-adds, 47 cycles for sixteen values (loads alone 32); "
-    "the tree of 30 shuffles that then adds up their lanes is hidden behind them (nothing changed without it), but the "
+    "in a loop by itself 2.1, 3.9 and 6.2 times ideal dense at 80, 90 and 95 %, which is above the goals; between "
+    "other programs its 4 MB of gradient and 2 MB of input come from further away. A value's products with 64 samples "
+    "are four multiply-adds, 47 cycles for sixteen values before their columns were read ahead (now 0.86 of the time; "
+    "loads alone 32); the tree of 30 shuffles that then adds up their lanes is hidden behind them, but the "
     "last steps of a visit, too few for it, take 5 to 7 %; clearing and writing the dense gradient of 4 MB takes 190 "
     "us at 80 % and 120 at 90 % (clearing a block's part of 64 rows just before it is written took 20 to 100 us more, "
     "as short clears read the lines first; asking for their lines, or no branch for padding, changed nothing); "
