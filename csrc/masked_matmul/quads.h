@@ -63,7 +63,7 @@ struct ColumnsInTurn {
 
 // Read two turns before they are asked for: as if a processor started its loads oldest first, the one for the columns
 // waits behind those of the turns before and comes late by its own latency, which took a seventh of the time of weight
-// gradients and up to a tenth of products. With fewer columns a turn has loads to spare, and integers fill the registers.
+// gradients and up to a tenth of products. With fewer columns a turn has loads to spare; integers fill the registers.
 template <int kCount>
     requires(kCount >= 4)
 struct ColumnsInTurn<kCount, uint8_t> {
