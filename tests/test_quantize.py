@@ -186,6 +186,16 @@ def test_state_is_plain_tensors():
     assert not any("packed" in name for name in state)
 
 
+@pytest.mark.parametrize("name", ["conv1.input_scale", "conv1.weight_scale", "global_avg_pool2d_scale"])
+def test_loading_names_the_layer_whose_numbers_are_bad(name):
+    result = copy.deepcopy(quantized("residual"))
+    state = result.state_dict()
+    found = next(key for key in state if key.endswith(name))
+    state[found] = state[found] * -1
+    with pytest.raises(ValueError, match=rf"{name.rpartition('.')[0] or 'global_avg_pool2d'}.*: .*scale: expected"):
+        result.load_state_dict(state)
+
+
 def test_compile_and_export():
     _, images = network("islands")
     result = quantized("islands")

@@ -72,7 +72,6 @@ class _Int8Layer(Float32Buffers):
         self.training = False
         self._packed: PackedInt8Weight | None = None
         self._output: tuple[float | None, int, torch.dtype] = (None, 0, torch.float32)
-        self.register_load_state_dict_post_hook(_repack)  # type: ignore[no-untyped-call]
 
     def repack(self) -> None:
         """Check the buffers and bring the weight into the active kernel's order.
@@ -120,6 +119,13 @@ class _Int8Layer(Float32Buffers):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.repack()
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        try:
+            self.repack()
+        except ValueError as refusal:
+            raise ValueError(f"{prefix.removesuffix('.') or 'layer'}: {refusal}") from refusal
+
     def _run(
         self,
         input: Tensor,
@@ -142,10 +148,6 @@ class _Int8Layer(Float32Buffers):
             output_max=self.output_max,
             requantize=self.requantize,
         )
-
-
-def _repack(layer: _Int8Layer, incompatible_keys: Any) -> None:
-    layer.repack()
 
 
 class Int8Conv2d(_Int8Layer):
