@@ -31,6 +31,9 @@ struct KernelTable {
     // Units: output rows, batch · output_height of them.
     void (*affine_warp)(const AffineWarp&, int64_t begin, int64_t end);
     AffineWarpGradients affine_warp_backward;
+    // The same where images or output are float64, from the scalar unit: others compile float32 arithmetic only.
+    void (*affine_warp_f64)(const AffineWarp&, int64_t begin, int64_t end);
+    AffineWarpGradients affine_warp_backward_f64;
     // int8_conv2d. The layout names the packed order: bytes of another layout are not readable by this table.
     const char* int8_weight_layout;
     int64_t (*int8_weight_bytes)(const Int8Weight&);

@@ -12,7 +12,7 @@ from conftest import BACKEND
 from warp_problems import backward_op, op, random_images, rotation
 
 import imgopt_fast.numpy
-from imgopt_fast import affine_warp
+from imgopt_fast import _native, affine_warp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -200,6 +200,26 @@ def test_numbers_of_numpy_are_numbers() -> None:
     expected = affine_warp(U8, EYE, size=(4, 5), fill=3, mean=0.5, std=0.25, dtype=torch.float32)
     numbers: dict[str, Any] = {"fill": np.uint8(3), "mean": np.float32(0.5), "std": np.float64(0.25)}
     assert torch.equal(affine_warp(U8, EYE, size=np.array([4, 5]), dtype=torch.float32, **numbers), expected)
+
+
+@pytest.mark.parametrize("width", [1024, 1023])
+def test_nothing_is_written_between_the_rows_of_a_large_result(width: int) -> None:
+    """Rows of whole lines go around the caches, in whole lines; others, in rows as far apart, must not."""
+    core = _native.core()
+    if core is None:
+        pytest.skip("the compiled kernels write into any view")
+    images = np.random.default_rng(0).integers(0, 256, (1, 3, 40, 50), np.uint8)
+    matrix = np.array([[[0.03, 0.01, 2], [-0.01, 0.02, 20], [0, 0, 1]]])
+    whole = np.full((1, 3, 1500, 1040 + 16), 7, np.float32)
+    start = -whole.ctypes.data % 64 // 4
+    output = whole[..., start : start + width]
+    assert output.nbytes >= 16 << 20
+    core.affine_warp(images, output, matrix, "bilinear", "constant", [0.0] * 3, False, None, None, [], [])
+    assert (whole[..., :start] == 7).all()
+    assert (whole[..., start + width :] == 7).all()
+    small = np.full((1, 3, 1500, 500), 7, np.float32)
+    core.affine_warp(images, small, matrix, "bilinear", "constant", [0.0] * 3, False, None, None, [], [])
+    assert (output[..., :500] == small).all()
 
 
 def test_a_child_process_does_not_wait_for_the_threads_of_its_parent() -> None:

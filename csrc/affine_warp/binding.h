@@ -1,5 +1,5 @@
 // What the torch and the NumPy binding of affine_warp both prepare: the per-channel factors of the epilogue, the names
-// of the modes, and the least number of rows worth a thread.
+// of the modes, which of the kernels serves, and the least number of rows worth a thread.
 #pragma once
 
 #include <algorithm>
@@ -58,6 +58,9 @@ inline bool factors_fit(const std::vector<double>& mean, const std::vector<doubl
     return fits(mean) && fits(std);
 }
 constexpr char kWrongFactors[] = "mean, std: expected one value per channel";
+
+// Whether the kernels of the table that end in _f64 serve a call.
+inline bool in_float64(const AffineWarp& p) { return p.images_dtype == DType::f64 || p.output_dtype == DType::f64; }
 
 // A thread is worth about 20 microseconds of work, 16 thousand output values.
 inline int64_t row_grain(int64_t values) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, values)); }

@@ -215,12 +215,12 @@ void warp_floating_of(const AffineWarp& p, int64_t begin, int64_t end) {
 template <class Isa>
 void warp_floating(const AffineWarp& p, int64_t begin, int64_t end) {
     const bool near = p.width < (1 << 22) && p.height < (1 << 22);
-    if (p.output_dtype == DType::f64 || !near) return warp_rows(p, begin, end);
+    if (!near) return warp_rows<float>(p, begin, end);
     switch (p.images_dtype) {
         case DType::f16: return warp_floating_of<Isa, Half>(p, begin, end);
         case DType::bf16: return warp_floating_of<Isa, BFloat16>(p, begin, end);
         case DType::f32: return warp_floating_of<Isa, float>(p, begin, end);
-        default: return warp_rows(p, begin, end);
+        default: return warp_rows<float>(p, begin, end);
     }
 }
 

@@ -310,7 +310,7 @@ struct Isa {
 
 void affine_warp(KernelTable& table) {
     table.affine_warp = warp_vectorized<Isa>;
-    table.affine_warp_backward = warp_backward;
+    table.affine_warp_backward = kWarpBackward<float>;
 }
 
 }  // namespace imgopt::neon

@@ -82,10 +82,10 @@ void affine_warp(const py::array& images, py::array output, const Doubles& matri
     require(set_modes(p, interpolation, padding_mode), kUnknownMode);
     p.antialias = antialias;
     if (output.size() == 0) return;
-    const KernelTable& kernels_of_isa = kernels();
+    const auto kernel = in_float64(p) ? kernels().affine_warp_f64 : kernels().affine_warp;
     const py::gil_scoped_release release;
     parallel_units(p.batch * p.output_height, row_grain(p.output_width * p.channels),
-                   [&](int64_t begin, int64_t end) { kernels_of_isa.affine_warp(p, begin, end); });
+                   [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 }  // namespace

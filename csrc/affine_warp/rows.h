@@ -182,18 +182,16 @@ void warp_rows_of(const AffineWarp& p, int64_t begin, int64_t end) {
     });
 }
 
-inline void warp_rows(const AffineWarp& p, int64_t begin, int64_t end) {
-    const bool wide = p.output_dtype == DType::f64;
+// In the arithmetic R: double where images or output are float64.
+template <class R>
+void warp_rows(const AffineWarp& p, int64_t begin, int64_t end) {
     switch (p.images_dtype) {
-        case DType::u8:
-            return wide ? warp_rows_of<uint8_t, double>(p, begin, end) : warp_rows_of<uint8_t, float>(p, begin, end);
-        case DType::f16:
-            return wide ? warp_rows_of<Half, double>(p, begin, end) : warp_rows_of<Half, float>(p, begin, end);
-        case DType::bf16:
-            return wide ? warp_rows_of<BFloat16, double>(p, begin, end) : warp_rows_of<BFloat16, float>(p, begin, end);
-        case DType::f32:
-            return wide ? warp_rows_of<float, double>(p, begin, end) : warp_rows_of<float, float>(p, begin, end);
-        default: return warp_rows_of<double, double>(p, begin, end);
+        case DType::u8: return warp_rows_of<uint8_t, R>(p, begin, end);
+        case DType::f16: return warp_rows_of<Half, R>(p, begin, end);
+        case DType::bf16: return warp_rows_of<BFloat16, R>(p, begin, end);
+        case DType::f32: return warp_rows_of<float, R>(p, begin, end);
+        default:
+            if constexpr (sizeof(R) == sizeof(double)) warp_rows_of<double, double>(p, begin, end);
     }
 }
 

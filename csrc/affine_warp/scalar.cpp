@@ -5,8 +5,10 @@
 namespace imgopt::scalar {
 
 void affine_warp(KernelTable& table) {
-    table.affine_warp = warp_rows;
-    table.affine_warp_backward = warp_backward;
+    table.affine_warp = warp_rows<float>;
+    table.affine_warp_f64 = warp_rows<double>;
+    table.affine_warp_backward = kWarpBackward<float>;
+    table.affine_warp_backward_f64 = kWarpBackward<double>;
 }
 
 }  // namespace imgopt::scalar

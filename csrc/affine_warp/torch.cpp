@@ -101,9 +101,9 @@ Tensor affine_warp(Tensor images, Tensor matrix, std::vector<int64_t> size, std:
     p.output_dtype = pixel_dtype(output, "dtype");
     set_strides(output, p.output_stride);
     if (output.numel() > 0) {
-        const KernelTable& table_of_isa = kernels();
+        const auto kernel = in_float64(p) ? kernels().affine_warp_f64 : kernels().affine_warp;
         parallel_units(batch * size[0], row_grain(p.output_width * p.channels),
-                       [&](int64_t begin, int64_t end) { table_of_isa.affine_warp(p, begin, end); });
+                       [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
     }
     return output;
 }
@@ -153,7 +153,8 @@ std::tuple<Tensor, Tensor> affine_warp_backward(Tensor grad, Tensor images, Tens
                     "grad, images: expected floating dtypes");
     b.grad = grad.const_data_ptr();
     Tensor grad_images = needs_images ? like(images) : torch::stable::new_empty(images, {0});
-    const AffineWarpGradients kernel = kernels().affine_warp_backward;
+    const AffineWarpGradients kernel =
+        in_float64(b.warp) ? kernels().affine_warp_backward_f64 : kernels().affine_warp_backward;
     if (needs_images) {
         b.grad_images = grad_images.mutable_data_ptr();
         set_strides(grad_images, b.grad_images_stride);

@@ -193,8 +193,8 @@ inline bool has_window(const AffineWarp& p) {
     const int64_t c = p.channels;
     const bool in_dense = in[3] == 1 || (in[1] == 1 && in[3] == c);
     const bool out_dense = out[3] == 1 || (out[1] == 1 && out[3] == c);
-    return p.images_dtype == DType::u8 && p.output_dtype != DType::f64 && (c == 1 || c == 3 || c == 4) && in_dense &&
-           out_dense && p.width < (1 << 22) && p.height < (1 << 22);
+    return p.images_dtype == DType::u8 && (c == 1 || c == 3 || c == 4) && in_dense && out_dense &&
+           p.width < (1 << 22) && p.height < (1 << 22);
 }
 
 template <class Isa, int C, int taps, class T>
@@ -264,7 +264,7 @@ void warp_channels(const AffineWarp& p, int64_t begin, int64_t end) {
     }
 }
 
-// Channels [first, first + count) of images and output in planes, which is not float64.
+// Channels [first, first + count) of images and output in planes.
 inline AffineWarp planes_of(const AffineWarp& p, int64_t first, int64_t count) {
     const int64_t bytes = p.output_dtype == DType::u8 ? 1 : p.output_dtype == DType::f32 ? 4 : 2;
     AffineWarp part = p;
@@ -280,8 +280,8 @@ inline AffineWarp planes_of(const AffineWarp& p, int64_t first, int64_t count) {
 
 // Whether the vector units serve it a few planes at a time.
 inline bool in_planes(const AffineWarp& p) {
-    return p.images_dtype == DType::u8 && p.output_dtype != DType::f64 && p.images_stride[3] == 1 &&
-           p.output_stride[3] == 1 && (p.channels == 2 || p.channels > 4);
+    return p.images_dtype == DType::u8 && p.images_stride[3] == 1 && p.output_stride[3] == 1 &&
+           (p.channels == 2 || p.channels > 4);
 }
 
 template <class Isa>
