@@ -18,6 +18,9 @@ from imgopt_fast.compress.quantize.weights import LEVELS, quantize_weight
 # Added to the diagonal, as a share of its mean: inputs that hardly vary would otherwise take up errors without limit.
 DAMPING = 0.01
 BLOCK = 64  # columns whose losses stay among them before the others hear of it
+# Values of the windows of images that are multiplied at once: 64 MB. Small images one by one would spend their time on
+# adding moments.
+WINDOWS = 1 << 24
 # Inputs of an output up to which it is done: the moment and its inverses then take 2 GB, with 40,000 it would be 50.
 MOST_INPUTS = 8192
 
@@ -56,9 +59,11 @@ def second_moment(operation: Operation, inputs: Tensor, *, centred: bool = False
     groups, columns = attributes["groups"], operation.weight[0].numel()
     total = inputs.new_zeros(groups, columns, columns, dtype=torch.float64)
     sums, count, origin = inputs.new_zeros(groups, columns, 1, dtype=torch.float64), 0, inputs.new_zeros(())
-    for image in F.pad(inputs, (left, right, top, bottom)).split(1):
-        windows = F.unfold(image, operation.weight.shape[2:], attributes["dilation"], 0, attributes["stride"])
-        windows = windows.view(groups, columns, -1)
+    padded = F.pad(inputs, (left, right, top, bottom))
+    together = max(1, WINDOWS // (padded[0, 0].numel() * columns * groups))
+    for images in padded.split(together):
+        windows = F.unfold(images, operation.weight.shape[2:], attributes["dilation"], 0, attributes["stride"])
+        windows = windows.view(len(images), groups, columns, -1).permute(1, 2, 0, 3).flatten(2)
         if centred and count == 0:
             origin = windows.mean(2, keepdim=True)  # near the mean: the difference below keeps its digits
         windows = windows - origin
