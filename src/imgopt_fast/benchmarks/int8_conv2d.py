@@ -45,24 +45,35 @@ NOTES = (
     "to 40 %), and sums taken as floats (by 5 %: the fused multiplications meet the products on two of the four "
     "pipes, the conversions they replace do not). No faster were two dwords to a step of the loop (but for K = 16, by "
     "3 %), and blocks of 24 to 192 pixels.",
-    "7 x 7 stem: 37 dwords a pixel bound it at 246 us; 1.5 times oneDNN's 406 us would be 271. Input rows are copied "
-    "with their padding, one output row at a time, so that a tile needs no table (15 us); the last of the 21 bytes of "
-    "each kernel row are collected into two dwords (15 us). Copies that served several output rows would save some 10 "
-    "us. Copying all 147 bytes of every pixel took 77 us in unaligned stores and gained nothing; an unrolled kernel "
-    "row did not either.",
+    "7 x 7 stem: 37 dwords a pixel bound it at 246 us; 1.5 times oneDNN's 408 us would be 272. Of the 279 rounding and "
+    "packing take 20, the call 3, the copies of input rows with their padding, made once for several output rows, and "
+    "the last of the 21 bytes of each kernel row, shuffled into two dwords, some 5. Eight images take 290 us each; "
+    "fetching the lines of the output ahead does not change that. Copying all 147 bytes of every pixel took 77 us in "
+    "unaligned stores and gained nothing; an unrolled kernel row did not either.",
     "Depthwise 3 x 3: 11 to 12 cycles per 64 outputs with stride 1 (28 x 28 and 56 x 56), 14 at 7 x 7, and 15 to 20 "
     "with stride 2, of which the 12 vpdpbusd and 4 multiplications need 8; the rest is instructions, 47 and 54, of "
     "which the core takes about 5 per cycle. Of 144 channels a ninth of the vectors collects four rows of 16 "
     "channels, and a load of a pixel that begins in the middle of a cache line counts twice. oneDNN takes 2.7 to 4.1 "
     "times as long in the same process, but for images that the second cache does not hold: 2.3 for 96 channels at "
-    "112 x 112, stride 2, N = 1, 2.1 for 144 at 56 x 56, stride 2, N = 8. Those take 93 us in a loop over one pair of"
-    " buffers, 110 with six pairs in turn for 1 ms each, 214 with another pair for every call; the sums alone take "
-    "73.",
+    "112 x 112, stride 2, N = 1, 2.1 for 144 at 56 x 56, stride 2, N = 8. Of the "
+    "latter the sums alone take 73 us; with its 4.5 MB in the third cache a call takes 98 us, from memory 240, where a "
+    "copy at 40 GB/s would take 113 and the goal allows 110. What the other contestants leave in the caches decides "
+    "which. 96 channels at 112 x 112 take 34 us from the third cache, 22 of them sums, and 4 to 8 of their own for the "
+    "call and its 300 KB of output. Fetching these ahead makes 144 channels a quarter to a third faster from memory "
+    "and 3 to 13 % slower from the third cache; bands of 4 rows instead of 8 are 4 to 19 % slower, strips of 56 pixels "
+    "1 to 12 %, and pages of 2 MiB change nothing.",
+    "Depthwise and the 1 x 1 behind it in one step of a plan: MobileNetV2 writes 2.3 MB of depthwise outputs per image "
+    "and reads them again, 19 us of 1040 at the second cache's rate, 31 with the three largest at the third's: 2 to 3 "
+    "%, for a kernel that would need both sets of weights and sums. Not done.",
+    "Depthwise with AVX-VNNI takes words, as AVX2 does: by count some 62 instructions per 16 outputs of 3 x 3, of "
+    "which vpdpwssd would save 10; columns of bytes for vpdpbusd, as on AVX-512, would take about 39. Not built.",
     "Depthwise 5 x 5: 22 cycles per 64 outputs with stride 1 (64 channels at 28 x 28) and 29 at 14 x 14, of which 28 "
     "vpdpbusd and 4 multiplications need 16; weights and sums of 64 channels do not fit the registers, so a row is "
     "gone through twice and every byte is loaded twice. With stride 2 27 cycles (128 channels at 56 x 56) and 35 with"
     " 144, whose last 16 take a seventh of the time and whose pixels mostly lie in two cache lines. oneDNN takes 3.0 "
-    "times as long at N = 1, 2.5 at N = 8.",
+    "times as long at N = 1, 1.8 to 2.2 at N = 8, where the goal allows 144 channels 172 us: one call takes 152 behind "
+    "another, 187 after 40 MB of other work, 367 from memory. Fetching ahead takes a third of the latter and costs the "
+    "others a tenth.",
     "AVX2: two multiplications for 32 products bound fbgemm and ours at 32 products per cycle. fbgemm adds pairs of "
     "products in 16 bits, where they saturate, which is why torch halves the range of its activations for it "
     "(reduce_range). Here channels are paired when weights are packed so that no pair can, for all 8 bits: three "
