@@ -37,9 +37,9 @@ NOTES = (
     "% go, and 9 % at 14 x 14; at 28 x 28 (5 %) sorting the pixels costs as much as it saves. 64 channels at 56 x 56 "
     "take their products, those with padding among them, at 96 % of the rate; neither weights fetched into L1 ahead "
     "nor copies of padded rows in place of the table change that. In a plan they come to 92 to 93 % of a loop of "
-    "vpdpbusd that takes turns with them, and to 89 to 90 where torch's float layers take turns as well. 512 channels "
-    "at 7 x 7 come to 90 in a loop of one call and to 83 in a plan, whose six layers have 14 MB of weights, 85 with these "
-    "in large pages.",
+    "vpdpbusd that takes turns with them, and to 89 to 90 where torch's float layers take turns as well. 512 "
+    "channels at 7 x 7 come to 90 in a loop of one call and to 83 in a plan, whose six layers have 14 MB of weights, "
+    "85 with these in large pages.",
     "1 x 1 with K <= 64: bound by instructions, not by memory: core and L3 exchange 120 GB/s, 8 images of 64->256 at "
     "56 x 56 need 8. Rows are read without a table, their addresses follow from the first one. 64->256 takes 230 "
     "cycles per tile of 6 x 64 sums, of which the products need 192, and the multiplications and half of the packing "
