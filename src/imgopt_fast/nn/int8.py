@@ -120,7 +120,7 @@ class _Int8Layer(Float32Buffers):
         self.repack()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         try:
             self.repack()
         except ValueError as refusal:
