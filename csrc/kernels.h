@@ -19,11 +19,11 @@
 #include "photometric/contract.h"
 #include "probe/contract.h"
 
-#if defined(_WIN32)
-#define IMGOPT_API __declspec(dllexport)
-#else
+// What the bindings call, in the spelling of gcc and clang, the compilers that the build knows. Everything else is
+// hidden (CMAKE_CXX_VISIBILITY_PRESET in CMakeLists.txt): a function of an ISA unit, or an inline one that was compiled
+// with its flags, must not be the one that another library of the process finds under the same name, on a processor
+// that lacks the instructions.
 #define IMGOPT_API __attribute__((visibility("default")))
-#endif
 
 namespace imgopt {
 
