@@ -63,8 +63,8 @@ NOTES = (
     "copy at 40 GB/s would take 113 and the goal allows 110. What the other contestants leave in the caches decides "
     "which. 96 channels at 112 x 112 take 34 us from the third cache, 22 of them sums, and 4 to 8 of their own for the "
     "call and its 300 KB of output. Fetching these ahead makes 144 channels a quarter to a third faster from memory "
-    "and 3 to 13 % slower from the third cache; bands of 4 rows instead of 8 are 4 to 19 % slower, strips of 56 pixels "
-    "1 to 12 %, and pages of 2 MiB change nothing.",
+    "and 1 to 13 % slower from the third cache; bands of 4 rows are up to 19 % slower, strips of 56 pixels "
+    "up to 12 %, and pages of 2 MiB between 6 % faster and 8 % slower.",
     "Depthwise and the 1 x 1 behind it in one step of a plan: MobileNetV2 writes 2.3 MB of depthwise outputs per image "
     "and reads them again, 19 us of 1040 at the second cache's rate, 31 with the three largest at the third's: 2 to 3 "
     "%, for a kernel that would need both sets of weights and sums. Not done.",

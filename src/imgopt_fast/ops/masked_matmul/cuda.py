@@ -27,8 +27,8 @@ from imgopt_fast.ops.masked_matmul.cuda_packed import (
 COLUMNS = 128  # per block of row quads: with 64 samples a tile of 32 KB, two of them and their sums in an SM
 # Greatest density that the form serves: where it overtakes the dense product. Blocks in place, with the weight of the
 # training, do so between 90 and 95 % sparsity; packed for inference on Hopper, between 70 and 80 % (16 × 16) or 60 and
-# 70 % (32 × 32). Row quads overtook it nowhere, in float32 at 99 % neither (0.73 of its speed): they serve who calls
-# them by their structure.
+# 70 % (32 × 32). Row quads do so between 95 and 99 % (1.37 of its speed) in float32, but how long their gradients take
+# is not known: they serve who calls them by their structure.
 LARGEST_DENSITY = {
     (form, dtype): density
     for dtype in (torch.float16, torch.bfloat16)
